@@ -1,0 +1,4 @@
+//! How an image leaves the daemon: NBD, or a kernel block device.
+
+pub mod device;
+pub mod nbd;

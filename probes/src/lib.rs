@@ -1,0 +1,6 @@
+//! Block I/O heat from the kernel: loads the eBPF programs, names the devices that belong to images, and drains
+//! counts once a second. The arms of [`source::HeatSource`] beside it run without a kernel.
+//!
+//! This is the only crate that knows aya. It knows no network, no store and no scheduler.
+
+pub mod source;

@@ -1,0 +1,161 @@
+//! Orders to nodes. A command leaves no choice to the node, and carries its reason.
+
+use serde::{Deserialize, Serialize};
+
+use crate::ids::{CommandId, LayerId, NodeId};
+use crate::units::{BlockIndex, ByteLen, Epoch, HeatScore, Seq, SetVersion, Term, TickNo};
+
+/// One order to one node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Command {
+    /// Repeating an id gets the same answer and no second execution.
+    pub id: CommandId,
+    /// The node that executes it.
+    pub node: NodeId,
+    /// Leadership under which it was given; void if a higher term precedes it.
+    pub term: Term,
+    /// The tick that decided it.
+    pub tick: TickNo,
+    /// The tick after which an unanswered command counts as expired; a node refuses it once it has seen that tick.
+    pub expires: TickNo,
+    /// What to do.
+    pub order: Order,
+    /// Why.
+    pub reason: Reason,
+}
+
+/// What to do. The closing event of every order is [`crate::Event::CommandFinished`] with the command's id.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Order {
+    /// Copy blocks of a layer into the main region of the RAM tier.
+    Promote {
+        /// The layer.
+        layer: LayerId,
+        /// Its epoch when decided; a growing layer under another epoch refuses.
+        epoch: Epoch,
+        /// Location map version when decided.
+        set_version: SetVersion,
+        /// The node to read from; the executing node itself when it holds the layer.
+        from: NodeId,
+        /// The blocks, hottest first, at most [`crate::limits::BLOCKS_PER_COMMAND_MAX`].
+        blocks: Vec<Promotion>,
+        /// Bytes to be read, at most.
+        bytes: ByteLen,
+    },
+    /// Drop blocks of a layer from the main region.
+    Demote {
+        /// The layer.
+        layer: LayerId,
+        /// The blocks, coldest first.
+        blocks: Vec<Demotion>,
+        /// Bytes that become free.
+        bytes: ByteLen,
+    },
+}
+
+impl Order {
+    /// The word users see.
+    pub fn verb(&self) -> &'static str {
+        match self {
+            Order::Promote { .. } => "promote",
+            Order::Demote { .. } => "demote",
+        }
+    }
+
+    /// The layer concerned.
+    pub fn layer(&self) -> LayerId {
+        match self {
+            Order::Promote { layer, .. } | Order::Demote { layer, .. } => *layer,
+        }
+    }
+
+    /// How many blocks it names.
+    pub fn block_count(&self) -> usize {
+        match self {
+            Order::Promote { blocks, .. } => blocks.len(),
+            Order::Demote { blocks, .. } => blocks.len(),
+        }
+    }
+}
+
+/// One block to promote and the numbers that chose it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Promotion {
+    /// The block.
+    pub block: BlockIndex,
+    /// Its score at the tick.
+    pub score: HeatScore,
+    /// The resident it displaces, if the region was full.
+    pub displaces: Option<Resident>,
+    /// The log position of the newest heat event that counted it.
+    pub heat_seq: Seq,
+}
+
+/// One block to demote and the numbers that chose it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Demotion {
+    /// The block.
+    pub block: BlockIndex,
+    /// Its score at the tick.
+    pub score: HeatScore,
+}
+
+/// A block that is in a main region, with its score.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Resident {
+    /// Its score at the tick.
+    pub score: HeatScore,
+    /// Its layer.
+    pub layer: LayerId,
+    /// The block.
+    pub block: BlockIndex,
+}
+
+/// Why a command was given.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reason {
+    /// The rule, such as `tier/promote`.
+    pub rule: String,
+    /// Version of the policy under which it was decided.
+    pub policy_version: u64,
+    /// The numbers of the rule by name, in the order in which a person reads them; scores are fixed point.
+    pub numbers: Vec<(String, u64)>,
+    /// Log positions of the events it rests on, ascending.
+    pub rests_on: Vec<Seq>,
+    /// What was not chosen and why, best first, at most [`crate::limits::ALTERNATIVES_MAX`].
+    pub lost: Vec<Alternative>,
+}
+
+/// Something that was considered and not chosen.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Alternative {
+    /// Its layer.
+    pub layer: LayerId,
+    /// The block.
+    pub block: BlockIndex,
+    /// Its score.
+    pub score: HeatScore,
+    /// Why it lost, such as `below_margin` or `over_budget`.
+    pub why: String,
+}
+
+/// How a command ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Outcome {
+    /// Done, as far as `done` says: a promote may find some blocks written meanwhile.
+    Done {
+        /// Blocks now in the ordered state, ascending.
+        done: Vec<BlockIndex>,
+        /// Blocks that are not, each with a short reason such as `written_during_fill`.
+        skipped: Vec<(BlockIndex, String)>,
+        /// Bytes moved.
+        bytes: ByteLen,
+        /// Microseconds from first to last step.
+        took_us: u64,
+    },
+    /// Not done; nothing changed.
+    Refused {
+        /// Why, for people.
+        why: String,
+    },
+}

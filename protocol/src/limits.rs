@@ -1,0 +1,29 @@
+//! Every bound that two processes must agree on, with its reason.
+
+/// Blocks of one image and layer in one heat report. Keeps a report under the message limit below: 13 bytes a
+/// record at the worst, some 200 KiB.
+pub const HEAT_RECORDS_PER_REPORT_MAX: usize = 16_384;
+
+/// Largest message that Hearth publishes, in bytes. nats-server refuses more than 1 MiB unless told otherwise.
+pub const MESSAGE_BYTES_MAX: usize = 1 << 20;
+
+/// Blocks that one promote or demote command names: bounded so that a command finishes within a tick or two.
+pub const BLOCKS_PER_COMMAND_MAX: usize = 1_024;
+
+/// Alternatives that lost, kept in a reason; the best of them come first.
+pub const ALTERNATIVES_MAX: usize = 8;
+
+/// Layers in one image's stack: a chain longer than this makes a miss look in too many places.
+pub const LAYERS_PER_IMAGE_MAX: usize = 64;
+
+/// Decisions that a cluster view carries, newest last.
+pub const DECISIONS_IN_VIEW_MAX: usize = 200;
+
+/// Largest image, in bytes (16 TiB): 2^28 blocks of 64 KiB keeps a validity bitmap under 32 MiB.
+pub const IMAGE_BYTES_MAX: u64 = 16 << 40;
+
+/// Milliseconds between two ticks of the scheduler and between two heat reports of a node.
+pub const TICK_MS: u64 = 1_000;
+
+/// Ticks without a report after which a node counts as absent.
+pub const ABSENT_AFTER_TICKS: u64 = 5;

@@ -1,0 +1,313 @@
+//! Requests and answers between the `hearth` command, the nodes and the leading scheduler: JSON over NATS
+//! request/reply. Administration only: no I/O of a guest ever passes here.
+
+use serde::{Deserialize, Serialize};
+
+use crate::heat::LatencySummary;
+use crate::ids::{ImageId, ImageName, LayerId, NodeId, SnapshotName};
+use crate::policy::TierPolicy;
+use crate::units::{BlockIndex, ByteLen, Epoch, Seq};
+use crate::view::{ClusterView, ImageHeatView};
+
+/// What kind of failure, as the exit code that scripts rely on (FIELD "CLI").
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FailureKind {
+    /// Exit 1: it did not work.
+    Failed,
+    /// Exit 2: the request makes no sense.
+    Usage,
+    /// Exit 3: no such image, node, job.
+    NotFound,
+    /// Exit 4: this node or build cannot do it.
+    NotSupported,
+    /// Exit 5: it could lose data or hurt a guest.
+    Refused,
+    /// Exit 6: the name is taken, or someone else changed it first.
+    Conflict,
+    /// Exit 7: not finished yet.
+    Running,
+    /// Exit 20: no connection.
+    CannotConnect,
+    /// Exit 21: no answer in time.
+    Timeout,
+}
+
+impl FailureKind {
+    /// The process exit code.
+    pub const fn exit_code(self) -> u8 {
+        match self {
+            FailureKind::Failed => 1,
+            FailureKind::Usage => 2,
+            FailureKind::NotFound => 3,
+            FailureKind::NotSupported => 4,
+            FailureKind::Refused => 5,
+            FailureKind::Conflict => 6,
+            FailureKind::Running => 7,
+            FailureKind::CannotConnect => 20,
+            FailureKind::Timeout => 21,
+        }
+    }
+}
+
+/// A failure that tells the user what to do next.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{message}")]
+pub struct Failure {
+    /// Which kind.
+    pub kind: FailureKind,
+    /// What was attempted, on what, and why it failed.
+    pub message: String,
+    /// What to do next, often a command line; may be empty.
+    pub hint: String,
+}
+
+impl Failure {
+    /// A failure with its hint.
+    pub fn new(kind: FailureKind, message: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self {
+            kind,
+            message: message.into(),
+            hint: hint.into(),
+        }
+    }
+}
+
+/// How an image is served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExportKind {
+    /// NBD on the node's unix socket only.
+    Socket,
+    /// NBD and a kernel block device under `/dev/hearth/<project>/<image>`.
+    Device,
+}
+
+/// Requests to one node, on `hearth.rpc.node.<id>`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "snake_case")]
+pub enum NodeRequest {
+    /// Creates an empty image.
+    ImageCreate {
+        /// Its name.
+        name: ImageName,
+        /// Its size; a multiple of 4,096.
+        size: ByteLen,
+        /// Its block size; a power of two, 4 KiB to 4 MiB.
+        block_size: ByteLen,
+    },
+    /// Creates an image from a raw file on the node; answers at once with a job.
+    ImageImport {
+        /// Its name.
+        name: ImageName,
+        /// Absolute path on the node.
+        path: String,
+        /// Its block size.
+        block_size: ByteLen,
+    },
+    /// Creates an image on top of a snapshot; takes no space.
+    ImageClone {
+        /// The parent.
+        source: ImageName,
+        /// Its snapshot.
+        snapshot: SnapshotName,
+        /// The clone's name.
+        name: ImageName,
+    },
+    /// Seals the top layer under a name and puts an empty one on top.
+    ImageSnapshot {
+        /// Which image.
+        image: ImageName,
+        /// The snapshot's name.
+        name: SnapshotName,
+    },
+    /// Deletes an image that is not attached and has no clones.
+    ImageDelete {
+        /// Which image.
+        image: ImageName,
+    },
+    /// Starts serving an image.
+    ImageAttach {
+        /// Which image.
+        image: ImageName,
+        /// How.
+        export: ExportKind,
+    },
+    /// Stops serving it.
+    ImageDetach {
+        /// Which image.
+        image: ImageName,
+    },
+    /// Where the image's blocks are: runs of (layer, tier).
+    ImageMap {
+        /// Which image.
+        image: ImageName,
+    },
+    /// The images this node holds.
+    ImageList,
+    /// Progress of a job.
+    JobShow {
+        /// Its id, from [`NodeReply::Job`].
+        job: u64,
+    },
+    /// What the node is.
+    NodeShow,
+}
+
+/// Answers of a node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "snake_case")]
+pub enum NodeReply {
+    /// Done; the log position of the event that says so, where there is one.
+    Done {
+        /// The log position.
+        seq: Option<Seq>,
+    },
+    /// The image as it is now.
+    Image(ImageInfo),
+    /// All images.
+    Images {
+        /// Ascending by name.
+        images: Vec<ImageInfo>,
+    },
+    /// Started; ask again with [`NodeRequest::JobShow`].
+    Job(JobInfo),
+    /// The image's map.
+    Map {
+        /// Runs in ascending order that cover the whole image.
+        runs: Vec<MapRun>,
+    },
+    /// The node.
+    Node(NodeInfo),
+}
+
+/// One image on one node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageInfo {
+    /// Its id.
+    pub id: ImageId,
+    /// Its name.
+    pub name: ImageName,
+    /// Its size.
+    pub size: ByteLen,
+    /// Its block size.
+    pub block_size: ByteLen,
+    /// Bytes allocated in its own top layer.
+    pub allocated: ByteLen,
+    /// The stack, top first.
+    pub layers: Vec<LayerId>,
+    /// Its snapshots, oldest first.
+    pub snapshots: Vec<SnapshotName>,
+    /// Parent of a clone.
+    pub parent: Option<String>,
+    /// The node.
+    pub node: NodeId,
+    /// How it is served, if it is.
+    pub attached: Option<AttachInfo>,
+}
+
+/// How an image is served.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AttachInfo {
+    /// The epoch.
+    pub epoch: Epoch,
+    /// The NBD unix socket.
+    pub socket: String,
+    /// The NBD export name on it.
+    pub export: String,
+    /// The kernel block device, if asked for.
+    pub device: Option<String>,
+    /// Whether guests on the device survive a restart of the daemon.
+    pub device_survives_restart: bool,
+    /// Read latency since attach, as the guest felt it.
+    pub read_latency: LatencySummary,
+}
+
+/// One run of an image's map.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MapRun {
+    /// First block.
+    pub first: BlockIndex,
+    /// How many.
+    pub count: u64,
+    /// The layer that holds them; `None` for a hole.
+    pub layer: Option<LayerId>,
+    /// `ram`, `disk`, `remote` or `hole`.
+    pub tier: String,
+}
+
+/// A long operation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobInfo {
+    /// Its id on this node.
+    pub id: u64,
+    /// What it does, for people.
+    pub what: String,
+    /// Bytes done.
+    pub done: ByteLen,
+    /// Bytes in all.
+    pub total: ByteLen,
+    /// `None` while it runs; then the failure or nothing.
+    pub ended: Option<Result<(), Failure>>,
+}
+
+/// One node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeInfo {
+    /// Its id.
+    pub id: NodeId,
+    /// Its NBD unix socket.
+    pub socket: String,
+    /// Where peers reach it.
+    pub peer_address: String,
+    /// Directory of its store.
+    pub store: String,
+    /// RAM tier size.
+    pub ram: ByteLen,
+    /// Bytes of it in use.
+    pub ram_used: ByteLen,
+    /// `ebpf` or `export`.
+    pub heat_source: String,
+    /// Why not `ebpf`, if so.
+    pub heat_source_why: String,
+    /// Version of the daemon.
+    pub version: String,
+}
+
+/// Requests to the leading scheduler, on `hearth.rpc.scheduler`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "snake_case")]
+pub enum SchedulerRequest {
+    /// The cluster as the log says it is.
+    View,
+    /// Heat and tiers of one image.
+    ImageHeat {
+        /// Which image.
+        image: ImageId,
+    },
+    /// Replaces the tier policy.
+    PolicySet {
+        /// The new policy.
+        policy: TierPolicy,
+        /// The operator's words.
+        reason: String,
+    },
+}
+
+/// Answers of the scheduler.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "snake_case")]
+pub enum SchedulerReply {
+    /// See [`SchedulerRequest::View`].
+    View(Box<ClusterView>),
+    /// See [`SchedulerRequest::ImageHeat`].
+    ImageHeat(ImageHeatView),
+    /// The log position of the change.
+    Done {
+        /// The log position.
+        seq: Seq,
+    },
+}
+
+/// Every answer on the wire.
+pub type Answer<T> = Result<T, Failure>;
