@@ -3,4 +3,9 @@
 //!
 //! This is the only crate that knows aya. It knows no network, no store and no scheduler.
 
+pub mod export;
 pub mod source;
+pub mod tally;
+
+pub use export::{ExportCounter, ExportSource};
+pub use source::{HeatError, HeatSource, ImageWindow, Op, Window};

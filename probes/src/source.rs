@@ -4,6 +4,15 @@ use hdrhistogram::Histogram;
 use hearth_protocol::heat::{BlockHeat, DiskUse, HeatOrigin};
 use hearth_protocol::{ByteLen, ImageId};
 
+/// Which way the bytes went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Op {
+    /// From the disk to the guest.
+    Read,
+    /// To the disk: writes, trims and zeroes.
+    Write,
+}
+
 /// What one image saw in one window.
 #[derive(Debug, Clone)]
 pub struct ImageWindow {
