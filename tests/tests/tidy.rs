@@ -1,0 +1,203 @@
+//! Rules about the source itself: sizes, leftovers, and what each crate must not know (ARCHITECTURE).
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+/// Lines of one file; more needs a split, not an exception.
+const LINES_MAX: usize = 1_000;
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("the tests' folder has a parent")
+}
+
+/// Source files of the clone with their text, relative to its root.
+fn sources() -> Result<Vec<(PathBuf, String)>> {
+    let mut found = Vec::new();
+    let mut open = vec![root().to_owned()];
+    while let Some(dir) = open.pop() {
+        for entry in fs::read_dir(&dir).with_context(|| format!("cannot list {}", dir.display()))? {
+            let path = entry?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            if path.is_dir() {
+                if name != "target" && !name.starts_with('.') {
+                    open.push(path);
+                }
+            } else if ["rs", "toml", "md", "py", "sh"]
+                .iter()
+                .any(|ext| name.ends_with(&format!(".{ext}")))
+            {
+                let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+                found.push((path.strip_prefix(root())?.to_owned(), text));
+            }
+        }
+    }
+    ensure!(
+        found.len() > 20,
+        "found only {} source files under {}",
+        found.len(),
+        root().display()
+    );
+    found.sort();
+    Ok(found)
+}
+
+fn cargo(words: &[&str]) -> Result<String> {
+    let out = Command::new(env!("CARGO"))
+        .current_dir(root())
+        .args(words)
+        .args(["--locked", "--offline"])
+        .output()
+        .with_context(|| format!("cannot start cargo {}", words.join(" ")))?;
+    ensure!(
+        out.status.success(),
+        "cargo {} failed: {}",
+        words.join(" "),
+        String::from_utf8_lossy(&out.stderr)
+    );
+    Ok(String::from_utf8(out.stdout)?)
+}
+
+/// Everything that a crate's normal build contains, itself included.
+fn built_into(package: &str) -> Result<BTreeSet<String>> {
+    let tree = cargo(&["tree", "-p", package, "-e", "normal", "--prefix", "none"])?;
+    Ok(tree
+        .lines()
+        .filter_map(|line| Some(line.split_whitespace().next()?.to_owned()))
+        .collect())
+}
+
+/// (package, direct dependency) for every member of the workspace, development dependencies left out.
+fn direct() -> Result<Vec<(String, String)>> {
+    let metadata: Value = serde_json::from_str(&cargo(&["metadata", "--no-deps", "--format-version", "1"])?)?;
+    let packages = metadata["packages"]
+        .as_array()
+        .context("cargo metadata lists no packages")?;
+    let mut pairs = Vec::new();
+    for package in packages {
+        let name = package["name"].as_str().context("a package without a name")?;
+        for dependency in package["dependencies"].as_array().into_iter().flatten() {
+            if dependency["kind"] != "dev" {
+                let on = dependency["name"].as_str().context("a dependency without a name")?;
+                pairs.push((name.to_owned(), on.to_owned()));
+            }
+        }
+    }
+    Ok(pairs)
+}
+
+#[test]
+fn files_are_short() -> Result<()> {
+    for (path, text) in sources()? {
+        let lines = text.lines().count();
+        ensure!(
+            lines <= LINES_MAX,
+            "{} has {lines} lines; split it, {LINES_MAX} are too many to read",
+            path.display()
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn nothing_is_left_over() -> Result<()> {
+    // Put together here, so that this file does not find itself.
+    let leftovers = ["todo", "unimplemented", "dbg"].map(|name| format!("{name}!("));
+    for (path, text) in sources()? {
+        if path.extension().is_none_or(|ext| ext != "rs") {
+            continue;
+        }
+        for (number, line) in text.lines().enumerate() {
+            if let Some(found) = leftovers.iter().find(|found| line.contains(found.as_str())) {
+                anyhow::bail!("{}:{}: `{found}..)` was left over", path.display(), number + 1);
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn every_crate_has_the_workspace_lints() -> Result<()> {
+    for (path, text) in sources()? {
+        if path.file_name().is_some_and(|name| name == "Cargo.toml") && text.contains("[package]") {
+            ensure!(
+                text.contains("[lints]\nworkspace = true"),
+                "{} does not say `[lints] workspace = true`",
+                path.display()
+            );
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_core_is_pure() -> Result<()> {
+    let forbidden = [
+        "tokio",
+        "async-nats",
+        "futures",
+        "rocksdb",
+        "rand",
+        "getrandom",
+        "tracing",
+        "chrono",
+        "time",
+    ];
+    for package in ["scheduler-core", "hearth-protocol"] {
+        let built = built_into(package)?;
+        ensure!(
+            built.contains("serde"),
+            "the dependency tree of {package} reads wrong: {built:?}"
+        );
+        for name in forbidden {
+            ensure!(!built.contains(name), "{package} must not know {name}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn each_outside_thing_has_its_crates() -> Result<()> {
+    // (dependency, the only packages that may name it)
+    let rules: &[(&str, &[&str])] = &[
+        ("aya", &["hearth-probes"]),
+        ("aya-build", &["hearth-probes"]),
+        ("aya-ebpf", &["hearth-probes-ebpf"]),
+        ("rocksdb", &["hearth-scheduler"]),
+        (
+            "async-nats",
+            &["hearth-scheduler", "hearth-node", "hearth-ctl", "hearth-tests"],
+        ),
+        ("ratatui", &["hearth-tui", "hearth-ctl"]),
+    ];
+    for (package, on) in direct()? {
+        if let Some((_, allowed)) = rules.iter().find(|(name, _)| *name == on) {
+            ensure!(
+                allowed.contains(&package.as_str()),
+                "{package} must not depend on {on}, only {allowed:?} may"
+            );
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_data_path_never_calls_nats() -> Result<()> {
+    for (path, text) in sources()? {
+        let data_path = ["volume", "tier", "store", "peer", "export"]
+            .iter()
+            .any(|part| path.starts_with(format!("node-daemon/src/{part}")));
+        ensure!(
+            !data_path || !text.contains("async_nats"),
+            "{} names async_nats; only the agent may",
+            path.display()
+        );
+    }
+    Ok(())
+}
