@@ -13,6 +13,7 @@ pub mod ids;
 pub mod limits;
 pub mod policy;
 pub mod rpc;
+pub mod size;
 pub mod subject;
 pub mod units;
 pub mod validity;

@@ -70,13 +70,14 @@ pub fn node_rpc(id: &NodeId) -> String {
     format!("hearth.rpc.node.{id}")
 }
 
-/// What one node reads of the log through its ordered consumer: terms and ticks, all images and layers, its commands.
+/// What one node reads of the log through its ordered consumer: terms and ticks, all images, layers and nodes (their
+/// addresses), and its commands.
 pub fn node_filters(id: &NodeId) -> Vec<String> {
     vec![
         LEAD_ALL.into(),
         "hearth.log.image.>".into(),
         "hearth.log.layer.>".into(),
+        "hearth.log.node.*".into(),
         command(id),
-        node(id),
     ]
 }
