@@ -4,7 +4,9 @@
 //! - a scheduler's event or command carries a term lower than the highest before it, or a term nobody won;
 //! - `TermStarted` does not carry exactly the highest term + 1;
 //! - an image event comes from a node that is not the image's owner at that point;
-//! - `ImageCreated` takes an id or a name that exists, or `ImageAttached` carries another epoch than the last + 1;
+//! - `Ticked` does not carry a number above every tick before it;
+//! - `ImageCreated` takes an id or a name that exists, or has a size, block size or stack outside the limits, or
+//!   `ImageAttached` carries another epoch than the last + 1;
 //! - the publisher has no right to that kind of event at all.
 
 use std::collections::BTreeMap;
@@ -13,7 +15,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::event::Event;
 use crate::ids::{ImageId, ImageName, LeaseId, NodeId, Publisher, SchedulerId};
-use crate::units::{Epoch, Term};
+use crate::limits::{IMAGE_BYTES_MAX, LAYERS_PER_IMAGE_MAX};
+use crate::units::{Epoch, Term, TickNo, is_block_size};
 
 /// The verdict on one event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -49,6 +52,8 @@ pub struct Ownership {
 pub struct Validity {
     term: Term,
     leader: Option<SchedulerId>,
+    #[serde(default)]
+    tick: TickNo,
     images: BTreeMap<ImageId, Ownership>,
     names: BTreeMap<ImageName, ImageId>,
 }
@@ -62,6 +67,11 @@ impl Validity {
     /// Who won it.
     pub fn leader(&self) -> Option<&SchedulerId> {
         self.leader.as_ref()
+    }
+
+    /// The last valid tick.
+    pub fn tick(&self) -> TickNo {
+        self.tick
     }
 
     /// The image of that name.
@@ -105,6 +115,12 @@ impl Validity {
         if self.leader.as_ref() != Some(id) {
             return Verdict::Void("the term was won by another scheduler");
         }
+        if let Event::Ticked { tick, .. } = event {
+            if *tick <= self.tick {
+                return Verdict::Void("the tick is not above the last");
+            }
+            self.tick = *tick;
+        }
         Verdict::Valid
     }
 
@@ -113,6 +129,12 @@ impl Validity {
             Event::ImageCreated(created) => {
                 if &created.node != node {
                     return Verdict::Void("a node creates images on itself only");
+                }
+                if !is_block_size(created.block_size.0) || created.size.0 > IMAGE_BYTES_MAX {
+                    return Verdict::Void("the image's size or block size is outside the limits");
+                }
+                if created.layers.is_empty() || created.layers.len() > LAYERS_PER_IMAGE_MAX {
+                    return Verdict::Void("the image's stack is empty or too deep");
                 }
                 if self.images.contains_key(&created.image) {
                     return Verdict::Void("the image id exists");
@@ -215,11 +237,12 @@ mod tests {
     #[test]
     fn only_the_highest_term_and_its_winner_count() {
         let mut v = Validity::default();
-        let tick = |term| Event::Ticked {
+        let tick_no = |term, tick| Event::Ticked {
             term: Term(term),
-            tick: 1.into_tick(),
+            tick: TickNo(tick),
             time: crate::WallMs(0),
         };
+        let tick = |term| tick_no(term, 1);
         let start = |term| Event::TermStarted {
             term: Term(term),
             previous: None,
@@ -232,16 +255,11 @@ mod tests {
         check(&mut v, &sched("b"), start(3), false);
         check(&mut v, &sched("b"), start(2), true);
         check(&mut v, &sched("a"), tick(1), false);
-        check(&mut v, &sched("b"), tick(2), true);
-    }
-
-    trait IntoTick {
-        fn into_tick(self) -> crate::TickNo;
-    }
-
-    impl IntoTick for u64 {
-        fn into_tick(self) -> crate::TickNo {
-            crate::TickNo(self)
-        }
+        check(&mut v, &sched("b"), tick(2), false);
+        check(&mut v, &sched("b"), tick_no(2, 2), true);
+        check(&mut v, &sched("b"), tick_no(2, 2), false);
+        check(&mut v, &sched("b"), tick_no(2, 5), true);
+        check(&mut v, &sched("b"), tick_no(2, 4), false);
+        assert_eq!(v.tick(), TickNo(5));
     }
 }
