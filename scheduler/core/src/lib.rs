@@ -1,1 +1,29 @@
-//! Placeholder.
+//! The scheduler's pure core: [`State::apply`] folds an event of the log into the state, [`State::decide`] turns the
+//! state into commands.
+//!
+//! It knows no clock (time is a field of `Ticked`), no randomness (ids are hashes of what they name), no hash order,
+//! no floats, no threads and no I/O: one log gives one state and one list of decisions on every machine. `clippy.toml`
+//! beside this crate's manifest bans what would break that.
+//!
+//! Where things are: [`State`] and its fold in `state`, per-block heat and places in `blocks`, integer decay in
+//! `decay`, images and layers in `catalog`, commands in flight in `orders`, idempotence in `publishers`, what moves
+//! and why in [`policy`], what people see in `view`, re-derivation in `replay`, explanations in `why`.
+
+#![deny(clippy::float_arithmetic)]
+
+mod blocks;
+mod catalog;
+mod decay;
+mod digest;
+mod orders;
+pub mod policy;
+mod publishers;
+mod state;
+mod view;
+
+pub use digest::{DigestBook, DigestCheck};
+pub use orders::COMMAND_TICKS;
+pub use state::{
+    Applied, DIGEST_EVERY_TICKS, Judged, REST_TICKS, State, TRACKED_BLOCKS_MAX, TRACKED_BLOCKS_PER_NODE_MAX,
+};
+pub use view::{image_heat, view};

@@ -1,0 +1,212 @@
+//! Images and layers as the log tells them: stacks, snapshots, and which nodes hold which layer.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use hearth_protocol::event::{ImageAttached, ImageCreated};
+use hearth_protocol::heat::{HeatOrigin, LatencySummary};
+use hearth_protocol::{ByteLen, Epoch, ImageId, ImageName, LayerId, NodeId, SetVersion, SnapshotName};
+use serde::{Deserialize, Serialize};
+
+/// One image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Image {
+    pub name: ImageName,
+    pub size: ByteLen,
+    pub block_size: ByteLen,
+    /// The stack, top first.
+    pub layers: Vec<LayerId>,
+    /// Name of the image a clone came from, as it was then, and the snapshot.
+    pub parent: Option<(ImageName, SnapshotName)>,
+    /// Oldest first.
+    pub snapshots: Vec<SnapshotName>,
+    pub node: NodeId,
+    pub attached: bool,
+    pub epoch: Epoch,
+    pub set_version: SetVersion,
+    pub last: LastWindow,
+}
+
+impl Image {
+    /// Blocks in all, the last one maybe partial.
+    pub(crate) fn blocks(&self) -> u64 {
+        self.size.0.div_ceil(self.block_size.0.max(1))
+    }
+}
+
+/// What the image's last heat event said.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub(crate) struct LastWindow {
+    pub origin: Option<HeatOrigin>,
+    /// The tick before which it was folded.
+    pub tick: u64,
+    pub reports: u64,
+    pub reads: u64,
+    pub writes: u64,
+    pub ram_hits: u64,
+    pub ram_misses: u64,
+    pub lost: u64,
+    pub read_latency: LatencySummary,
+    pub write_latency: LatencySummary,
+}
+
+/// One layer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Layer {
+    pub block_size: ByteLen,
+    /// The image whose top it is; `None` once it is sealed.
+    pub growing: Option<ImageId>,
+    /// Epoch of the image when the layer was sealed.
+    pub sealed_at: Epoch,
+    /// Nodes that hold it whole.
+    pub holders: BTreeSet<NodeId>,
+    /// Images whose stack it is in.
+    pub images: BTreeSet<ImageId>,
+}
+
+/// See the module.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub(crate) struct Catalog {
+    pub images: BTreeMap<ImageId, Image>,
+    pub layers: BTreeMap<LayerId, Layer>,
+}
+
+impl Catalog {
+    pub(crate) fn created(&mut self, event: &ImageCreated) {
+        let parent = event.parent.as_ref().map(|(id, snapshot)| {
+            // A parent that is gone keeps a readable place holder: its id is a valid name part.
+            let name = self.images.get(id).map(|p| p.name.clone());
+            (name, *id, snapshot.clone())
+        });
+        let parent = parent.map(|(name, id, snapshot)| {
+            let fallback = || format!("deleted/{id}").parse().expect("hexadecimal digits are a name");
+            (name.unwrap_or_else(fallback), snapshot)
+        });
+        for (depth, id) in event.layers.iter().enumerate() {
+            let layer = self.layers.entry(*id).or_insert_with(|| Layer {
+                block_size: event.block_size,
+                growing: None,
+                sealed_at: Epoch(0),
+                holders: BTreeSet::new(),
+                images: BTreeSet::new(),
+            });
+            layer.images.insert(event.image);
+            if depth == 0 {
+                layer.growing = Some(event.image);
+                layer.holders.insert(event.node.clone());
+            }
+        }
+        self.images.insert(
+            event.image,
+            Image {
+                name: event.name.clone(),
+                size: event.size,
+                block_size: event.block_size,
+                layers: event.layers.clone(),
+                parent,
+                snapshots: Vec::new(),
+                node: event.node.clone(),
+                attached: false,
+                epoch: Epoch(0),
+                set_version: event.set_version,
+                last: LastWindow::default(),
+            },
+        );
+    }
+
+    /// Returns the top layer, whose copies of earlier epochs are stale now.
+    pub(crate) fn attached(&mut self, event: &ImageAttached) -> Option<LayerId> {
+        let image = self.images.get_mut(&event.image)?;
+        image.attached = true;
+        image.epoch = event.epoch;
+        image.set_version = event.set_version;
+        image.layers.first().copied()
+    }
+
+    pub(crate) fn detached(&mut self, id: ImageId) {
+        if let Some(image) = self.images.get_mut(&id) {
+            image.attached = false;
+        }
+    }
+
+    pub(crate) fn snapshot_taken(&mut self, id: ImageId, name: &SnapshotName, sealed: LayerId, top: LayerId) {
+        let Some(image) = self.images.get_mut(&id) else {
+            return;
+        };
+        if !image.snapshots.contains(name) {
+            image.snapshots.push(name.clone());
+        }
+        if !image.layers.contains(&sealed) {
+            image.layers.insert(0, sealed);
+        }
+        if !image.layers.contains(&top) {
+            image.layers.insert(0, top);
+        }
+        let (node, epoch, block_size) = (image.node.clone(), image.epoch, image.block_size);
+        for (layer_id, growing) in [(sealed, None), (top, Some(id))] {
+            let layer = self.layers.entry(layer_id).or_insert_with(|| Layer {
+                block_size,
+                growing,
+                sealed_at: epoch,
+                holders: BTreeSet::new(),
+                images: BTreeSet::new(),
+            });
+            layer.growing = growing;
+            layer.sealed_at = epoch;
+            layer.holders.insert(node.clone());
+            layer.images.insert(id);
+        }
+    }
+
+    pub(crate) fn snapshot_deleted(&mut self, id: ImageId, name: &SnapshotName) {
+        if let Some(image) = self.images.get_mut(&id) {
+            image.snapshots.retain(|s| s != name);
+        }
+    }
+
+    /// Returns the layers that no image stands on any more.
+    pub(crate) fn deleted(&mut self, id: ImageId) -> Vec<LayerId> {
+        let Some(image) = self.images.remove(&id) else {
+            return Vec::new();
+        };
+        let mut gone = Vec::new();
+        for layer_id in image.layers {
+            let Some(layer) = self.layers.get_mut(&layer_id) else {
+                continue;
+            };
+            layer.images.remove(&id);
+            if layer.growing == Some(id) {
+                layer.growing = None;
+            }
+            if layer.images.is_empty() {
+                self.layers.remove(&layer_id);
+                gone.push(layer_id);
+            }
+        }
+        gone
+    }
+
+    pub(crate) fn sealed(&mut self, id: LayerId, node: &NodeId) {
+        if let Some(layer) = self.layers.get_mut(&id) {
+            if let Some(image) = layer.growing.take().and_then(|i| self.images.get(&i)) {
+                layer.sealed_at = image.epoch;
+            }
+            layer.holders.insert(node.clone());
+        }
+    }
+
+    pub(crate) fn dropped(&mut self, id: LayerId, node: &NodeId) {
+        if let Some(layer) = self.layers.get_mut(&id) {
+            layer.holders.remove(node);
+        }
+    }
+
+    /// A node said which sealed layers it holds. Adds only: a layer leaves a node by `LayerDropped`, never by being
+    /// left out of a list.
+    pub(crate) fn joined(&mut self, node: &NodeId, layers: &[LayerId]) {
+        for id in layers {
+            if let Some(layer) = self.layers.get_mut(id) {
+                layer.holders.insert(node.clone());
+            }
+        }
+    }
+}

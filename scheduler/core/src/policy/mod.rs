@@ -1,0 +1,3 @@
+//! Policies: each one file, a pure function of the state.
+
+pub mod tier;

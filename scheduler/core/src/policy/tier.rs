@@ -1,0 +1,547 @@
+//! The tier policy: which blocks the main region of each node's RAM tier holds.
+//!
+//! POLICY.md has the measurements. A node admits misses into its front by itself; the main region belongs to this
+//! policy. Per present node and tick, hottest first:
+//! - a block is a *candidate* if reads gave it the threshold's score, a window without losses counted it, and the
+//!   node can read its layer;
+//! - while there is room it is promoted; when the region is full it must have `margin_percent` of the score of the
+//!   coldest residents it displaces, so that two blocks of like heat never change places;
+//! - no more bytes than the bandwidth budget of the tick and the in-flight limit allow.
+//!
+//! Before that: copies in doubt are settled, a region that shrank is emptied to its size, and residents that went
+//! cold are demoted though nobody wants their place. Commands of one node are given in this order, and a node executes
+//! them in order, so that every demotion precedes the promotion that needs its room.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
+
+use hearth_protocol::command::{Alternative, Demotion, Order, Promotion, Reason, Resident};
+use hearth_protocol::limits::{ALTERNATIVES_MAX, BLOCKS_PER_COMMAND_MAX};
+use hearth_protocol::{
+    BlockIndex, ByteLen, Command, CommandId, Epoch, HeatScore, LayerId, NodeId, Seq, SetVersion, TickNo,
+};
+
+use crate::blocks::NodeBlocks;
+use crate::decay::Weight;
+use crate::orders::COMMAND_TICKS;
+use crate::state::{Data, Facts, Node};
+
+/// Residents demoted per node and tick because they went cold or into doubt: four commands' worth, so that a policy
+/// change cannot stall a node.
+const COLD_DEMOTIONS_MAX: usize = 4 * BLOCKS_PER_COMMAND_MAX;
+
+/// Log positions named by one reason, newest kept; every promoted block names its own besides.
+const RESTS_ON_MAX: usize = 64;
+
+/// The rule names that commands carry.
+pub mod rules {
+    /// A hot block takes free room or a colder block's place.
+    pub const PROMOTE: &str = "tier/promote";
+    /// A resident makes room for a hotter block.
+    pub const DISPLACE: &str = "tier/displace";
+    /// A resident fell under the policy's least score.
+    pub const COLD: &str = "tier/cold";
+    /// The region became smaller than what it holds.
+    pub const SHRINK: &str = "tier/shrink";
+    /// An order expired without an answer; its blocks are taken out, so that the accounts are exact again.
+    pub const SETTLE: &str = "tier/settle";
+}
+
+/// Decides for all nodes, ascending by id.
+pub(crate) fn decide(data: &Data) -> Vec<Command> {
+    let mut commands = Vec::new();
+    if !data.facts.policy.enabled || data.facts.validity.leader().is_none() {
+        return commands;
+    }
+    for (id, node) in &data.facts.nodes {
+        if !data.facts.present(node) {
+            continue;
+        }
+        if let Some(blocks) = data.blocks.get(id) {
+            commands.extend(Plan::new(&data.facts, id, node, blocks).run());
+        }
+    }
+    commands
+}
+
+/// A layer as one node reads it.
+#[derive(Debug, Clone)]
+struct Source {
+    from: NodeId,
+    epoch: Epoch,
+    set_version: SetVersion,
+}
+
+/// A block that was chosen, by weight.
+#[derive(Debug, Clone, Copy)]
+struct Chosen {
+    weight: Weight,
+    layer: LayerId,
+    block: BlockIndex,
+    heat_seq: Seq,
+    displaces: Option<Resident>,
+}
+
+/// The decision for one node.
+struct Plan<'a> {
+    facts: &'a Facts,
+    id: &'a NodeId,
+    node: &'a Node,
+    blocks: &'a NodeBlocks,
+    sources: BTreeMap<LayerId, Source>,
+    commands: Vec<Command>,
+}
+
+impl<'a> Plan<'a> {
+    fn new(facts: &'a Facts, id: &'a NodeId, node: &'a Node, blocks: &'a NodeBlocks) -> Self {
+        Self {
+            facts,
+            id,
+            node,
+            blocks,
+            sources: BTreeMap::new(),
+            commands: Vec::new(),
+        }
+    }
+
+    fn run(mut self) -> Vec<Command> {
+        let capacity = self.node.main_capacity();
+        let blocks = self.blocks;
+        let mut used = blocks.resident_bytes + blocks.arriving_bytes + blocks.doubtful_bytes;
+        used -= self.settle();
+        let mut residents = Merge::coldest(blocks);
+        used -= self.shrink(&mut residents, used.saturating_sub(capacity));
+        used -= self.demote_cold(&mut residents);
+        self.promote(residents, capacity, capacity.saturating_sub(used));
+        self.commands
+    }
+
+    /// Takes out what is in doubt; returns the bytes.
+    fn settle(&mut self) -> u64 {
+        let mut out: BTreeMap<LayerId, Vec<Demotion>> = BTreeMap::new();
+        let mut bytes = 0;
+        let doubtful = self
+            .blocks
+            .layers
+            .iter()
+            .flat_map(|(id, layer)| layer.doubtful.iter().map(move |block| (*id, layer, *block)));
+        for (id, layer, block) in doubtful.take(COLD_DEMOTIONS_MAX) {
+            let score = layer.cells.get(&block).map_or(HeatScore(0), |c| self.score(c.weight));
+            out.entry(id).or_default().push(Demotion { block, score });
+            bytes += layer.block_bytes;
+        }
+        self.give_demotions(out, rules::SETTLE, &[], &[], &[]);
+        bytes
+    }
+
+    /// Takes out the coldest until `over` bytes are free; returns the bytes.
+    fn shrink(&mut self, residents: &mut Merge<'_>, over: u64) -> u64 {
+        let mut out: BTreeMap<LayerId, Vec<Demotion>> = BTreeMap::new();
+        let (mut bytes, mut count) = (0, 0);
+        while bytes < over && count < COLD_DEMOTIONS_MAX {
+            let Some((weight, layer, block)) = residents.next() else {
+                break;
+            };
+            let score = self.score(weight);
+            out.entry(layer).or_default().push(Demotion { block, score });
+            bytes += self.block_bytes(layer);
+            count += 1;
+        }
+        let numbers = [("over_bytes", over), ("main_capacity_bytes", self.node.main_capacity())];
+        self.give_demotions(out, rules::SHRINK, &numbers, &[], &[]);
+        bytes
+    }
+
+    /// Takes out what is colder than the policy's least score; returns the bytes.
+    fn demote_cold(&mut self, residents: &mut Merge<'_>) -> u64 {
+        let least = HeatScore(HeatScore::whole(self.facts.policy.demote_below_centibursts).0 / 100);
+        let least_weight = self.facts.clock.weight(least);
+        let mut out: BTreeMap<LayerId, Vec<Demotion>> = BTreeMap::new();
+        let (mut bytes, mut count) = (0, 0);
+        while count < COLD_DEMOTIONS_MAX {
+            let Some((weight, layer, block)) = residents.peek() else {
+                break;
+            };
+            if weight >= least_weight {
+                break;
+            }
+            residents.next();
+            let score = self.score(weight);
+            out.entry(layer).or_default().push(Demotion { block, score });
+            bytes += self.block_bytes(layer);
+            count += 1;
+        }
+        self.give_demotions(out, rules::COLD, &[("demote_below_score", least.0)], &[], &[]);
+        bytes
+    }
+
+    /// Promotes candidates into free room and over colder residents.
+    fn promote(&mut self, mut residents: Merge<'_>, capacity: u64, free_before: u64) {
+        let policy = &self.facts.policy;
+        let per_tick = policy.promote_bytes_per_s_max.saturating_mul(self.facts.tick_ms) / 1_000;
+        let in_flight = self.blocks.arriving_bytes;
+        let budget = per_tick.min(policy.in_flight_bytes_max.saturating_sub(in_flight));
+        let margin = u128::from(policy.margin_percent);
+        let coldest = residents.peek();
+        let mut free = free_before;
+        let mut left = budget;
+        let mut chosen: Vec<Chosen> = Vec::new();
+        let mut displaced: BTreeMap<LayerId, Vec<Demotion>> = BTreeMap::new();
+        let mut lost: Vec<Alternative> = Vec::new();
+        let mut candidates = self.candidates();
+        // Victims already looked at for a candidate that lost are still the coldest for the next one.
+        let mut set_aside: Vec<(Weight, LayerId, BlockIndex)> = Vec::new();
+        while let Some((weight, layer, block)) = candidates.next() {
+            let bytes = self.block_bytes(layer);
+            let why = if left < bytes {
+                Some("over_budget")
+            } else {
+                let mut room = free;
+                let mut victims_weight: u128 = 0;
+                while room < bytes {
+                    let Some(victim) = residents.next() else {
+                        break;
+                    };
+                    set_aside.push(victim);
+                    room += self.block_bytes(victim.1);
+                    victims_weight += u128::from(victim.0);
+                    if u128::from(weight) * 100 < victims_weight * margin {
+                        break;
+                    }
+                }
+                if room < bytes {
+                    Some("no_room")
+                } else if u128::from(weight) * 100 < victims_weight * margin {
+                    Some("below_margin")
+                } else {
+                    free = room - bytes;
+                    None
+                }
+            };
+            if let Some(why) = why {
+                residents.put_back(&mut set_aside);
+                if lost.len() < ALTERNATIVES_MAX {
+                    lost.push(Alternative {
+                        layer,
+                        block,
+                        score: self.score(weight),
+                        why: why.into(),
+                    });
+                }
+                // All that follow are colder, and every victim is at least as warm: they lose for the same reason,
+                // unless they are smaller. They are looked at only to name the best of them.
+                if lost.len() == ALTERNATIVES_MAX {
+                    break;
+                }
+                continue;
+            }
+            left -= bytes;
+            let displaces = set_aside.first().map(|(weight, layer, block)| Resident {
+                score: self.score(*weight),
+                layer: *layer,
+                block: *block,
+            });
+            for (weight, layer, block) in set_aside.drain(..) {
+                let score = self.score(weight);
+                displaced.entry(layer).or_default().push(Demotion { block, score });
+            }
+            chosen.push(Chosen {
+                weight,
+                layer,
+                block,
+                heat_seq: self.blocks.layers[&layer].cells[&block].heat_seq,
+                displaces,
+            });
+        }
+        if chosen.is_empty() {
+            return;
+        }
+        let takers: Vec<Seq> = chosen
+            .iter()
+            .filter(|c| c.displaces.is_some())
+            .map(|c| c.heat_seq)
+            .collect();
+        let coldest_taker = chosen
+            .iter()
+            .rev()
+            .find(|c| c.displaces.is_some())
+            .map_or(0, |c| c.weight);
+        let stayed = self.stayed(&mut residents);
+        self.give_demotions(
+            displaced,
+            rules::DISPLACE,
+            &[
+                ("coldest_taker_score", self.score(coldest_taker).0),
+                ("margin_percent", policy.margin_percent),
+                ("main_capacity_bytes", capacity),
+            ],
+            &takers,
+            &stayed,
+        );
+        let numbers = [
+            ("threshold_score", HeatScore::whole(policy.threshold_bursts).0),
+            ("margin_percent", policy.margin_percent),
+            ("coldest_resident_score", coldest.map_or(0, |(w, ..)| self.score(w).0)),
+            ("free_bytes", free_before),
+            ("main_capacity_bytes", capacity),
+            ("budget_bytes", budget),
+            ("in_flight_bytes", in_flight),
+        ];
+        self.give_promotions(&chosen, &numbers, &lost);
+    }
+
+    /// The next coldest residents, which kept their place.
+    fn stayed(&self, residents: &mut Merge<'_>) -> Vec<Alternative> {
+        (0..ALTERNATIVES_MAX)
+            .map_while(|_| residents.next())
+            .map(|(weight, layer, block)| Alternative {
+                layer,
+                block,
+                score: self.score(weight),
+                why: "hotter_resident_stays".into(),
+            })
+            .collect()
+    }
+
+    /// Candidates of all layers that the node can read now.
+    fn candidates(&mut self) -> Merge<'a> {
+        let mut iters: Vec<(LayerId, Order64<'a>)> = Vec::new();
+        for (id, layer) in &self.blocks.layers {
+            if layer.hot.is_empty() {
+                continue;
+            }
+            if let Some(source) = self.source(*id) {
+                self.sources.insert(*id, source);
+                iters.push((*id, Order64::Hot(layer.hot.iter())));
+            }
+        }
+        Merge::new(iters, true)
+    }
+
+    /// Where the node reads a layer from: itself if it holds it, else the present holder with the lowest id. A
+    /// growing layer is read only where its image is attached.
+    fn source(&self, id: LayerId) -> Option<Source> {
+        let layer = self.facts.catalog.layers.get(&id)?;
+        if let Some(image) = layer.growing {
+            let image = self.facts.catalog.images.get(&image)?;
+            return (image.attached && image.node == *self.id).then(|| Source {
+                from: self.id.clone(),
+                epoch: image.epoch,
+                set_version: image.set_version,
+            });
+        }
+        let present = |holder: &&NodeId| self.facts.nodes.get(*holder).is_some_and(|n| self.facts.present(n));
+        let from = layer
+            .holders
+            .get(self.id)
+            .or_else(|| layer.holders.iter().find(present))?
+            .clone();
+        Some(Source {
+            from,
+            epoch: layer.sealed_at,
+            set_version: SetVersion(0),
+        })
+    }
+
+    fn score(&self, weight: Weight) -> HeatScore {
+        self.facts.clock.score(weight)
+    }
+
+    fn block_bytes(&self, layer: LayerId) -> u64 {
+        self.blocks.layers.get(&layer).map_or(0, |l| l.block_bytes)
+    }
+
+    fn give_demotions(
+        &mut self,
+        by_layer: BTreeMap<LayerId, Vec<Demotion>>,
+        rule: &str,
+        numbers: &[(&str, u64)],
+        rests_on: &[Seq],
+        lost: &[Alternative],
+    ) {
+        for (layer, mut blocks) in by_layer {
+            blocks.sort_by_key(|d| (d.score, d.block));
+            for part in blocks.chunks(BLOCKS_PER_COMMAND_MAX) {
+                let mut all = vec![
+                    ("blocks", part.len() as u64),
+                    ("coldest_score", part[0].score.0),
+                    ("hottest_score", part[part.len() - 1].score.0),
+                ];
+                all.extend_from_slice(numbers);
+                let order = Order::Demote {
+                    layer,
+                    blocks: part.to_vec(),
+                    bytes: ByteLen(self.block_bytes(layer).saturating_mul(part.len() as u64)),
+                };
+                self.give(order, rule, &all, rests_on.iter().copied(), lost);
+            }
+        }
+    }
+
+    fn give_promotions(&mut self, chosen: &[Chosen], numbers: &[(&str, u64)], lost: &[Alternative]) {
+        // Layers in the order of their hottest block, blocks hottest first.
+        let mut by_layer: Vec<(LayerId, Vec<&Chosen>)> = Vec::new();
+        let mut place: BTreeMap<LayerId, usize> = BTreeMap::new();
+        for one in chosen {
+            let at = *place.entry(one.layer).or_insert_with(|| {
+                by_layer.push((one.layer, Vec::new()));
+                by_layer.len() - 1
+            });
+            by_layer[at].1.push(one);
+        }
+        for (layer, blocks) in by_layer {
+            let source = self.sources[&layer].clone();
+            for part in blocks.chunks(BLOCKS_PER_COMMAND_MAX) {
+                let mut all = vec![
+                    ("blocks", part.len() as u64),
+                    ("hottest_score", self.score(part[0].weight).0),
+                    ("coldest_score", self.score(part[part.len() - 1].weight).0),
+                ];
+                all.extend_from_slice(numbers);
+                let order = Order::Promote {
+                    layer,
+                    epoch: source.epoch,
+                    set_version: source.set_version,
+                    from: source.from.clone(),
+                    blocks: part
+                        .iter()
+                        .map(|c| Promotion {
+                            block: c.block,
+                            score: self.score(c.weight),
+                            displaces: c.displaces,
+                            heat_seq: c.heat_seq,
+                        })
+                        .collect(),
+                    bytes: ByteLen(self.block_bytes(layer).saturating_mul(part.len() as u64)),
+                };
+                self.give(order, rules::PROMOTE, &all, part.iter().map(|c| c.heat_seq), lost);
+            }
+        }
+    }
+
+    fn give(
+        &mut self,
+        order: Order,
+        rule: &str,
+        numbers: &[(&str, u64)],
+        rests_on: impl Iterator<Item = Seq>,
+        lost: &[Alternative],
+    ) {
+        let rests_on: BTreeSet<Seq> = rests_on.collect();
+        let surplus = rests_on.len().saturating_sub(RESTS_ON_MAX);
+        let (term, tick) = (self.facts.validity.term(), self.facts.tick);
+        let ordinal = self.commands.len() as u64;
+        let mut hasher = blake3::Hasher::new();
+        hasher
+            .update(b"hearth command")
+            .update(&term.0.to_be_bytes())
+            .update(&tick.0.to_be_bytes())
+            .update(&ordinal.to_be_bytes())
+            .update(self.id.as_str().as_bytes());
+        let (id, _) = hasher
+            .finalize()
+            .as_bytes()
+            .split_first_chunk::<16>()
+            .map_or(([0; 16], ()), |(id, _)| (*id, ()));
+        self.commands.push(Command {
+            id: CommandId(u128::from_be_bytes(id)),
+            node: self.id.clone(),
+            term,
+            tick,
+            expires: TickNo(tick.0 + COMMAND_TICKS),
+            order,
+            reason: Reason {
+                rule: rule.into(),
+                policy_version: self.facts.policy_version,
+                numbers: numbers.iter().map(|(name, value)| ((*name).into(), *value)).collect(),
+                rests_on: rests_on.into_iter().skip(surplus).collect(),
+                lost: lost.to_vec(),
+            },
+        });
+    }
+}
+
+/// One layer's order.
+enum Order64<'a> {
+    Hot(std::collections::btree_set::Iter<'a, (Reverse<Weight>, BlockIndex)>),
+    Cold(std::collections::btree_set::Iter<'a, (Weight, BlockIndex)>),
+}
+
+impl Iterator for Order64<'_> {
+    type Item = (Weight, BlockIndex);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        match self {
+            Order64::Hot(iter) => iter.next().map(|(Reverse(weight), block)| (*weight, *block)),
+            Order64::Cold(iter) => iter.next().copied(),
+        }
+    }
+}
+
+/// Merges the orders of several layers into one; ties go to the lower layer id, then to the lower block.
+struct Merge<'a> {
+    iters: Vec<(LayerId, Order64<'a>)>,
+    /// The head of each order: key, layer, block, index of the order.
+    heads: BinaryHeap<Reverse<(u64, LayerId, BlockIndex, usize)>>,
+    /// Taken and put back, in order.
+    returned: std::collections::VecDeque<(Weight, LayerId, BlockIndex)>,
+    hottest_first: bool,
+}
+
+impl<'a> Merge<'a> {
+    fn new(iters: Vec<(LayerId, Order64<'a>)>, hottest_first: bool) -> Self {
+        let mut merge = Self {
+            heads: BinaryHeap::with_capacity(iters.len()),
+            iters,
+            returned: Default::default(),
+            hottest_first,
+        };
+        for index in 0..merge.iters.len() {
+            merge.pull(index);
+        }
+        merge
+    }
+
+    fn coldest(blocks: &'a NodeBlocks) -> Self {
+        let iters = blocks
+            .layers
+            .iter()
+            .filter(|(_, layer)| !layer.cold.is_empty())
+            .map(|(id, layer)| (*id, Order64::Cold(layer.cold.iter())))
+            .collect();
+        Self::new(iters, false)
+    }
+
+    fn pull(&mut self, index: usize) {
+        let (layer, iter) = &mut self.iters[index];
+        if let Some((weight, block)) = iter.next() {
+            let key = if self.hottest_first { u64::MAX - weight } else { weight };
+            self.heads.push(Reverse((key, *layer, block, index)));
+        }
+    }
+
+    fn peek(&self) -> Option<(Weight, LayerId, BlockIndex)> {
+        if let Some(first) = self.returned.front() {
+            return Some(*first);
+        }
+        let Reverse((key, layer, block, _)) = self.heads.peek()?;
+        Some((if self.hottest_first { u64::MAX - key } else { *key }, *layer, *block))
+    }
+
+    fn next(&mut self) -> Option<(Weight, LayerId, BlockIndex)> {
+        let next = self.peek()?;
+        if self.returned.pop_front().is_none()
+            && let Some(Reverse((.., index))) = self.heads.pop()
+        {
+            self.pull(index);
+        }
+        Some(next)
+    }
+
+    /// Gives back what was taken last, in the order taken.
+    fn put_back(&mut self, taken: &mut Vec<(Weight, LayerId, BlockIndex)>) {
+        for one in taken.drain(..).rev() {
+            self.returned.push_front(one);
+        }
+    }
+}

@@ -1,0 +1,162 @@
+//! Idempotence: per publisher incarnation, each event counts once, and what never arrived is counted.
+//!
+//! Numbers run from 1 without holes. A repeat is ignored before it is judged. A number that comes late, after a
+//! higher one, still counts, once: it was reported as missing meanwhile.
+
+use std::collections::BTreeMap;
+
+use hearth_protocol::{Envelope, Incarnation, Publisher};
+use serde::{Deserialize, Serialize};
+
+/// Incarnations remembered per publisher: the live one, and earlier ones whose last events may still be resent.
+const INCARNATIONS_MAX: usize = 4;
+
+/// Ranges of missing numbers remembered per incarnation. Beyond that the oldest is given up: it stays counted.
+const MISSING_RANGES_MAX: usize = 32;
+
+/// What an envelope's number says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Arrival {
+    /// The next one.
+    Next,
+    /// Some before it have not arrived.
+    Gap {
+        /// How many.
+        missing: u64,
+    },
+    /// It was missing, and now came.
+    Late,
+    /// It was applied before.
+    Repeat,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Numbers {
+    incarnation: Incarnation,
+    last: u64,
+    /// First and last number of each hole, ascending.
+    missing: Vec<(u64, u64)>,
+}
+
+/// The memory of the rule.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub(crate) struct Publishers {
+    /// Newest incarnation last.
+    by_publisher: BTreeMap<Publisher, Vec<Numbers>>,
+}
+
+impl Publishers {
+    /// Takes note of an event's number.
+    pub(crate) fn arrive(&mut self, envelope: &Envelope) -> Arrival {
+        if !self.by_publisher.contains_key(&envelope.publisher) {
+            self.by_publisher.insert(envelope.publisher.clone(), Vec::new());
+        }
+        let known = self.by_publisher.get_mut(&envelope.publisher).expect("just inserted");
+        let index = known.iter().position(|n| n.incarnation == envelope.incarnation);
+        let numbers = match index {
+            Some(index) => &mut known[index],
+            None => {
+                if known.len() == INCARNATIONS_MAX {
+                    known.remove(0);
+                }
+                known.push(Numbers {
+                    incarnation: envelope.incarnation,
+                    last: 0,
+                    missing: Vec::new(),
+                });
+                known.last_mut().expect("just pushed")
+            }
+        };
+        numbers.arrive(envelope.publisher_seq)
+    }
+
+    /// Numbers that an incarnation has not delivered.
+    #[cfg(test)]
+    pub(crate) fn missing(&self, publisher: &Publisher) -> u64 {
+        self.by_publisher.get(publisher).map_or(0, |all| {
+            all.iter()
+                .flat_map(|n| &n.missing)
+                .map(|(from, to)| to - from + 1)
+                .sum()
+        })
+    }
+}
+
+impl Numbers {
+    fn arrive(&mut self, number: u64) -> Arrival {
+        if number > self.last {
+            let missing = number - self.last - 1;
+            if missing > 0 {
+                if self.missing.len() == MISSING_RANGES_MAX {
+                    self.missing.remove(0);
+                }
+                self.missing.push((self.last + 1, number - 1));
+            }
+            self.last = number;
+            return if missing > 0 {
+                Arrival::Gap { missing }
+            } else {
+                Arrival::Next
+            };
+        }
+        let Some(at) = self
+            .missing
+            .iter()
+            .position(|(from, to)| (*from..=*to).contains(&number))
+        else {
+            return Arrival::Repeat;
+        };
+        let (from, to) = self.missing.remove(at);
+        if number < to {
+            self.missing.insert(at, (number + 1, to));
+        }
+        if from < number {
+            self.missing.insert(at, (from, number - 1));
+        }
+        Arrival::Late
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use hearth_protocol::WallMs;
+
+    use super::*;
+
+    fn envelope(incarnation: u128, number: u64) -> Envelope {
+        Envelope {
+            codec: 1,
+            subject: String::new(),
+            publisher: Publisher::Node("n1".parse().unwrap()),
+            incarnation: Incarnation(incarnation),
+            publisher_seq: number,
+            time: WallMs(0),
+        }
+    }
+
+    #[test]
+    fn every_number_counts_once() {
+        let mut publishers = Publishers::default();
+        let mut check = |incarnation, number, expect| {
+            assert_eq!(
+                publishers.arrive(&envelope(incarnation, number)),
+                expect,
+                "{incarnation} {number}"
+            );
+        };
+        check(1, 1, Arrival::Next);
+        check(1, 1, Arrival::Repeat);
+        check(1, 2, Arrival::Next);
+        check(1, 6, Arrival::Gap { missing: 3 });
+        check(1, 4, Arrival::Late);
+        check(1, 4, Arrival::Repeat);
+        check(1, 5, Arrival::Late);
+        check(1, 3, Arrival::Late);
+        check(1, 3, Arrival::Repeat);
+        check(2, 1, Arrival::Next);
+        check(1, 7, Arrival::Next);
+        check(2, 1, Arrival::Repeat);
+        check(1, 0, Arrival::Repeat);
+        assert_eq!(publishers.missing(&envelope(1, 1).publisher), 0);
+    }
+}

@@ -1,0 +1,648 @@
+//! The cluster as the log tells it: one struct, one total function that folds an event into it.
+//!
+//! Invariants: equal log prefixes give equal states, on any machine; a void or repeated event changes nothing but
+//! counters and its publisher's number; nothing here fails.
+
+use std::collections::BTreeMap;
+
+use hearth_protocol::command::{Command, Outcome};
+use hearth_protocol::event::{HeatFolded, NodeJoined};
+use hearth_protocol::heat::{LatencySummary, TierUse};
+use hearth_protocol::limits::{ABSENT_AFTER_TICKS, TICK_MS};
+use hearth_protocol::policy::TierPolicy;
+use hearth_protocol::validity::{Validity, Verdict};
+use hearth_protocol::view::Totals;
+use hearth_protocol::{
+    BlockIndex, ByteLen, Envelope, Event, HeatScore, ImageId, ImageName, Incarnation, LayerId, NodeId, SchedulerId,
+    Seq, Term, TickNo, WallMs,
+};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use crate::blocks::{HeatAt, NodeBlocks, Place};
+use crate::catalog::{Catalog, LastWindow};
+use crate::decay::{DecayClock, Weight, shifted};
+use crate::orders::Orders;
+use crate::publishers::{Arrival, Publishers};
+
+/// Blocks tracked in the whole cluster, some 1.1 GiB at most; each node has an equal share of it.
+pub const TRACKED_BLOCKS_MAX: u64 = 1 << 24;
+
+/// Blocks tracked on one node at most, however few nodes there are: 64 GiB of 64 KiB blocks.
+pub const TRACKED_BLOCKS_PER_NODE_MAX: u64 = 1 << 20;
+
+/// Ticks for which a block is not ordered in again after a node skipped or refused it, or a write dropped it.
+pub const REST_TICKS: u64 = 8;
+
+/// Ticks between two recorded digests.
+pub const DIGEST_EVERY_TICKS: u64 = 10;
+
+/// Longest step of the heat clock, in milliseconds (a day): one wrong wall clock must not cool everything for ever.
+const STEP_MS_MAX: u64 = 86_400_000;
+
+/// What [`State::apply`] did with an event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Applied {
+    /// Whether it counted.
+    pub judged: Judged,
+    /// Events of the same publisher incarnation that are missing before this one.
+    pub gap: u64,
+    /// It was a valid tick: if this scheduler leads, it decides now.
+    pub decide: bool,
+    /// The digests are due after this event ([`DIGEST_EVERY_TICKS`]): replicas compare them, the leader records them.
+    pub digest: bool,
+}
+
+/// The verdict on an event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Judged {
+    /// It counts.
+    Valid,
+    /// It is kept and not applied, for this reason.
+    Void(&'static str),
+    /// Its publisher incarnation already delivered this number; ignored.
+    Repeat,
+    /// Its log position was applied before; nothing changed at all.
+    Behind,
+}
+
+/// What is known of one node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Node {
+    pub joined: NodeJoined,
+    pub left: bool,
+    pub last_report: TickNo,
+    /// Highest report folded of this incarnation.
+    pub report_seq: u64,
+    pub tier: TierUse,
+    pub probe_events_total: u64,
+    pub probe_lost_total: u64,
+    pub disk_read: LatencySummary,
+    /// The last tick whose window lost samples there.
+    pub lost_at: Option<TickNo>,
+}
+
+impl Node {
+    /// Bytes that the main region holds at most: as the node last reported, else as it said when it joined.
+    pub(crate) fn main_capacity(&self) -> u64 {
+        if self.tier.capacity.0 > 0 {
+            self.tier.main_capacity.0
+        } else {
+            self.joined.main.0
+        }
+    }
+}
+
+/// Counters that are no part of [`Totals`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub(crate) struct Odd {
+    /// Packs that could not be read.
+    pub damaged_packs: u64,
+    /// Records of unknown nodes, images or layers, or past an image's end.
+    pub foreign_records: u64,
+    /// Events that were missing before others of their publisher, and came late or never.
+    pub publisher_gaps: u64,
+    /// Answers to commands that nobody remembers.
+    pub foreign_answers: u64,
+    /// Blocks forgotten for want of room.
+    pub forgotten_blocks: u64,
+}
+
+/// Everything but the blocks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Facts {
+    pub seq: Seq,
+    pub time: WallMs,
+    pub tick: TickNo,
+    pub validity: Validity,
+    pub publishers: Publishers,
+    pub policy_version: u64,
+    pub policy: TierPolicy,
+    pub clock: DecayClock,
+    /// What a candidate weighs at least: the threshold as of the tick before, so that heat folded since then is not
+    /// first decayed by the very tick that judges it.
+    pub floor: Weight,
+    /// Milliseconds of event time that the last tick stands for.
+    pub tick_ms: u64,
+    pub nodes: BTreeMap<NodeId, Node>,
+    pub catalog: Catalog,
+    pub orders: Orders,
+    pub totals: Totals,
+    pub odd: Odd,
+    /// blake3 chain over all valid commands.
+    #[serde(with = "serde_bytes")]
+    pub decisions: [u8; 32],
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Data {
+    pub facts: Facts,
+    pub blocks: BTreeMap<NodeId, NodeBlocks>,
+}
+
+/// The cluster at one log position. Its encoding is a snapshot: reading it back gives an equal state.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct State {
+    pub(crate) data: Data,
+}
+
+impl Default for State {
+    fn default() -> Self {
+        let policy = TierPolicy::default();
+        Self {
+            data: Data {
+                facts: Facts {
+                    seq: Seq(0),
+                    time: WallMs(0),
+                    tick: TickNo(0),
+                    validity: Validity::default(),
+                    publishers: Publishers::default(),
+                    policy_version: 0,
+                    clock: DecayClock::new(policy.half_life_s),
+                    floor: DecayClock::new(policy.half_life_s).weight(HeatScore::whole(policy.threshold_bursts)),
+                    policy,
+                    tick_ms: TICK_MS,
+                    nodes: BTreeMap::new(),
+                    catalog: Catalog::default(),
+                    orders: Orders::default(),
+                    totals: Totals::default(),
+                    odd: Odd::default(),
+                    decisions: [0; 32],
+                },
+                blocks: BTreeMap::new(),
+            },
+        }
+    }
+}
+
+impl Serialize for State {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        self.data.serialize(s)
+    }
+}
+
+impl<'de> Deserialize<'de> for State {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        let mut state = Self {
+            data: Data::deserialize(d)?,
+        };
+        let floor = state.data.facts.floor;
+        state.data.blocks.values_mut().for_each(|b| b.rebuild(floor));
+        Ok(state)
+    }
+}
+
+impl Facts {
+    /// What the promotion threshold weighs now.
+    fn threshold(&self) -> Weight {
+        self.clock.weight(HeatScore::whole(self.policy.threshold_bursts))
+    }
+
+    /// Whether a node reported lately and did not leave.
+    pub(crate) fn present(&self, node: &Node) -> bool {
+        !node.left && self.tick.0.saturating_sub(node.last_report.0) <= ABSENT_AFTER_TICKS
+    }
+}
+
+impl State {
+    /// Folds the next event of the log. Total: whatever the log holds, it is judged, counted, and applied or not.
+    pub fn apply(&mut self, seq: Seq, envelope: &Envelope, event: &Event) -> Applied {
+        let facts = &mut self.data.facts;
+        let ignored = |judged| Applied {
+            judged,
+            gap: 0,
+            decide: false,
+            digest: false,
+        };
+        if seq <= facts.seq {
+            return ignored(Judged::Behind);
+        }
+        facts.seq = seq;
+        facts.totals.events += 1;
+        let gap = match facts.publishers.arrive(envelope) {
+            Arrival::Repeat => {
+                facts.totals.repeats += 1;
+                return ignored(Judged::Repeat);
+            }
+            Arrival::Gap { missing } => missing,
+            Arrival::Next | Arrival::Late => 0,
+        };
+        facts.odd.publisher_gaps = facts.odd.publisher_gaps.saturating_add(gap);
+        let void = match facts.validity.judge(&envelope.publisher, event) {
+            Verdict::Void(why) => Some(why),
+            Verdict::Valid => match event {
+                Event::PolicySet { policy, .. } if policy.check().is_err() => {
+                    Some("the policy breaks the rules for its numbers")
+                }
+                _ => None,
+            },
+        };
+        if let Some(why) = void {
+            facts.totals.void += 1;
+            return Applied {
+                gap,
+                ..ignored(Judged::Void(why))
+            };
+        }
+        self.fold(seq, envelope, event);
+        let ticked = matches!(event, Event::Ticked { .. });
+        Applied {
+            judged: Judged::Valid,
+            gap,
+            decide: ticked,
+            digest: ticked && self.data.facts.tick.0.is_multiple_of(DIGEST_EVERY_TICKS),
+        }
+    }
+
+    fn fold(&mut self, seq: Seq, envelope: &Envelope, event: &Event) {
+        let Data { facts, blocks } = &mut self.data;
+        match event {
+            Event::ImageCreated(created) => facts.catalog.created(created),
+            Event::ImageAttached(attached) => {
+                if let (Some(top), Some(on)) = (facts.catalog.attached(attached), blocks.get_mut(&attached.node)) {
+                    on.layer_out(top);
+                }
+            }
+            Event::ImageDetached { image, .. } => facts.catalog.detached(*image),
+            Event::SnapshotTaken {
+                image,
+                name,
+                sealed,
+                top,
+            } => facts.catalog.snapshot_taken(*image, name, *sealed, *top),
+            Event::SnapshotDeleted { image, name } => facts.catalog.snapshot_deleted(*image, name),
+            Event::ImageDeleted { image } => {
+                for layer in facts.catalog.deleted(*image) {
+                    blocks.values_mut().for_each(|b| b.forget_layer(layer));
+                }
+            }
+            Event::LayerSealed { layer, node, .. } => facts.catalog.sealed(*layer, node),
+            Event::LayerDropped { layer, node } => facts.catalog.dropped(*layer, node),
+            Event::NodeJoined(joined) => self.joined(joined),
+            Event::NodeLeft { node } => {
+                if let Some(node) = facts.nodes.get_mut(node) {
+                    node.left = true;
+                }
+            }
+            Event::CommandFinished { command, node, outcome } => {
+                let live = facts
+                    .nodes
+                    .get(node)
+                    .is_some_and(|n| n.joined.incarnation == envelope.incarnation);
+                match facts.orders.finish(seq, *command, node, outcome) {
+                    Some(given) => self.finished(&given, outcome, live),
+                    None => facts.odd.foreign_answers += 1,
+                }
+            }
+            Event::TermStarted { .. } | Event::DigestRecorded { .. } => {}
+            Event::Ticked { tick, time, .. } => self.ticked(*tick, *time),
+            Event::HeatFolded(heat) => self.heat_folded(seq, heat),
+            Event::PolicySet { version, policy, .. } => self.policy_set(*version, policy),
+            Event::CommandGiven(command) => self.command_given(seq, command),
+        }
+    }
+
+    fn joined(&mut self, joined: &NodeJoined) {
+        let Data { facts, blocks } = &mut self.data;
+        facts.catalog.joined(&joined.node, &joined.layers);
+        let restarted = facts
+            .nodes
+            .get(&joined.node)
+            .is_none_or(|n| n.joined.incarnation != joined.incarnation);
+        if restarted {
+            facts.orders.node_restarted(&joined.node);
+            if let Some(blocks) = blocks.get_mut(&joined.node) {
+                blocks.all_out();
+            }
+        }
+        let report_seq = match facts.nodes.get(&joined.node) {
+            Some(known) if !restarted => known.report_seq,
+            _ => 0,
+        };
+        facts.nodes.insert(
+            joined.node.clone(),
+            Node {
+                joined: joined.clone(),
+                left: false,
+                last_report: facts.tick,
+                report_seq,
+                tier: TierUse::default(),
+                probe_events_total: 0,
+                probe_lost_total: 0,
+                disk_read: LatencySummary::default(),
+                lost_at: None,
+            },
+        );
+    }
+
+    fn ticked(&mut self, tick: TickNo, time: WallMs) {
+        let Data { facts, blocks } = &mut self.data;
+        // A wall clock that stood still or went back still means that a tick passed.
+        let step = match time.0.checked_sub(facts.time.0) {
+            Some(step) if step > 0 && facts.time.0 > 0 => step.min(STEP_MS_MAX),
+            _ => TICK_MS,
+        };
+        facts.tick = tick;
+        facts.time = time;
+        facts.tick_ms = step.min(TICK_MS);
+        let threshold = facts.threshold();
+        let shift = facts.clock.advance(step);
+        facts.floor = shift.map_or(threshold, |bits| shifted(threshold, bits)).max(1);
+        let floor = facts.floor;
+        for (node, blocks) in blocks.iter_mut() {
+            match shift {
+                Some(bits) => blocks.shift(bits, floor),
+                None => blocks.raise_floor(floor),
+            }
+            blocks.wake(tick.0);
+            debug_assert!(facts.nodes.contains_key(node), "blocks belong to a known node");
+        }
+        for given in facts.orders.expire(tick) {
+            let Some(blocks) = blocks.get_mut(&given.node) else {
+                continue;
+            };
+            for block in given.blocks {
+                let waits = if given.promote { Place::Arriving } else { Place::Leaving };
+                blocks.place_if(given.layer, block, |p| p == waits, Place::Doubtful);
+            }
+        }
+    }
+
+    fn policy_set(&mut self, version: u64, policy: &TierPolicy) {
+        let Data { facts, blocks } = &mut self.data;
+        let before = facts.clock;
+        let half_life_changed = facts.policy.half_life_s != policy.half_life_s;
+        facts.policy_version = version;
+        facts.policy = policy.clone();
+        if half_life_changed {
+            facts.clock.restart(policy.half_life_s);
+        }
+        facts.floor = facts.threshold();
+        let floor = facts.floor;
+        for blocks in blocks.values_mut() {
+            if half_life_changed {
+                blocks.restart(&before, floor);
+            } else {
+                blocks.rebuild(floor);
+            }
+        }
+    }
+
+    fn heat_folded(&mut self, seq: Seq, heat: &HeatFolded) {
+        let Data { facts, blocks } = &mut self.data;
+        let (tick, floor) = (facts.tick, facts.floor);
+        let share = TRACKED_BLOCKS_MAX / (facts.nodes.len() as u64).max(1);
+        let Some(node) = facts.nodes.get_mut(&heat.node) else {
+            facts.odd.foreign_records += heat.images.len() as u64;
+            return;
+        };
+        if node.joined.incarnation != heat.incarnation {
+            // A report of a process that is gone: its RAM is gone too, and its heat is too old to matter.
+            facts.odd.foreign_records += heat.images.len() as u64;
+            return;
+        }
+        if heat.reports.0 <= node.report_seq {
+            facts.totals.repeats += 1;
+            return;
+        }
+        facts.totals.report_gaps = facts.totals.report_gaps.saturating_add(heat.gap);
+        node.report_seq = heat.reports.1.max(heat.reports.0);
+        node.last_report = tick;
+        node.left = false;
+        node.tier = heat.tier;
+        node.probe_events_total = heat.probe_events_total;
+        node.probe_lost_total = heat.probe_lost_total;
+        node.disk_read = heat
+            .disks
+            .iter()
+            .map(|d| d.read_latency)
+            .max_by_key(|l| (l.p99_us, l.max_us, l.count))
+            .unwrap_or_default();
+        let on = blocks.entry(heat.node.clone()).or_default();
+        on.ensure_floor(floor);
+        for (layer, dropped) in &heat.dropped {
+            for block in dropped {
+                let held = |p| matches!(p, Place::Resident | Place::Arriving | Place::Doubtful | Place::Leaving);
+                on.rest_if(*layer, *block, held, tick.0.saturating_add(REST_TICKS));
+            }
+        }
+        let reports = (node.report_seq - heat.reports.0).saturating_add(1);
+        for image_heat in &heat.images {
+            let Some(image) = facts.catalog.images.get_mut(&image_heat.image) else {
+                facts.odd.foreign_records += 1;
+                continue;
+            };
+            if image_heat.omitted.lost > 0 {
+                node.lost_at = Some(tick);
+            }
+            let mut last = LastWindow {
+                origin: Some(image_heat.origin),
+                tick: tick.0,
+                reports,
+                reads: image_heat.omitted.reads,
+                writes: image_heat.omitted.writes,
+                ram_hits: image_heat.ram_hits,
+                ram_misses: image_heat.ram_misses,
+                lost: image_heat.omitted.lost,
+                read_latency: image_heat.read_latency,
+                write_latency: image_heat.write_latency,
+            };
+            let end = BlockIndex(image.blocks());
+            for layer_heat in &image_heat.layers {
+                let Some(layer) = facts.catalog.layers.get(&layer_heat.layer) else {
+                    facts.odd.foreign_records += 1;
+                    continue;
+                };
+                let Ok(mut records) = layer_heat.blocks.unpack() else {
+                    facts.odd.damaged_packs += 1;
+                    continue;
+                };
+                let inside = records.partition_point(|r| r.block < end);
+                facts.odd.foreign_records += (records.len() - inside) as u64;
+                records.truncate(inside);
+                for record in &records {
+                    last.reads = last.reads.saturating_add(u64::from(record.reads));
+                    last.writes = last.writes.saturating_add(u64::from(record.writes));
+                }
+                let at = HeatAt {
+                    clock: &facts.clock,
+                    layer: layer_heat.layer,
+                    block_bytes: layer.block_size.0,
+                    seq,
+                    reports,
+                    clean: image_heat.omitted.lost == 0,
+                };
+                on.fold(at, &records);
+            }
+            image.last = last;
+        }
+        facts.odd.forgotten_blocks += on.forget_coldest(share.min(TRACKED_BLOCKS_PER_NODE_MAX));
+    }
+
+    fn command_given(&mut self, seq: Seq, command: &Command) {
+        let Data { facts, blocks } = &mut self.data;
+        let layer = command.order.layer();
+        let known = blocks.get(&command.node).and_then(|b| b.layers.get(&layer));
+        // A layer that is gone keeps its block size where copies of it are left.
+        let block_bytes = known
+            .map(|b| b.block_bytes)
+            .or_else(|| facts.catalog.layers.get(&layer).map(|l| l.block_size.0));
+        facts.decisions = crate::digest::chain_decision(&facts.decisions, command);
+        let new = facts.orders.give(seq, facts.time, command, block_bytes.unwrap_or(0));
+        let Some(block_bytes) = block_bytes.filter(|_| new && facts.nodes.contains_key(&command.node)) else {
+            return;
+        };
+        let floor = facts.floor;
+        let given = &facts.orders.given[&command.id];
+        let on = blocks.entry(command.node.clone()).or_default();
+        on.ensure_floor(floor);
+        for block in &given.blocks {
+            if given.promote {
+                let place = on.cell(layer, *block).map_or(Place::Out, |c| c.place);
+                if matches!(place, Place::Out | Place::Resting | Place::Doubtful) {
+                    on.place(layer, block_bytes, *block, Place::Arriving);
+                }
+            } else {
+                let held = |p| matches!(p, Place::Resident | Place::Doubtful);
+                on.place_if(layer, *block, held, Place::Leaving);
+            }
+        }
+    }
+
+    fn finished(&mut self, given: &crate::orders::Given, outcome: &Outcome, live: bool) {
+        let Data { facts, blocks } = &mut self.data;
+        if let Outcome::Done { done, skipped, .. } = outcome {
+            let totals = &mut facts.totals;
+            let moved = if given.promote {
+                &mut totals.blocks_promoted
+            } else {
+                &mut totals.blocks_demoted
+            };
+            *moved += done.len() as u64;
+            totals.blocks_skipped += skipped.len() as u64;
+        }
+        // What an earlier process did to its RAM is gone with it.
+        let Some(on) = blocks.get_mut(&given.node).filter(|_| live && given.block_bytes > 0) else {
+            return;
+        };
+        let until = facts.tick.0.saturating_add(REST_TICKS);
+        let done: std::collections::BTreeSet<BlockIndex> = match outcome {
+            Outcome::Done { done, .. } => done.iter().copied().collect(),
+            Outcome::Refused { .. } => Default::default(),
+        };
+        for block in &given.blocks {
+            let place = on.cell(given.layer, *block).map_or(Place::Out, |c| c.place);
+            match (given.promote, done.contains(block)) {
+                (true, true) => {
+                    if matches!(place, Place::Arriving | Place::Out | Place::Doubtful) {
+                        on.place(given.layer, given.block_bytes, *block, Place::Resident);
+                    }
+                }
+                (true, false) => {
+                    if place == Place::Arriving {
+                        on.rest(given.layer, given.block_bytes, *block, until);
+                    }
+                }
+                (false, true) => {
+                    on.place_if(
+                        given.layer,
+                        *block,
+                        |p| matches!(p, Place::Leaving | Place::Doubtful),
+                        Place::Out,
+                    );
+                }
+                (false, false) => {
+                    on.place_if(given.layer, *block, |p| matches!(p, Place::Leaving), Place::Resident);
+                }
+            }
+        }
+    }
+
+    /// The digest of the state: blake3 of its canonical encoding. Costs a pass over everything: some 25 bytes per
+    /// tracked block at about 1 GB/s, and the encoding of nodes, images and commands.
+    pub fn digest(&self) -> [u8; 32] {
+        crate::digest::state(&self.data)
+    }
+
+    /// The digest of all valid commands in the log so far, each chained to the ones before it.
+    pub fn decisions_digest(&self) -> [u8; 32] {
+        self.data.facts.decisions
+    }
+
+    /// The commands that the policy wants now. Called after a valid tick; the order is fixed.
+    pub fn decide(&self) -> Vec<Command> {
+        crate::policy::tier::decide(&self.data)
+    }
+
+    /// The last log position applied.
+    pub fn seq(&self) -> Seq {
+        self.data.facts.seq
+    }
+
+    /// Time of the last tick.
+    pub fn time(&self) -> WallMs {
+        self.data.facts.time
+    }
+
+    /// The highest term won.
+    pub fn term(&self) -> Term {
+        self.data.facts.validity.term()
+    }
+
+    /// The last tick.
+    pub fn tick(&self) -> TickNo {
+        self.data.facts.tick
+    }
+
+    /// Who won the highest term.
+    pub fn leader(&self) -> Option<&SchedulerId> {
+        self.data.facts.validity.leader()
+    }
+
+    /// The policy in force and its version; version 0 is the built-in default.
+    pub fn policy(&self) -> (u64, &TierPolicy) {
+        (self.data.facts.policy_version, &self.data.facts.policy)
+    }
+
+    /// Where the folding of a node's heat reports stands: its process start and the highest report folded (0 for
+    /// none). A new leader goes on from there. `None` for a node that never joined.
+    pub fn folded_reports(&self, node: &NodeId) -> Option<(Incarnation, u64)> {
+        self.data
+            .facts
+            .nodes
+            .get(node)
+            .map(|n| (n.joined.incarnation, n.report_seq))
+    }
+
+    /// The image of that name.
+    pub fn image_by_name(&self, name: &ImageName) -> Option<ImageId> {
+        self.data.facts.validity.by_name(name)
+    }
+
+    /// The layer stack of an image, top first.
+    pub fn layers(&self, image: ImageId) -> Option<&[LayerId]> {
+        self.data.facts.catalog.images.get(&image).map(|i| i.layers.as_slice())
+    }
+
+    /// Counters since the log began.
+    pub fn totals(&self) -> Totals {
+        self.data.facts.totals
+    }
+
+    /// Whether a block is in the main region of a node, and its score there now.
+    pub fn block(&self, node: &NodeId, layer: LayerId, block: BlockIndex) -> (bool, HeatScore) {
+        match self.data.blocks.get(node).and_then(|b| b.cell(layer, block)) {
+            Some(cell) => (
+                matches!(cell.place, Place::Resident | Place::Leaving),
+                self.data.facts.clock.score(cell.weight),
+            ),
+            None => (false, HeatScore(0)),
+        }
+    }
+
+    /// Bytes of a node's main region as the log tells them: resident, and ordered in without an answer yet.
+    pub fn main_bytes(&self, node: &NodeId) -> (ByteLen, ByteLen) {
+        self.data.blocks.get(node).map_or((ByteLen(0), ByteLen(0)), |b| {
+            (ByteLen(b.resident_bytes), ByteLen(b.arriving_bytes))
+        })
+    }
+}
