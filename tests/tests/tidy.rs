@@ -172,7 +172,13 @@ fn each_outside_thing_has_its_crates() -> Result<()> {
         ("rocksdb", &["hearth-scheduler"]),
         (
             "async-nats",
-            &["hearth-scheduler", "hearth-node", "hearth-ctl", "hearth-tests"],
+            &[
+                "hearth-bus",
+                "hearth-scheduler",
+                "hearth-node",
+                "hearth-ctl",
+                "hearth-tests",
+            ],
         ),
         ("ratatui", &["hearth-tui", "hearth-ctl"]),
     ];

@@ -6,7 +6,10 @@
 
 pub mod check;
 pub mod cli;
+pub mod cluster;
 pub mod process;
 pub mod setup;
 pub mod step;
+pub mod throttle;
+pub mod wait;
 pub mod workspace;

@@ -8,8 +8,9 @@ mod nats;
 mod rust;
 
 use std::env;
+use std::path::PathBuf;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, bail};
 
 use crate::step::{note, step};
 use crate::workspace::Workspace;
@@ -177,4 +178,12 @@ fn machine(workspace: &Workspace) -> Machine {
         ));
     }
     Machine { root, ebpf_build }
+}
+
+/// The nats-server to run.
+///
+/// # Errors
+/// None is new enough; the text says how to get one.
+pub fn nats_server(workspace: &Workspace) -> Result<PathBuf> {
+    nats::find(workspace).map_err(|why| anyhow!("nats-server: {why}; run `cargo xtask setup`"))
 }
