@@ -5,6 +5,7 @@
 //! runtime below [`export`]; only [`agent`] speaks NATS. Only [`export::nbd`] and [`peer`] know NBD.
 
 pub mod agent;
+pub mod config;
 pub mod disk;
 pub mod export;
 pub mod peer;

@@ -1,0 +1,343 @@
+//! What a node knows of the cluster: a pure fold of the part of the log that it reads.
+//!
+//! It keeps names, stacks and addresses, judges every event with the shared validity rule, and holds the commands
+//! that were given to this node and are not closed. It performs nothing.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use hearth_protocol::command::Outcome;
+use hearth_protocol::event::ImageCreated;
+use hearth_protocol::validity::{Validity, Verdict};
+use hearth_protocol::{
+    Command, CommandId, Envelope, Event, ImageId, ImageName, Incarnation, LayerId, NodeId, Publisher, Seq,
+    SnapshotName, TickNo,
+};
+
+/// Verdicts remembered for requests that wait for their own event; a request waits for one at a time.
+const VERDICTS_MAX: usize = 1_024;
+/// Outcomes remembered, so that a repeated command gets the same answer.
+const OUTCOMES_MAX: usize = 4_096;
+
+/// An image as the log tells it.
+#[derive(Debug, Clone)]
+pub struct ImageFacts {
+    /// Its creation; `layers` is kept up to date with snapshots.
+    pub created: ImageCreated,
+    /// Its snapshots and the layers they sealed, oldest first.
+    pub snapshots: Vec<(SnapshotName, LayerId)>,
+    /// Last event of its aggregate, the expectation of the next compare-and-publish.
+    pub last: Seq,
+}
+
+/// The fold.
+#[derive(Debug, Default)]
+pub struct ClusterFacts {
+    seq: Seq,
+    tick: TickNo,
+    validity: Validity,
+    seen: BTreeMap<(Publisher, Incarnation), u64>,
+    images: BTreeMap<ImageId, ImageFacts>,
+    aggregates: BTreeMap<ImageId, Seq>,
+    holders: BTreeMap<LayerId, BTreeSet<NodeId>>,
+    addresses: BTreeMap<NodeId, String>,
+    verdicts: VecDeque<(Seq, Verdict)>,
+    open: Vec<Command>,
+    outcomes: VecDeque<(CommandId, Outcome)>,
+}
+
+impl ClusterFacts {
+    /// Folds the next message. `own` is this node.
+    pub fn apply(&mut self, own: &NodeId, seq: Seq, envelope: &Envelope, event: &Event) {
+        self.seq = seq;
+        let key = (envelope.publisher.clone(), envelope.incarnation);
+        let last = self.seen.entry(key).or_default();
+        if envelope.publisher_seq <= *last {
+            return self.remember(seq, Verdict::Void("the event repeats an earlier one"));
+        }
+        *last = envelope.publisher_seq;
+        if let Some(image) = image_of(event) {
+            self.aggregates.insert(image, seq);
+            if let Some(facts) = self.images.get_mut(&image) {
+                facts.last = seq;
+            }
+        }
+        let verdict = self.validity.judge(&envelope.publisher, event);
+        self.remember(seq, verdict);
+        if verdict.is_valid() {
+            self.apply_valid(own, seq, event);
+        }
+    }
+
+    fn remember(&mut self, seq: Seq, verdict: Verdict) {
+        if self.verdicts.len() == VERDICTS_MAX {
+            self.verdicts.pop_front();
+        }
+        self.verdicts.push_back((seq, verdict));
+    }
+
+    fn apply_valid(&mut self, own: &NodeId, seq: Seq, event: &Event) {
+        match event {
+            Event::ImageCreated(created) => {
+                let facts = ImageFacts {
+                    created: created.clone(),
+                    snapshots: Vec::new(),
+                    last: seq,
+                };
+                self.images.insert(created.image, facts);
+            }
+            Event::SnapshotTaken {
+                image,
+                name,
+                sealed,
+                top,
+            } => {
+                if let Some(facts) = self.images.get_mut(image) {
+                    facts.snapshots.push((name.clone(), *sealed));
+                    facts.created.layers.insert(0, *top);
+                    self.holders
+                        .entry(*sealed)
+                        .or_default()
+                        .insert(facts.created.node.clone());
+                }
+            }
+            Event::SnapshotDeleted { image, name } => {
+                if let Some(facts) = self.images.get_mut(image) {
+                    facts.snapshots.retain(|(n, _)| n != name);
+                }
+            }
+            Event::ImageDeleted { image } => {
+                self.images.remove(image);
+            }
+            Event::LayerSealed { layer, node, .. } => {
+                self.holders.entry(*layer).or_default().insert(node.clone());
+            }
+            Event::LayerDropped { layer, node } => {
+                if let Some(nodes) = self.holders.get_mut(layer) {
+                    nodes.remove(node);
+                }
+            }
+            Event::NodeJoined(joined) => {
+                self.addresses.insert(joined.node.clone(), joined.peer_address.clone());
+                for layer in &joined.layers {
+                    self.holders.entry(*layer).or_default().insert(joined.node.clone());
+                }
+            }
+            Event::Ticked { tick, .. } => self.tick = *tick,
+            Event::CommandGiven(command) if &command.node == own => {
+                let known = self.open.iter().any(|c| c.id == command.id) || self.outcome(command.id).is_some();
+                if !known {
+                    self.open.push(command.clone());
+                }
+            }
+            Event::CommandFinished { command, node, outcome } if node == own => {
+                self.open.retain(|c| c.id != *command);
+                if self.outcomes.len() == OUTCOMES_MAX {
+                    self.outcomes.pop_front();
+                }
+                self.outcomes.push_back((*command, outcome.clone()));
+            }
+            _ => {}
+        }
+    }
+
+    /// The last message folded.
+    pub fn seq(&self) -> Seq {
+        self.seq
+    }
+
+    /// The last tick.
+    pub fn tick(&self) -> TickNo {
+        self.tick
+    }
+
+    /// The shared rule's memory.
+    pub fn validity(&self) -> &Validity {
+        &self.validity
+    }
+
+    /// How an earlier command ended, if it is remembered.
+    pub fn outcome(&self, id: CommandId) -> Option<&Outcome> {
+        self.outcomes.iter().find(|(c, _)| *c == id).map(|(_, o)| o)
+    }
+
+    /// The verdict on one message, while it is remembered.
+    pub fn verdict(&self, seq: Seq) -> Option<Verdict> {
+        self.verdicts.iter().rev().find(|(s, _)| *s == seq).map(|(_, v)| *v)
+    }
+
+    /// Commands given to this node and not closed, in the order given.
+    pub fn open_commands(&self) -> &[Command] {
+        &self.open
+    }
+
+    /// An image by name.
+    pub fn image_named(&self, name: &ImageName) -> Option<(ImageId, &ImageFacts)> {
+        let id = self.validity.by_name(name)?;
+        Some((id, self.images.get(&id)?))
+    }
+
+    /// An image by id.
+    pub fn image(&self, id: ImageId) -> Option<&ImageFacts> {
+        self.images.get(&id)
+    }
+
+    /// All images, ascending by id.
+    pub fn images(&self) -> impl Iterator<Item = (ImageId, &ImageFacts)> {
+        self.images.iter().map(|(id, facts)| (*id, facts))
+    }
+
+    /// The last event of an image's aggregate; 0 if there is none.
+    pub fn aggregate(&self, id: ImageId) -> Seq {
+        self.aggregates.get(&id).copied().unwrap_or_default()
+    }
+
+    /// Images that stand on a snapshot of `image`.
+    pub fn clones_of(&self, image: ImageId) -> impl Iterator<Item = &ImageName> {
+        self.images
+            .values()
+            .filter(move |f| f.created.parent.as_ref().is_some_and(|(p, _)| *p == image))
+            .map(|f| &f.created.name)
+    }
+
+    /// Where other nodes that hold a sealed layer can be reached, ascending by node.
+    pub fn addresses_of(&self, layer: LayerId, own: &NodeId) -> Vec<String> {
+        let Some(nodes) = self.holders.get(&layer) else {
+            return Vec::new();
+        };
+        nodes
+            .iter()
+            .filter(|n| *n != own)
+            .filter_map(|n| self.addresses.get(n).cloned())
+            .collect()
+    }
+}
+
+fn image_of(event: &Event) -> Option<ImageId> {
+    match event {
+        Event::ImageCreated(created) => Some(created.image),
+        Event::ImageAttached(attached) => Some(attached.image),
+        Event::ImageDetached { image, .. }
+        | Event::SnapshotTaken { image, .. }
+        | Event::SnapshotDeleted { image, .. }
+        | Event::ImageDeleted { image } => Some(*image),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use hearth_protocol::{ByteLen, SetVersion, Term, WallMs};
+
+    use super::*;
+
+    struct Script {
+        facts: ClusterFacts,
+        seq: u64,
+        own: NodeId,
+    }
+
+    impl Script {
+        fn new() -> Self {
+            Self {
+                facts: ClusterFacts::default(),
+                seq: 0,
+                own: "node-1".parse().unwrap(),
+            }
+        }
+
+        fn event(&mut self, publisher: &Publisher, publisher_seq: u64, event: &Event) -> Verdict {
+            self.seq += 1;
+            let envelope = Envelope {
+                codec: 1,
+                subject: "hearth.log.test".into(),
+                publisher: publisher.clone(),
+                incarnation: Incarnation(7),
+                publisher_seq,
+                time: WallMs(0),
+            };
+            self.facts.apply(&self.own.clone(), Seq(self.seq), &envelope, event);
+            self.facts.verdict(Seq(self.seq)).unwrap()
+        }
+    }
+
+    fn created(image: u128, name: &str, node: &str) -> Event {
+        Event::ImageCreated(ImageCreated {
+            image: ImageId(image),
+            name: name.parse().unwrap(),
+            size: ByteLen(1 << 20),
+            block_size: ByteLen(65536),
+            layers: vec![LayerId(image + 100)],
+            parent: None,
+            node: node.parse().unwrap(),
+            set_version: SetVersion(1),
+        })
+    }
+
+    #[test]
+    fn a_repeat_is_not_judged_twice_and_a_taken_name_is_void() {
+        let mut script = Script::new();
+        let one = Publisher::Node("node-1".parse().unwrap());
+        let two = Publisher::Node("node-2".parse().unwrap());
+        assert!(script.event(&one, 1, &created(1, "a/b", "node-1")).is_valid());
+        assert!(!script.event(&one, 1, &created(1, "a/b", "node-1")).is_valid());
+        assert!(!script.event(&two, 1, &created(2, "a/b", "node-2")).is_valid());
+        assert!(script.event(&two, 2, &created(2, "a/c", "node-2")).is_valid());
+        let deleted = Event::ImageDeleted { image: ImageId(1) };
+        assert!(!script.event(&two, 3, &deleted).is_valid());
+        assert!(script.event(&one, 2, &deleted).is_valid());
+        assert!(script.event(&two, 4, &created(3, "a/b", "node-2")).is_valid());
+        assert_eq!(script.facts.aggregate(ImageId(1)), Seq(6));
+    }
+
+    #[test]
+    fn commands_stay_open_until_this_node_closes_them() {
+        use hearth_protocol::command::{Order, Reason};
+        let mut script = Script::new();
+        let sched = Publisher::Scheduler("s".parse().unwrap());
+        let one = Publisher::Node("node-1".parse().unwrap());
+        script.event(
+            &sched,
+            1,
+            &Event::TermStarted {
+                term: Term(1),
+                previous: None,
+            },
+        );
+        let command = |id, node: &str| {
+            Event::CommandGiven(Command {
+                id: CommandId(id),
+                node: node.parse().unwrap(),
+                term: Term(1),
+                tick: TickNo(1),
+                expires: TickNo(9),
+                order: Order::Demote {
+                    layer: LayerId(1),
+                    blocks: vec![],
+                    bytes: ByteLen(0),
+                },
+                reason: Reason {
+                    rule: "tier/demote".into(),
+                    policy_version: 1,
+                    numbers: vec![],
+                    rests_on: vec![],
+                    lost: vec![],
+                },
+            })
+        };
+        script.event(&sched, 2, &command(1, "node-1"));
+        script.event(&sched, 3, &command(2, "node-2"));
+        script.event(&sched, 4, &command(3, "node-1"));
+        let ids = |s: &Script| s.facts.open_commands().iter().map(|c| c.id.0).collect::<Vec<_>>();
+        assert_eq!(ids(&script), [1, 3]);
+        let outcome = Outcome::Refused { why: "no".into() };
+        let done = Event::CommandFinished {
+            command: CommandId(1),
+            node: "node-1".parse().unwrap(),
+            outcome,
+        };
+        script.event(&one, 1, &done);
+        assert_eq!(ids(&script), [3]);
+        script.event(&sched, 5, &command(1, "node-1"));
+        assert_eq!(ids(&script), [3], "a closed command is not executed again");
+    }
+}
