@@ -1,0 +1,500 @@
+//! Sentences: what a decision, an event or a state means, for people.
+//!
+//! One place, so that the dashboard, `hearth why` and `hearth log` say the same thing in the same words.
+
+use hearth_protocol::command::{Alternative, Outcome};
+use hearth_protocol::view::{DecisionView, ImageView, NodeView};
+use hearth_protocol::{BlockIndex, Command, Event, HeatScore, ImageId, ImageName, LayerId, Order, Reason, Seq};
+
+use crate::fmt;
+
+/// The first eight digits of an id: enough to recognise it.
+pub fn brief(id: &str) -> &str {
+    id.get(..8).unwrap_or(id)
+}
+
+fn plural(n: usize, one: &str) -> String {
+    format!("{} {one}{}", fmt::count(n as u64), if n == 1 { "" } else { "s" })
+}
+
+/// Whose blocks a command moves: its image, or its layer and how many images stand on it.
+pub fn whose(layer: LayerId, images: &[ImageName]) -> String {
+    match images {
+        [] => format!("layer {}", brief(&layer.to_string())),
+        [one] => one.to_string(),
+        [first, rest @ ..] => format!("{first} (+{} on the same layer)", rest.len()),
+    }
+}
+
+/// A number of a reason in its unit, which its name tells: scores are fixed point, `_bytes` are sizes, and so on.
+pub fn number(name: &str, value: u64) -> String {
+    let has = |part: &str| name == part || name.ends_with(&format!("_{part}")) || name.starts_with(&format!("{part}_"));
+    if has("score") || has("scores") || name.ends_with("threshold") {
+        fmt::score(HeatScore(value))
+    } else if name.ends_with("bytes_per_s_max") || name.ends_with("bytes_per_s") {
+        format!("{}/s", fmt::bytes(hearth_protocol::ByteLen(value)))
+    } else if name.contains("bytes") {
+        fmt::bytes(hearth_protocol::ByteLen(value))
+    } else if has("percent") {
+        format!("{value}%")
+    } else if has("permille") {
+        fmt::permille(value)
+    } else if has("centibursts") {
+        format!("{}.{:02}", value / 100, value % 100)
+    } else if has("us") {
+        fmt::us(value)
+    } else if has("s") {
+        fmt::seconds(value)
+    } else {
+        fmt::count(value)
+    }
+}
+
+/// The number a reason gives under a name that holds `part`.
+fn find(reason: &Reason, part: &str) -> Option<String> {
+    reason
+        .numbers
+        .iter()
+        .find(|(name, _)| name.contains(part))
+        .map(|(name, value)| number(name, *value))
+}
+
+/// One sentence for a command: what, whose, where, and the numbers that decided.
+pub fn command(command: &Command, images: &[ImageName]) -> String {
+    let whose = whose(command.order.layer(), images);
+    let blocks = plural(command.order.block_count(), "block");
+    match &command.order {
+        Order::Promote { blocks: list, from, .. } => {
+            let mut text = format!("promote {blocks} of {whose} to {}", command.node);
+            if from != &command.node {
+                text += &format!(" from {from}");
+            }
+            let scores = (
+                list.iter().map(|p| p.score).max().unwrap_or_default(),
+                list.iter().map(|p| p.score).min().unwrap_or_default(),
+            );
+            text += &format!(": score {}", span(scores.1, scores.0));
+            if let Some(threshold) = find(&command.reason, "threshold") {
+                text += &format!(" ≥ threshold {threshold}");
+            }
+            if let Some(best) = list.iter().filter_map(|p| p.displaces).map(|r| r.score).max() {
+                text += &format!(", displaces {}", fmt::score(best));
+            }
+            text
+        }
+        Order::Demote {
+            blocks: list, bytes, ..
+        } => {
+            let most = list.iter().map(|d| d.score).max().unwrap_or_default();
+            let least = list.iter().map(|d| d.score).min().unwrap_or_default();
+            let mut text = format!(
+                "demote {blocks} of {whose} on {}: score {}",
+                command.node,
+                span(least, most)
+            );
+            if let Some(below) = find(&command.reason, "demote_below").or_else(|| find(&command.reason, "below")) {
+                text += &format!(" < {below}");
+            } else {
+                text += &format!(", frees {}", fmt::bytes(*bytes));
+            }
+            text
+        }
+    }
+}
+
+fn span(low: HeatScore, high: HeatScore) -> String {
+    let (low, high) = (fmt::score(low), fmt::score(high));
+    if low == high { high } else { format!("{low}–{high}") }
+}
+
+/// How a command ended, in a few words.
+pub fn outcome(outcome: &Outcome) -> String {
+    match outcome {
+        Outcome::Done {
+            done, skipped, took_us, ..
+        } => {
+            let mut text = format!("{} done in {}", fmt::count(done.len() as u64), fmt::us(*took_us));
+            if !skipped.is_empty() {
+                text += &format!(", {} skipped", fmt::count(skipped.len() as u64));
+            }
+            text
+        }
+        Outcome::Refused { why } => format!("refused: {why}"),
+    }
+}
+
+/// What became of a decision, in a few words.
+pub fn ended(decision: &DecisionView) -> String {
+    match &decision.ended {
+        Some((_, result)) => outcome(result),
+        None if decision.expired => "expired without an answer".into(),
+        None => "running".into(),
+    }
+}
+
+/// Log positions as text, the middle left out when there are many.
+pub fn seqs(list: &[Seq]) -> String {
+    let show = |part: &[Seq]| part.iter().map(|s| format!("#{s}")).collect::<Vec<_>>().join(" ");
+    if list.len() <= 12 {
+        show(list)
+    } else {
+        format!(
+            "{} … {} ({} in all)",
+            show(&list[..6]),
+            show(&list[list.len() - 3..]),
+            list.len()
+        )
+    }
+}
+
+/// A block that lost, and why, in words.
+pub fn alternative(lost: &Alternative, image: Option<&ImageName>) -> String {
+    let of = image.map_or_else(
+        || format!("layer {}", brief(&lost.layer.to_string())),
+        ToString::to_string,
+    );
+    format!(
+        "block {} of {of}, score {}: {}",
+        lost.block,
+        fmt::score(lost.score),
+        lost.why.replace('_', " ")
+    )
+}
+
+/// A reason in lines: rule, numbers, what it rests on, what lost.
+pub fn reason(reason: &Reason) -> Vec<String> {
+    let mut lines = vec![format!(
+        "rule      {} (policy version {})",
+        reason.rule, reason.policy_version
+    )];
+    for (i, (name, value)) in reason.numbers.iter().enumerate() {
+        let head = if i == 0 { "numbers" } else { "" };
+        lines.push(format!(
+            "{head:<9} {} = {}",
+            name.replace('_', " "),
+            number(name, *value)
+        ));
+    }
+    if !reason.rests_on.is_empty() {
+        lines.push(format!("rests on  {}", seqs(&reason.rests_on)));
+    }
+    for (i, lost) in reason.lost.iter().enumerate() {
+        let head = if i == 0 { "lost" } else { "" };
+        lines.push(format!("{head:<9} {}", alternative(lost, None)));
+    }
+    lines
+}
+
+/// Blocks as runs, `3-5 9 12-40`.
+pub fn blocks(list: impl IntoIterator<Item = BlockIndex>) -> String {
+    let mut all: Vec<u64> = list.into_iter().map(|b| b.0).collect();
+    all.sort_unstable();
+    all.dedup();
+    let mut runs: Vec<(u64, u64)> = Vec::new();
+    for b in all {
+        match runs.last_mut() {
+            Some((_, last)) if *last + 1 == b => *last = b,
+            _ => runs.push((b, b)),
+        }
+    }
+    let text: Vec<_> = runs
+        .iter()
+        .map(|(a, b)| if a == b { a.to_string() } else { format!("{a}-{b}") })
+        .collect();
+    text.join(" ")
+}
+
+/// Everything about a decision, in lines.
+pub fn decision(decision: &DecisionView) -> Vec<String> {
+    let c = &decision.command;
+    let mut lines = vec![
+        command(c, &decision.images),
+        String::new(),
+        format!("command   {}", c.id),
+        format!(
+            "given     #{} at {}, tick {}, term {}, expires at tick {}",
+            decision.seq,
+            fmt::time(decision.time),
+            c.tick,
+            c.term,
+            c.expires
+        ),
+    ];
+    let list: Vec<BlockIndex> = match &c.order {
+        Order::Promote {
+            blocks,
+            epoch,
+            set_version,
+            bytes,
+            ..
+        } => {
+            lines.push(format!(
+                "fence     epoch {epoch}, set version {set_version}, at most {}",
+                fmt::bytes(*bytes)
+            ));
+            blocks.iter().map(|p| p.block).collect()
+        }
+        Order::Demote { blocks, .. } => blocks.iter().map(|d| d.block).collect(),
+    };
+    lines.push(format!("layer     {}", c.order.layer()));
+    if !decision.images.is_empty() {
+        let names: Vec<_> = decision.images.iter().map(|n| n.as_str()).collect();
+        lines.push(format!("images    {}", names.join(" ")));
+    }
+    lines.push(format!("blocks    {}", blocks(list)));
+    lines.push(String::new());
+    lines.extend(reason(&c.reason));
+    lines.push(String::new());
+    match &decision.ended {
+        Some((seq, result)) => {
+            lines.push(format!("result    #{seq} {}", outcome(result)));
+            if let Outcome::Done { skipped, bytes, .. } = result {
+                lines.push(format!("moved     {}", fmt::bytes(*bytes)));
+                for (block, why) in skipped.iter().take(8) {
+                    lines.push(format!("skipped   block {block}: {}", why.replace('_', " ")));
+                }
+            }
+        }
+        None => lines.push(format!("result    {}", ended(decision))),
+    }
+    lines
+}
+
+/// Everything about a node, in lines.
+pub fn node(n: &NodeView) -> Vec<String> {
+    let t = &n.tier;
+    vec![
+        format!("node           {}", n.id),
+        format!(
+            "state          {}",
+            if n.present {
+                "present"
+            } else {
+                "ABSENT: no report lately"
+            }
+        ),
+        format!("last report    tick {}", n.last_report),
+        format!("fault domain   {}", n.fault_domain),
+        format!("images         {}", n.images),
+        String::new(),
+        format!("RAM tier       {}", fmt::bytes(t.capacity)),
+        format!(
+            "  main         {} of {} (what the scheduler promoted)",
+            fmt::bytes(t.main),
+            fmt::bytes(t.main_capacity)
+        ),
+        format!(
+            "  front        {} of {} (what the node let in on a miss)",
+            fmt::bytes(t.front),
+            fmt::bytes(t.front_capacity)
+        ),
+        format!("  ordered      {} in flight", fmt::bytes(n.in_flight)),
+        String::new(),
+        format!("heat source    {}", n.heat_source),
+        format!("  records      {}", fmt::count(n.probe_events_total)),
+        format!("  lost         {}", fmt::count(n.probe_lost_total)),
+        format!("disk reads     {}", latency(&n.disk_read)),
+    ]
+}
+
+/// A latency summary in words.
+pub fn latency(l: &hearth_protocol::heat::LatencySummary) -> String {
+    if l.count == 0 {
+        "none in the last window".into()
+    } else {
+        format!(
+            "p50 {}, p99 {}, max {} ({} requests)",
+            fmt::us(l.p50_us),
+            fmt::us(l.p99_us),
+            fmt::us(l.max_us),
+            fmt::count(l.count)
+        )
+    }
+}
+
+/// Everything about an image, in lines.
+pub fn image(i: &ImageView) -> Vec<String> {
+    let blocks = i.size.0.div_ceil(i.block_size.0.max(1));
+    let snapshots: Vec<_> = i.snapshots.iter().map(|s| s.as_str()).collect();
+    vec![
+        format!("image          {}", i.name),
+        format!("id             {}", i.id),
+        format!(
+            "size           {} in {} blocks of {}",
+            fmt::bytes(i.size),
+            fmt::count(blocks),
+            fmt::bytes(i.block_size)
+        ),
+        format!(
+            "node           {} ({}, epoch {})",
+            i.node,
+            if i.attached { "attached" } else { "detached" },
+            i.epoch
+        ),
+        format!(
+            "parent         {}",
+            i.parent
+                .as_ref()
+                .map_or_else(|| "none".into(), |(name, snapshot)| format!("{name}@{snapshot}"))
+        ),
+        format!(
+            "snapshots      {}",
+            if snapshots.is_empty() {
+                "none".into()
+            } else {
+                snapshots.join(" ")
+            }
+        ),
+        String::new(),
+        format!(
+            "heat           {} blocks tracked, counted by {}",
+            fmt::count(i.tracked_blocks),
+            i.origin.map_or("nobody yet", |o| o.as_str())
+        ),
+        format!(
+            "in RAM         {} blocks in the main region ({})",
+            fmt::count(i.resident_blocks),
+            fmt::bytes(hearth_protocol::ByteLen(
+                i.resident_blocks.saturating_mul(i.block_size.0)
+            ))
+        ),
+        format!("reads          {}/s", fmt::count(i.reads_per_s)),
+        format!("writes         {}/s", fmt::count(i.writes_per_s)),
+        format!(
+            "hit ratio      {}",
+            i.hit_permille.map_or_else(|| "no reads".into(), fmt::permille)
+        ),
+        format!("read latency   {}", latency(&i.read_latency)),
+        format!("write latency  {}", latency(&i.write_latency)),
+    ]
+}
+
+/// One line for an event; `name` knows images by id.
+pub fn event(event: &Event, name: &dyn Fn(ImageId) -> Option<ImageName>) -> String {
+    let named = |id: ImageId| name(id).map_or_else(|| format!("image {}", brief(&id.to_string())), |n| n.to_string());
+    let layer = |id: &LayerId| brief(&id.to_string()).to_owned();
+    match event {
+        Event::ImageCreated(e) => {
+            let mut text = format!(
+                "{} created on {}: {}, blocks of {}",
+                e.name,
+                e.node,
+                fmt::bytes(e.size),
+                fmt::bytes(e.block_size)
+            );
+            if let Some((parent, snapshot)) = &e.parent {
+                text += &format!(", clone of {}@{snapshot}", named(*parent));
+            }
+            text
+        }
+        Event::ImageAttached(e) => format!(
+            "{} attached on {} at epoch {} ({})",
+            named(e.image),
+            e.node,
+            e.epoch,
+            if e.device { "device" } else { "socket" }
+        ),
+        Event::ImageDetached { image, epoch } => format!("{} detached, epoch {epoch} ended", named(*image)),
+        Event::SnapshotTaken { image, name, .. } => format!("{}@{name} taken", named(*image)),
+        Event::SnapshotDeleted { image, name } => format!("{}@{name} deleted", named(*image)),
+        Event::ImageDeleted { image } => format!("{} deleted", named(*image)),
+        Event::LayerSealed {
+            layer: l,
+            node,
+            allocated,
+        } => format!("layer {} sealed on {node}, {} in it", layer(l), fmt::bytes(*allocated)),
+        Event::LayerDropped { layer: l, node } => format!("layer {} dropped by {node}", layer(l)),
+        Event::NodeJoined(e) => format!(
+            "{} joined: RAM {}, main {}, domain {}, heat from {}",
+            e.node,
+            fmt::bytes(e.ram),
+            fmt::bytes(e.main),
+            e.fault_domain,
+            e.heat_source
+        ),
+        Event::NodeLeft { node } => format!("{node} left in order"),
+        Event::CommandFinished {
+            command,
+            node,
+            outcome: result,
+        } => format!("{} on {node}: {}", brief(&command.to_string()), outcome(result)),
+        Event::TermStarted { term, .. } => format!("term {term} won"),
+        Event::Ticked { tick, .. } => format!("tick {tick}"),
+        Event::HeatFolded(e) => {
+            let blocks: usize = e
+                .images
+                .iter()
+                .flat_map(|i| &i.layers)
+                .map(|l| l.blocks.iter().flatten().count())
+                .sum();
+            let lost: u64 = e.images.iter().map(|i| i.omitted.lost).sum();
+            let mut text = format!(
+                "heat of {}: {} in {}, RAM {} of {}",
+                e.node,
+                plural(blocks, "block"),
+                plural(e.images.len(), "image"),
+                fmt::bytes(hearth_protocol::ByteLen(e.tier.front.0 + e.tier.main.0)),
+                fmt::bytes(e.tier.capacity)
+            );
+            if e.gap > 0 {
+                text += &format!(", {} missing", plural(e.gap as usize, "report"));
+            }
+            if lost > 0 {
+                text += &format!(
+                    ", {} lost",
+                    plural(lost as usize, "access").replace("accesss", "accesses")
+                );
+            }
+            text
+        }
+        Event::PolicySet { version, reason, .. } => {
+            if reason.is_empty() {
+                format!("policy version {version} set")
+            } else {
+                format!("policy version {version} set: {reason}")
+            }
+        }
+        Event::DigestRecorded { at, state, .. } => {
+            format!("digest at #{at}: {}", brief(&hearth_protocol::chain::hex(state)))
+        }
+        Event::CommandGiven(c) => format!("{} (tick {})", command(c, &[]), c.tick),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_print_as_runs() {
+        let check = |list: &[u64], expect: &str| {
+            assert_eq!(blocks(list.iter().map(|b| BlockIndex(*b))), expect);
+        };
+        check(&[], "");
+        check(&[3, 5, 4, 9], "3-5 9");
+        check(&[0, 0, 2], "0 2");
+    }
+
+    #[test]
+    fn numbers_carry_the_unit_of_their_name() {
+        for (name, value, expect) in [
+            ("score", 5 << 16, "5.0"),
+            ("coldest_resident_score", 1 << 15, "0.50"),
+            ("margin_percent", 150, "150%"),
+            ("budget_bytes", 64 << 20, "64 MiB"),
+            ("promote_bytes_per_s_max", 64 << 20, "64 MiB/s"),
+            ("half_life_s", 3_600, "1 h"),
+            ("demote_below_centibursts", 25, "0.25"),
+            ("bursts", 1_200, "1,200"),
+        ] {
+            assert_eq!(number(name, value), expect, "{name}");
+        }
+    }
+
+    #[test]
+    fn long_lists_of_positions_are_shortened() {
+        let all: Vec<Seq> = (1..=40).map(Seq).collect();
+        assert_eq!(seqs(&all), "#1 #2 #3 #4 #5 #6 … #38 #39 #40 (40 in all)");
+        assert_eq!(seqs(&all[..2]), "#1 #2");
+    }
+}

@@ -1,0 +1,172 @@
+use super::*;
+use crate::model::tests::{every_screen, sample, sample_model};
+
+fn press(model: &mut Model, keys: &str) -> Option<Effect> {
+    let mut effect = None;
+    for c in keys.chars() {
+        let key = match c {
+            '\n' => Key::Enter,
+            '\x1b' => Key::Esc,
+            '\t' => Key::Tab,
+            '↓' => Key::Down,
+            '→' => Key::Right,
+            c => Key::Char(c),
+        };
+        effect = update(model, Msg::Key(key)).or(effect);
+    }
+    effect
+}
+
+#[test]
+fn drilling_goes_in_and_back_out() {
+    let mut model = sample_model();
+    press(&mut model, "2\n");
+    assert!(matches!(model.screen, Screen::Images(Some(_))));
+    press(&mut model, "\n");
+    assert!(matches!(model.screen, Screen::Heat(_)));
+    assert!(model.wanted_heat().is_some());
+    press(&mut model, "\x1b\x1b");
+    assert_eq!(model.screen, Screen::Nodes);
+    press(&mut model, "\x1b");
+    assert_eq!(model.screen, Screen::Overview);
+}
+
+#[test]
+fn commands_and_filters_are_typed() {
+    let mut model = sample_model();
+    press(&mut model, ":dec\n");
+    assert_eq!(model.screen, Screen::Decisions);
+    press(&mut model, ":appl/vm-1\n");
+    assert_eq!(model.screen, Screen::Heat(hearth_protocol::ImageId(0xa000)));
+    press(&mut model, ":nonsense\n");
+    assert!(model.notice.as_deref().unwrap().contains("overview, nodes"));
+    press(&mut model, "3/vm-2");
+    assert_eq!(model.table().unwrap().rows.len(), 1, "the filter works while typing");
+    press(&mut model, "\n");
+    assert_eq!(model.table().unwrap().rows.len(), 1);
+    press(&mut model, "\x1b");
+    assert_eq!(model.table().unwrap().rows.len(), 5);
+}
+
+#[test]
+fn holding_and_stepping() {
+    let mut model = sample_model();
+    let newest = model.snapshot().unwrap().view.seq;
+    press(&mut model, " TT");
+    let held = model.snapshot().unwrap().view.seq;
+    assert_eq!(held.0, newest.0 - 12);
+    update(&mut model, Msg::Feed(Feed::View(Box::new(sample::view(41)))));
+    assert_eq!(model.snapshot().unwrap().view.seq, held, "held is held");
+    press(&mut model, "t");
+    assert_eq!(model.snapshot().unwrap().view.seq.0, newest.0 - 6);
+    press(&mut model, "L");
+    assert_eq!(model.snapshot().unwrap().view.seq.0, newest.0 + 6);
+    assert!(model.is_live());
+}
+
+#[test]
+fn jumping_to_a_time() {
+    let check = |text: &str, second: Option<u64>| {
+        let mut model = sample_model();
+        press(&mut model, "b");
+        press(&mut model, text);
+        press(&mut model, "\n");
+        let tick = (!model.is_live()).then(|| model.snapshot().unwrap().view.tick.0);
+        assert_eq!(tick, second, "{text}: {:?}", model.notice);
+        assert_eq!(second.is_none(), model.notice.is_some());
+    };
+    check("-10s", Some(30));
+    check("#64", Some(10));
+    check("2025-11-20T17:33:40Z", Some(20));
+    check("17:33:40", Some(20));
+    check("-10h", None);
+    check("yesterday", None);
+    check("25:00", None);
+}
+
+#[test]
+fn why_names_the_hottest_block_under_the_cursor() {
+    let mut model = sample_model();
+    press(&mut model, ":appl/vm-1\n→↓");
+    let grid = map_grid(&model).unwrap();
+    let cell = grid.cells[grid.cell_of(model.map.block)];
+    let effect = press(&mut model, "w");
+    match effect {
+        Some(Effect::Why { image, block, at }) => {
+            assert_eq!(image.as_str(), "appl/vm-1");
+            assert_eq!(block, cell.hottest.unwrap_or(BlockIndex(model.map.block)));
+            assert_eq!(at, None);
+        }
+        other => panic!("{other:?}"),
+    }
+    assert!(matches!(press(&mut model, "4w"), Some(Effect::Why { .. })));
+}
+
+#[test]
+fn zooming_keeps_the_cursor_in_sight() {
+    let mut model = sample_model();
+    press(&mut model, ":appl/vm-1\n");
+    model.map.block = 11_000;
+    for _ in 0..6 {
+        press(&mut model, "+");
+        let grid = map_grid(&model).unwrap();
+        assert!(grid.range.first <= 11_000 && 11_000 < grid.range.end);
+    }
+    assert_eq!(map_grid(&model).unwrap().per_cell, 1);
+    for _ in 0..10 {
+        press(&mut model, "-");
+    }
+    assert_eq!(model.map.window, None);
+}
+
+#[test]
+fn no_key_panics_on_any_screen() {
+    let keys: Vec<Key> = (' '..='~')
+        .map(Key::Char)
+        .chain([
+            Key::Enter,
+            Key::Esc,
+            Key::Tab,
+            Key::BackTab,
+            Key::Backspace,
+            Key::Up,
+            Key::Down,
+            Key::Left,
+            Key::Right,
+            Key::PageUp,
+            Key::PageDown,
+            Key::Home,
+            Key::End,
+        ])
+        .collect();
+    let mut models = every_screen();
+    models.push(Model::new(models[0].theme, "nowhere", Default::default()));
+    for (width, height) in [(120, 40), (80, 24), (41, 12), (10, 3), (1, 1)] {
+        for model in &models {
+            for first in &keys {
+                let mut model = model.clone();
+                update(&mut model, Msg::Resize(width, height));
+                update(&mut model, Msg::Key(*first));
+                for second in [Key::Enter, Key::Down, Key::PageDown, Key::End, Key::Char('d'), Key::Esc] {
+                    update(&mut model, Msg::Key(second));
+                }
+                let area = ratatui::layout::Rect::new(0, 0, width, height);
+                let mut buffer = ratatui::buffer::Buffer::empty(area);
+                view::paint(&model, area, &mut buffer);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_lost_feed_keeps_the_last_screen() {
+    let mut model = sample_model();
+    update(
+        &mut model,
+        Msg::Feed(Feed::Lost("no leader answered within 5 s".into())),
+    );
+    assert!(model.snapshot().is_some());
+    assert!(matches!(model.connection, Connection::Lost(_)));
+    update(&mut model, Msg::Feed(Feed::View(Box::new(sample::view(50)))));
+    assert_eq!(model.connection, Connection::Up);
+}
