@@ -78,6 +78,12 @@ impl HeatScore {
     pub const fn whole(bursts: u64) -> Self {
         Self(bursts << Self::FRACTION_BITS)
     }
+
+    /// The score in bursts for people, with two decimals, rounded down: `7.25`.
+    pub fn bursts_text(self) -> String {
+        let hundredths = ((u128::from(self.0) & 0xffff) * 100) >> Self::FRACTION_BITS;
+        format!("{}.{hundredths:02}", self.0 >> Self::FRACTION_BITS)
+    }
 }
 
 /// Checks that `block_size` is a power of two between 4 KiB and 4 MiB.

@@ -7,10 +7,11 @@
 //!
 //! Where things are: [`State`] and its fold in `state`, per-block heat and places in `blocks`, integer decay in
 //! `decay`, images and layers in `catalog`, commands in flight in `orders`, idempotence in `publishers`, what moves
-//! and why in [`policy`], what people see in `view`, re-derivation in `replay`, explanations in `why`.
+//! and why in [`policy`], what people see in [`view()`], re-derivation in [`replay`], explanations in [`why`].
 
 #![deny(clippy::float_arithmetic)]
 
+mod audit;
 mod blocks;
 mod catalog;
 mod decay;
@@ -18,8 +19,10 @@ mod digest;
 mod orders;
 pub mod policy;
 mod publishers;
+pub mod replay;
 mod state;
 mod view;
+pub mod why;
 
 pub use digest::{DigestBook, DigestCheck};
 pub use orders::COMMAND_TICKS;
