@@ -3,9 +3,11 @@
 //!
 //! This is the only crate that knows aya. It knows no network, no store and no scheduler.
 
+pub mod ebpf;
 pub mod export;
 pub mod source;
 pub mod tally;
 
+pub use ebpf::{EbpfOptions, EbpfSource};
 pub use export::{ExportCounter, ExportSource};
 pub use source::{HeatError, HeatSource, ImageWindow, Op, Window};

@@ -7,7 +7,7 @@ use std::hash::{BuildHasherDefault, Hasher};
 
 use hdrhistogram::Histogram;
 use hearth_probes_common::latency;
-use hearth_protocol::heat::BlockHeat;
+use hearth_protocol::heat::{BlockHeat, LatencySummary};
 use hearth_protocol::{BlockIndex, ByteLen, ImageId};
 
 use crate::source::{ImageWindow, Op};
@@ -114,15 +114,26 @@ pub fn touches(offset: u64, length: u64, block_shift: u32) -> impl ExactSizeIter
     })
 }
 
-/// An empty latency histogram in microseconds, as all windows carry it: up to 137 s, three digits.
+/// An empty latency histogram in microseconds, as all windows carry it: two digits, which is what the common scale
+/// knows, growing with the longest wait.
 pub fn latency_histogram() -> Histogram<u64> {
-    Histogram::new_with_bounds(1, 200_000_000, 3).expect("the bounds are constant and valid")
+    Histogram::new(2).expect("two digits are valid")
 }
 
 /// Adds `count` requests of a bucket of the common latency scale.
 pub fn record_latency(histogram: &mut Histogram<u64>, bucket: u32, count: u64) {
     let us = (latency::bucket_middle_ns(bucket) + 500) / 1000;
     histogram.saturating_record_n(us, count);
+}
+
+/// The percentiles that travel in a heat report.
+pub fn summary(histogram: &Histogram<u64>) -> LatencySummary {
+    LatencySummary {
+        count: histogram.len(),
+        p50_us: histogram.value_at_quantile(0.5),
+        p99_us: histogram.value_at_quantile(0.99),
+        max_us: histogram.max(),
+    }
 }
 
 /// One image's window while it is put together.
@@ -177,6 +188,15 @@ impl ImageTally {
             counts.touch(op, touch.bytes, burst);
             self.add(touch.block, &counts);
         }
+    }
+
+    /// Adds what another counter of the same image saw in the same window; block sizes are the same.
+    pub fn merge(&mut self, other: Self) {
+        other.blocks.iter().for_each(|(block, counts)| self.add(*block, counts));
+        self.lost += other.lost;
+        self.events += other.events;
+        self.read_latency += &other.read_latency;
+        self.write_latency += &other.write_latency;
     }
 
     /// Whether there is nothing to report.

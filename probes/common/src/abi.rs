@@ -1,0 +1,167 @@
+//! Map keys, values and indexes, as they lie in memory on both sides of the system call.
+
+use crate::latency;
+
+/// Bits of a heat key that hold the block; the bits above hold the slot. 2^48 blocks of 4 KiB are an exbibyte.
+pub const BLOCK_BITS: u32 = 48;
+
+/// Slots there can be: the bits of a heat key above the block, less one that a [`stamp`] needs for the direction.
+pub const SLOTS_MAX: u32 = 1 << 15;
+
+/// Bios of one merged request that a program follows; latencies of further ones are not measured. Block layers merge up
+/// to 128 segments by default.
+pub const MERGED_BIOS_MAX: u32 = 256;
+
+/// Touches a program counts for one bio by itself. Longer ones (trims) go into a range map and are counted by the loader.
+pub const TOUCHES_AT_ONCE_MAX: u64 = 1024;
+
+/// Ranges per window; the touches of further ones are lost.
+pub const RANGES_MAX: u32 = 1024;
+
+/// Physical disks that can be watched at a time.
+pub const DISKS_MAX: u32 = 64;
+
+/// Entries of the control map: which of the two heat maps is being written, and when each one's window began.
+pub const CONTROL_ACTIVE: u32 = 0;
+/// Control entry with the monotonic time, nanoseconds, at which the first map's window began; the second's follows it.
+pub const CONTROL_START: u32 = 1;
+/// Length of the control map.
+pub const CONTROL_LENGTH: u32 = 3;
+
+/// Where a device's I/O is counted. Key: the kernel's `dev_t`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Device {
+    /// The slot its counts carry.
+    pub slot: u32,
+    /// Power of two of the image's block size.
+    pub block_shift: u32,
+}
+
+/// What one block saw in one window. Key: [`heat_key`]. Every field is added to atomically.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Heat {
+    /// Reads in the lower half, writes in the upper: one atomic addition counts either.
+    pub touches: u64,
+    /// Bytes of both.
+    pub bytes: u64,
+    /// One bit for each tenth of a second of the window in which the block was touched.
+    pub bursts: u64,
+}
+
+/// One access too long to be counted by a program. Key: a number used once.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Range {
+    /// First byte on the device.
+    pub offset: u64,
+    /// Bytes.
+    pub length: u64,
+    /// The tenth of a second, as in [`Heat::bursts`].
+    pub burst: u64,
+    /// The device's slot.
+    pub slot: u32,
+    /// 1 for a write, 0 for a read.
+    pub write: u32,
+}
+
+/// Totals of one slot on one CPU since the programs were loaded. Each field is written by one program only.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Totals {
+    /// Bios with data.
+    pub events: u64,
+    /// Block touches that found no room.
+    pub lost: u64,
+    /// Bios whose latency could not be followed because their bucket of the in-flight table was full.
+    pub untimed: u64,
+}
+
+/// Entries that share a bucket of an in-flight table.
+pub const IN_FLIGHT_WAYS: usize = 8;
+
+/// Buckets of an in-flight table; 32,768 requests fit if they spread well.
+pub const IN_FLIGHT_BUCKETS: u32 = 4096;
+
+/// One request between its two tracepoints.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct InFlight {
+    /// Address of the bio or request; 0 is a free entry. Claimed by compare-and-swap.
+    pub request: u64,
+    /// [`stamp`] of its start.
+    pub stamp: u64,
+    /// Bytes not complete yet, for requests that complete in parts.
+    pub left: u64,
+}
+
+/// A bucket of an in-flight table.
+pub type InFlightBucket = [InFlight; IN_FLIGHT_WAYS];
+
+/// Latency counts of one direction of one slot or disk since the programs were loaded. Index: [`latency_index`].
+pub type Latencies = [u64; latency::BUCKETS];
+
+const _: () = assert!(size_of::<Device>() == 8);
+const _: () = assert!(size_of::<Heat>() == 24);
+const _: () = assert!(size_of::<Range>() == 32);
+const _: () = assert!(size_of::<Totals>() == 24);
+const _: () = assert!(size_of::<InFlightBucket>() == 192);
+
+/// Key of a block's heat.
+#[inline(always)]
+pub fn heat_key(slot: u32, block: u64) -> u64 {
+    (slot as u64) << BLOCK_BITS | block & ((1 << BLOCK_BITS) - 1)
+}
+
+/// Slot and block of a heat key.
+pub fn slot_and_block(key: u64) -> (u32, u64) {
+    ((key >> BLOCK_BITS) as u32, key & ((1 << BLOCK_BITS) - 1))
+}
+
+/// Bucket of a request in an in-flight table: addresses differ in their middle bits, so they are multiplied upwards.
+#[inline(always)]
+pub fn in_flight_bucket(request: u64) -> u32 {
+    (request.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - IN_FLIGHT_BUCKETS.trailing_zeros())) as u32
+}
+
+const STAMP_TIME_BITS: u32 = 48;
+
+/// Start of a request in one word: slot, direction, and the time modulo 2^48 ns (78 hours).
+#[inline(always)]
+pub fn stamp(slot: u32, write: bool, now_ns: u64) -> u64 {
+    (write as u64) << 63 | (slot as u64) << STAMP_TIME_BITS | now_ns & ((1 << STAMP_TIME_BITS) - 1)
+}
+
+/// Latency index and elapsed nanoseconds of a request that was stamped at its start and ends now.
+#[inline(always)]
+pub fn elapsed(stamp: u64, now_ns: u64) -> (u32, u64) {
+    let slot = (stamp >> STAMP_TIME_BITS) as u32 & (SLOTS_MAX - 1);
+    (
+        latency_index(slot, stamp >> 63 != 0),
+        now_ns.wrapping_sub(stamp) & ((1 << STAMP_TIME_BITS) - 1),
+    )
+}
+
+/// Index of a slot's or disk's latencies.
+#[inline(always)]
+pub fn latency_index(slot: u32, write: bool) -> u32 {
+    slot << 1 | write as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_and_stamps_come_apart_again() {
+        for (slot, block) in [(0, 0), (1, 5), (SLOTS_MAX - 1, (1 << BLOCK_BITS) - 1)] {
+            assert_eq!(slot_and_block(heat_key(slot, block)), (slot, block));
+            for write in [false, true] {
+                let start = (1 << STAMP_TIME_BITS) - 10;
+                let (index, ns) = elapsed(stamp(slot, write, start), start + 25);
+                assert_eq!((index, ns), (latency_index(slot, write), 25));
+            }
+        }
+    }
+}
