@@ -10,7 +10,7 @@ use std::time::Instant;
 use anyhow::{Result, bail};
 
 use crate::process;
-use crate::setup::Machine;
+use crate::setup::{self, Machine};
 use crate::step::{note, seconds, step};
 use crate::workspace::Workspace;
 
@@ -126,6 +126,9 @@ fn lints(workspace: &Workspace, machine: &Machine, failed: &mut Vec<(&'static st
 fn cargo(workspace: &Workspace, machine: &Machine, words: &[&str]) -> Command {
     let mut command = workspace.command("cargo");
     command.args(words).env("HEARTH_BIN_DIR", workspace.bin_dir());
+    if let Ok(nats_server) = setup::nats_server(workspace) {
+        command.env("HEARTH_NATS_SERVER", nats_server);
+    }
     if machine.ebpf_build.is_ok() {
         // Without it the probes' build may leave the eBPF object out and say so only at run time.
         command.env("HEARTH_REQUIRE_EBPF", "1");

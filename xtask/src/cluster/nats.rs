@@ -6,19 +6,26 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use serde_json::Value;
 
 use super::daemon::Daemon;
 use crate::wait;
 
 const START_WITHIN: Duration = Duration::from_secs(20);
 
+/// 0 until the server chose them; kept over restarts.
+#[derive(Debug, Clone, Copy, Default)]
+struct Ports {
+    clients: u16,
+    monitor: u16,
+}
+
 /// A running nats-server.
 #[derive(Debug)]
 pub struct Nats {
     program: PathBuf,
     dir: PathBuf,
-    /// 0 until the server chose one; kept over restarts.
-    port: u16,
+    ports: Ports,
     daemon: Daemon,
 }
 
@@ -29,18 +36,23 @@ impl Nats {
     /// It does not start; its log is in the text.
     pub fn start(program: &Path, dir: &Path) -> Result<Self> {
         fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
-        let (daemon, port) = launch(program, dir, 0)?;
+        let (daemon, ports) = launch(program, dir, Ports::default())?;
         Ok(Self {
             program: program.to_owned(),
             dir: dir.to_owned(),
-            port,
+            ports,
             daemon,
         })
     }
 
     /// Where it listens.
     pub fn url(&self) -> String {
-        format!("nats://127.0.0.1:{}", self.port)
+        format!("nats://127.0.0.1:{}", self.ports.clients)
+    }
+
+    /// Where it tells its settings.
+    pub fn monitor_url(&self) -> String {
+        format!("http://127.0.0.1:{}", self.ports.monitor)
     }
 
     /// The process.
@@ -48,23 +60,25 @@ impl Nats {
         &mut self.daemon
     }
 
-    /// Kills it, as a crash would, and starts it again on the same port and streams.
+    /// Kills it, as a crash would, and starts it again on the same ports and streams.
     ///
     /// # Errors
     /// It does not come back.
     pub fn crash_and_restart(&mut self) -> Result<()> {
         self.daemon.kill()?;
-        (self.daemon, self.port) = launch(&self.program, &self.dir, self.port)?;
+        (self.daemon, self.ports) = launch(&self.program, &self.dir, self.ports)?;
         Ok(())
     }
 }
 
-fn launch(program: &Path, dir: &Path, port: u16) -> Result<(Daemon, u16)> {
+fn launch(program: &Path, dir: &Path, ports: Ports) -> Result<(Daemon, Ports)> {
     let config = dir.join("nats.conf");
-    let listen = if port == 0 { "-1".to_owned() } else { port.to_string() };
+    let any = |port: u16| if port == 0 { "-1".to_owned() } else { port.to_string() };
     let text = format!(
-        "host: 127.0.0.1\nport: {listen}\nserver_name: hearth\nports_file_dir: {dir:?}\n\
-         jetstream {{ store_dir: {store:?}, sync_interval: always }}\n",
+        "listen: \"127.0.0.1:{clients}\"\nhttp: \"127.0.0.1:{monitor}\"\nserver_name: hearth\n\
+         ports_file_dir: {dir:?}\njetstream {{ store_dir: {store:?}, sync_interval: always }}\n",
+        clients = any(ports.clients),
+        monitor = any(ports.monitor),
         store = dir.join("streams"),
     );
     fs::write(&config, text).with_context(|| format!("cannot write {}", config.display()))?;
@@ -73,15 +87,17 @@ fn launch(program: &Path, dir: &Path, port: u16) -> Result<(Daemon, u16)> {
         Command::new(program).arg("--config").arg(&config),
         &dir.join("nats.log"),
     )?;
-    let ports = dir.join(format!("nats-server_{}.ports", daemon.pid()));
-    let port = wait::until("nats-server to listen", START_WITHIN, || {
+    let file = dir.join(format!("nats-server_{}.ports", daemon.pid()));
+    let ports = wait::until("nats-server to listen", START_WITHIN, || {
         daemon.check_running()?;
-        let Ok(text) = fs::read(&ports) else { return Ok(None) };
-        let Ok(ports) = serde_json::from_slice::<serde_json::Value>(&text) else {
+        // Absent or half written at first.
+        let Ok(said) = serde_json::from_slice::<Value>(&fs::read(&file).unwrap_or_default()) else {
             return Ok(None);
         };
-        let url = ports["nats"][0].as_str();
-        Ok(url.and_then(|url| url.rsplit(':').next()?.parse().ok()))
+        let port = |key: &str| said[key][0].as_str()?.rsplit(':').next()?.parse().ok();
+        Ok(port("nats")
+            .zip(port("monitoring"))
+            .map(|(clients, monitor)| Ports { clients, monitor }))
     })?;
-    Ok((daemon, port))
+    Ok((daemon, ports))
 }

