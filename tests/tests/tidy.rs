@@ -207,3 +207,77 @@ fn the_data_path_never_calls_nats() -> Result<()> {
     }
     Ok(())
 }
+
+/// The licences that deny.toml allows, so that there is one list.
+fn allowed_licences() -> Result<BTreeSet<String>> {
+    let text = fs::read_to_string(root().join("deny.toml")).context("cannot read deny.toml")?;
+    let (_, list) = text
+        .split_once("\nallow = [")
+        .context("deny.toml has no list `allow`")?;
+    let (list, _) = list
+        .split_once(']')
+        .context("the list `allow` in deny.toml does not end")?;
+    Ok(list.split('"').skip(1).step_by(2).map(str::to_owned).collect())
+}
+
+/// Whether an SPDX expression can be met with `allowed`. AND binds tighter than OR; old crates write `/` for OR.
+fn is_met(expression: &str, allowed: &BTreeSet<String>) -> bool {
+    let expression = expression.trim();
+    if let Some((left, right)) = split_outside(expression, &[" OR ", "/"]) {
+        return is_met(left, allowed) || is_met(right, allowed);
+    }
+    if let Some((left, right)) = split_outside(expression, &[" AND "]) {
+        return is_met(left, allowed) && is_met(right, allowed);
+    }
+    match expression.strip_prefix('(').and_then(|inner| inner.strip_suffix(')')) {
+        Some(inner) => is_met(inner, allowed),
+        None => allowed.contains(expression),
+    }
+}
+
+/// Splits at the first of `separators` that is not within parentheses.
+fn split_outside<'a>(expression: &'a str, separators: &[&str]) -> Option<(&'a str, &'a str)> {
+    let mut depth = 0;
+    for (at, letter) in expression.char_indices() {
+        match letter {
+            '(' => depth += 1,
+            ')' => depth -= 1,
+            _ => {}
+        }
+        for separator in separators {
+            if depth == 0 && expression[at..].starts_with(separator) {
+                return Some((&expression[..at], &expression[at + separator.len()..]));
+            }
+        }
+    }
+    None
+}
+
+#[test]
+fn dependencies_have_licences_that_we_allow() -> Result<()> {
+    let allowed = allowed_licences()?;
+    ensure!(is_met("(MIT OR GPL-3.0) AND ISC", &allowed) && !is_met("MIT AND GPL-3.0", &allowed));
+    ensure!(is_met("GPL-2.0 / MIT", &allowed) && !is_met("", &allowed));
+    let tree = cargo(&[
+        "tree",
+        "--workspace",
+        "-e",
+        "normal,build",
+        "--prefix",
+        "none",
+        "--format",
+        "{p}|{l}",
+    ])?;
+    let mut crates = 0;
+    for line in tree.lines().filter(|line| !line.is_empty()) {
+        let (package, licence) = line.split_once('|').context("cargo tree printed no licence")?;
+        let licence = licence.trim_end_matches("(*)");
+        ensure!(
+            is_met(licence, &allowed),
+            "{package} has licence {licence:?}, which deny.toml does not allow"
+        );
+        crates += 1;
+    }
+    ensure!(crates > 100, "cargo tree listed only {crates} crates");
+    Ok(())
+}
