@@ -212,6 +212,7 @@ fn fio_finds_every_byte_at_depth_32() {
                 "--size=64m",
                 "--verify=crc32c",
                 "--verify_fatal=1",
+                "--verify_state_save=0",
                 "--do_verify=1",
                 "--randrepeat=0",
             ],
