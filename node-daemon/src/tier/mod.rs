@@ -1,1 +1,526 @@
-//! Placeholder.
+//! The RAM tier: clean copies of hot blocks in one bounded, locked arena, shared by all images of a node.
+//!
+//! Keyed by (layer, unit): clones share their golden image's copies. A *unit* is a block, or 64 KiB of a larger one.
+//! Two regions share the arena. The *front* admits misses by itself, per access ([`front::FrontPolicy`]); the *main*
+//! region holds what the scheduler promoted, until it demotes it.
+//!
+//! Invariants: bytes held never exceed the regions' sizes; a copy never outlives the bytes it was read from
+//! ([`guard`]); a hit takes one shared lock of one shard and allocates nothing.
+//!
+//! Locks, in this order: `policy` (room, queues; never on a hit), then one shard (which units are resident, and who
+//! may touch their bytes).
+
+mod arena;
+pub mod front;
+mod front_s3fifo;
+mod guard;
+mod inflight;
+pub mod prefetch;
+mod resident;
+mod slots;
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock};
+
+use hearth_protocol::heat::TierUse;
+use hearth_protocol::{BlockIndex, ByteLen, LayerId};
+
+use arena::Arena;
+use front::FrontPolicy;
+use front_s3fifo::S3Fifo;
+use guard::WriteGuards;
+pub use guard::{FillToken, mutants};
+use inflight::InFlight;
+pub(crate) use inflight::Lead;
+use resident::{Residents, key_of};
+use slots::{SLOT, Slots};
+
+/// How to build a tier.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TierOptions {
+    /// Size of the arena; rounded down to whole slots of 64 KiB.
+    pub capacity_bytes: u64,
+    /// Part of it that the node fills by itself, in percent (POLICY: 25).
+    pub front_percent: u8,
+    /// Lock the arena into RAM, as far as the system allows.
+    pub lock: bool,
+}
+
+impl TierOptions {
+    /// A locked tier with the recommended front.
+    pub fn of_bytes(capacity_bytes: u64) -> Self {
+        Self {
+            capacity_bytes,
+            front_percent: 25,
+            lock: true,
+        }
+    }
+}
+
+/// A layer as the tier knows it; cheap to copy, valid while the process runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct LayerHandle {
+    number: u32,
+    unit_log: u8,
+}
+
+impl LayerHandle {
+    /// Bytes in a unit of this layer.
+    pub fn unit_bytes(self) -> u64 {
+        1 << self.unit_log
+    }
+}
+
+/// Which part of the tier holds a unit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Region {
+    /// Admitted by the node on a miss.
+    Front,
+    /// Promoted by the scheduler.
+    Main,
+}
+
+/// What became of a fill.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Filled {
+    /// The copy is in RAM.
+    Done,
+    /// It was there already, in the region asked for or a better one.
+    Present,
+    /// A write to the block began since the read did: dropped (rule 11).
+    Stale,
+    /// The region has no room.
+    Full,
+}
+
+/// Totals since the tier was built.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct TierCounters {
+    /// Unit reads answered.
+    pub hits: u64,
+    /// Units let into the front on a miss.
+    pub admitted: u64,
+    /// Units that the front dropped for want of room.
+    pub evicted: u64,
+    /// Units moved or read into the main region.
+    pub promoted: u64,
+    /// Units dropped from the main region by order.
+    pub demoted: u64,
+    /// Fills dropped because a write began meanwhile.
+    pub fills_dropped: u64,
+    /// Copies dropped because a write failed or the block became zero.
+    pub invalidated: u64,
+}
+
+#[derive(Default)]
+struct Counters {
+    admitted: AtomicU64,
+    evicted: AtomicU64,
+    promoted: AtomicU64,
+    demoted: AtomicU64,
+    fills_dropped: AtomicU64,
+    invalidated: AtomicU64,
+}
+
+fn count(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
+}
+
+struct LayerInfo {
+    id: LayerId,
+    block_size: u64,
+}
+
+#[derive(Default)]
+struct Layers {
+    by_id: HashMap<LayerId, LayerHandle>,
+    infos: Vec<LayerInfo>,
+}
+
+/// Room and queues; locked on misses, promotions and failures, never on hits.
+struct Policy {
+    slots: Slots,
+    free_ids: Vec<u32>,
+    front: Box<dyn FrontPolicy>,
+    front_bytes: u64,
+    main_bytes: u64,
+    /// Main-region copies that left without an order, as (layer number, unit).
+    dropped: HashSet<(u32, u32)>,
+}
+
+/// The tier.
+pub struct RamTier {
+    arena: Arena,
+    residents: Residents,
+    guards: WriteGuards,
+    in_flight: InFlight,
+    policy: Mutex<Policy>,
+    layers: RwLock<Layers>,
+    counters: Counters,
+    capacity: u64,
+    front_capacity: u64,
+    main_capacity: u64,
+}
+
+/// Spreads a number over 64 bits (the finalizer of splitmix64).
+pub(crate) fn mix(mut x: u64) -> u64 {
+    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
+}
+
+impl RamTier {
+    /// Builds an empty tier.
+    ///
+    /// # Errors
+    /// The operating system's, when it has no address space for the arena.
+    pub fn new(options: TierOptions) -> std::io::Result<Arc<Self>> {
+        let count = (options.capacity_bytes / SLOT as u64).min(u64::from(u32::MAX) / 16) as u32;
+        let capacity = u64::from(count) * SLOT as u64;
+        let percent = u64::from(options.front_percent.min(100));
+        let front_capacity = u64::from(count) * percent / 100 * SLOT as u64;
+        let arena = Arena::new(capacity as usize, options.lock)?;
+        if let Some(why) = arena.lock_refused() {
+            tracing::warn!("{why}");
+        }
+        Ok(Arc::new(Self {
+            arena,
+            residents: Residents::new(),
+            guards: WriteGuards::new(),
+            in_flight: InFlight::new(),
+            policy: Mutex::new(Policy {
+                slots: Slots::new(count),
+                free_ids: Vec::new(),
+                front: Box::new(S3Fifo::new(front_capacity as usize)),
+                front_bytes: 0,
+                main_bytes: 0,
+                dropped: HashSet::new(),
+            }),
+            layers: RwLock::default(),
+            counters: Counters::default(),
+            capacity,
+            front_capacity,
+            main_capacity: capacity - front_capacity,
+        }))
+    }
+
+    /// Why the arena is not locked into RAM, if that was asked for and refused.
+    pub fn lock_refused(&self) -> Option<&str> {
+        self.arena.lock_refused()
+    }
+
+    /// Makes a layer known, or finds it again.
+    pub fn register(&self, id: LayerId, block_size: u64) -> LayerHandle {
+        let mut layers = self.layers.write().expect("layer table lock");
+        if let Some(handle) = layers.by_id.get(&id) {
+            return *handle;
+        }
+        let handle = LayerHandle {
+            number: layers.infos.len() as u32,
+            unit_log: block_size.min(SLOT as u64).ilog2() as u8,
+        };
+        layers.infos.push(LayerInfo { id, block_size });
+        layers.by_id.insert(id, handle);
+        handle
+    }
+
+    fn policy(&self) -> MutexGuard<'_, Policy> {
+        self.policy.lock().expect("tier policy lock")
+    }
+
+    /// Copies part of a unit into `buf` if it is resident.
+    #[inline]
+    pub fn read(&self, layer: LayerHandle, unit: u32, within: usize, buf: &mut [u8]) -> bool {
+        debug_assert!(within + buf.len() <= layer.unit_bytes() as usize);
+        self.residents.read(&self.arena, key_of(layer, unit), within, buf)
+    }
+
+    /// Which region holds a unit, if any does.
+    pub fn region(&self, layer: LayerHandle, unit: u32) -> Option<Region> {
+        self.residents.region(key_of(layer, unit))
+    }
+
+    /// Must be called before the bytes of a later [`Self::fill`] are read.
+    pub fn begin_fill(&self, layer: LayerHandle, unit: u32) -> FillToken {
+        self.guards.begin_fill(mix(key_of(layer, unit)))
+    }
+
+    /// See [`InFlight::lead_or_wait`].
+    pub(crate) fn lead_or_wait(&self, layer: LayerHandle, unit: u32) -> Option<Lead<'_>> {
+        let key = key_of(layer, unit);
+        self.in_flight.lead_or_wait(key, mix(key))
+    }
+
+    /// Offers a whole unit that was read after `token` was taken. The last unit of an image may be shorter.
+    pub fn fill(&self, layer: LayerHandle, unit: u32, token: FillToken, data: &[u8], region: Region) -> Filled {
+        let key = key_of(layer, unit);
+        let bytes = layer.unit_bytes();
+        let mut policy = self.policy();
+        match (self.residents.region(key), region) {
+            (Some(Region::Front), Region::Main) => return self.move_to_main(&mut policy, key, bytes),
+            (Some(_), _) => return Filled::Present,
+            (None, _) => {}
+        }
+        if !self.guards.is_fresh(token) {
+            count(&self.counters.fills_dropped);
+            return Filled::Stale;
+        }
+        let room = match region {
+            Region::Front if bytes > self.front_capacity => false,
+            Region::Front => {
+                while policy.front_bytes + bytes > self.front_capacity && self.evict(&mut policy) {}
+                policy.front_bytes + bytes <= self.front_capacity
+            }
+            Region::Main => policy.main_bytes + bytes <= self.main_capacity,
+        };
+        if !room {
+            return Filled::Full;
+        }
+        let place = loop {
+            match policy.slots.take(bytes as usize) {
+                Some(place) => break place,
+                // Units of other sizes hold the slots: the front gives way.
+                None if self.evict(&mut policy) => {}
+                None => return Filled::Full,
+            }
+        };
+        // SAFETY: the place was free, and is published to readers only below: nobody else touches it.
+        unsafe { self.arena.write(place.offset(), data) };
+        let id = policy.free_ids.pop().unwrap_or_else(|| self.residents.new_id());
+        let published = self
+            .residents
+            .publish(key, id, place, layer.unit_log, region, || self.guards.is_fresh(token));
+        if !published {
+            policy.free_ids.push(id);
+            policy.slots.give(place, bytes as usize);
+            count(&self.counters.fills_dropped);
+            return Filled::Stale;
+        }
+        match region {
+            Region::Front => {
+                policy.front_bytes += bytes;
+                policy.front.admitted(id, mix(key), bytes as usize);
+                count(&self.counters.admitted);
+            }
+            Region::Main => {
+                policy.main_bytes += bytes;
+                policy.dropped.remove(&(layer.number, unit));
+                count(&self.counters.promoted);
+            }
+        }
+        Filled::Done
+    }
+
+    /// Moves a unit from the front to the main region, without reading it again.
+    pub fn promote_resident(&self, layer: LayerHandle, unit: u32) -> Option<Filled> {
+        let key = key_of(layer, unit);
+        let mut policy = self.policy();
+        match self.residents.region(key)? {
+            Region::Main => Some(Filled::Present),
+            Region::Front => Some(self.move_to_main(&mut policy, key, layer.unit_bytes())),
+        }
+    }
+
+    fn move_to_main(&self, policy: &mut Policy, key: u64, bytes: u64) -> Filled {
+        if policy.main_bytes + bytes > self.main_capacity {
+            return Filled::Full;
+        }
+        let id = self.residents.set_region(key, Region::Main);
+        policy.front.removed(id);
+        policy.front_bytes -= bytes;
+        policy.main_bytes += bytes;
+        policy.dropped.remove(&((key >> 32) as u32, key as u32));
+        count(&self.counters.promoted);
+        Filled::Done
+    }
+
+    /// Drops one unit of the front; false if it has none.
+    fn evict(&self, policy: &mut Policy) -> bool {
+        let Some(id) = policy.front.victim(&mut |id| self.residents.take_touched(id)) else {
+            return false;
+        };
+        let gone = self.residents.remove_id(id);
+        policy.front_bytes -= gone.bytes as u64;
+        policy.slots.give(gone.place, gone.bytes);
+        policy.free_ids.push(id);
+        count(&self.counters.evicted);
+        true
+    }
+
+    /// Drops a unit wherever it is; says from which region.
+    fn remove(&self, key: u64) -> Option<Region> {
+        // Most writes touch blocks that are not in RAM: look before locking the policy.
+        self.residents.region(key)?;
+        let mut policy = self.policy();
+        let (id, gone) = self.residents.remove(key)?;
+        match gone.region {
+            Region::Front => {
+                policy.front.removed(id);
+                policy.front_bytes -= gone.bytes as u64;
+            }
+            Region::Main => policy.main_bytes -= gone.bytes as u64,
+        }
+        policy.slots.give(gone.place, gone.bytes);
+        policy.free_ids.push(id);
+        Some(gone.region)
+    }
+
+    /// Drops a unit from the main region by order. False if it was not there.
+    pub fn demote(&self, layer: LayerHandle, unit: u32) -> bool {
+        let key = key_of(layer, unit);
+        if self.residents.region(key) != Some(Region::Main) || self.remove(key).is_none() {
+            return false;
+        }
+        count(&self.counters.demoted);
+        true
+    }
+
+    /// Drops a copy that a write made stale, and remembers it for the heat report if it was promoted.
+    fn invalidate(&self, layer: LayerHandle, unit: u32) {
+        if let Some(region) = self.remove(key_of(layer, unit)) {
+            count(&self.counters.invalidated);
+            if region == Region::Main {
+                self.policy().dropped.insert((layer.number, unit));
+            }
+        }
+    }
+
+    /// Drops every copy of a layer: its image was detached, or attached under a new epoch, or deleted.
+    pub fn forget_layer(&self, layer: LayerHandle) {
+        for unit in self.residents.units_of(layer) {
+            self.invalidate(layer, unit);
+        }
+    }
+
+    /// A write, trim or zero of `count` units begins. Ends when the ticket is dropped; whatever was not
+    /// [updated](WriteTicket::update) until then leaves RAM.
+    pub fn begin_write(&self, layer: LayerHandle, first: u32, count: u32) -> WriteTicket<'_> {
+        for unit in first..first + count {
+            self.guards.begin_write(mix(key_of(layer, unit)));
+        }
+        WriteTicket {
+            tier: self,
+            layer,
+            first,
+            count,
+            kept: false,
+        }
+    }
+
+    /// Sizes and use, as heat reports carry them.
+    pub fn usage(&self) -> TierUse {
+        let policy = self.policy();
+        TierUse {
+            capacity: ByteLen(self.capacity),
+            front: ByteLen(policy.front_bytes),
+            main: ByteLen(policy.main_bytes),
+            front_capacity: ByteLen(self.front_capacity),
+            main_capacity: ByteLen(self.main_capacity),
+        }
+    }
+
+    /// Totals since the tier was built.
+    pub fn counters(&self) -> TierCounters {
+        let get = |c: &AtomicU64| c.load(Ordering::Relaxed);
+        TierCounters {
+            hits: self.residents.hits(),
+            admitted: get(&self.counters.admitted),
+            evicted: get(&self.counters.evicted),
+            promoted: get(&self.counters.promoted),
+            demoted: get(&self.counters.demoted),
+            fills_dropped: get(&self.counters.fills_dropped),
+            invalidated: get(&self.counters.invalidated),
+        }
+    }
+
+    /// Main-region blocks that left without an order since the last call, ascending: for the heat report.
+    pub fn take_dropped(&self) -> Vec<(LayerId, Vec<BlockIndex>)> {
+        let dropped = std::mem::take(&mut self.policy().dropped);
+        let layers = self.layers.read().expect("layer table lock");
+        let mut by_layer: BTreeMap<LayerId, Vec<BlockIndex>> = BTreeMap::new();
+        for (number, unit) in dropped {
+            let info = &layers.infos[number as usize];
+            let units_per_block = info.block_size.div_ceil(SLOT as u64);
+            by_layer
+                .entry(info.id)
+                .or_default()
+                .push(BlockIndex(u64::from(unit) / units_per_block));
+        }
+        for blocks in by_layer.values_mut() {
+            blocks.sort_unstable();
+            blocks.dedup();
+        }
+        by_layer.into_iter().collect()
+    }
+
+    /// Bytes of bookkeeping per resident unit and in all, as measured now.
+    pub fn overhead(&self) -> (u64, u64) {
+        let units = self.residents.count();
+        let bytes = self.residents.overhead_bytes() + self.policy().front.overhead_bytes() as u64;
+        (bytes.checked_div(units).unwrap_or(0), bytes)
+    }
+}
+
+/// A write under way. Dropping it without [`WriteTicket::keep`] removes the units' RAM copies: that is what a failed
+/// or partial write must do.
+pub struct WriteTicket<'a> {
+    tier: &'a RamTier,
+    layer: LayerHandle,
+    first: u32,
+    count: u32,
+    kept: bool,
+}
+
+impl WriteTicket<'_> {
+    /// Writes `data`, which the store has taken, into the RAM copies too. `offset` is in bytes from the layer's start.
+    pub fn update(&self, offset: u64, data: &[u8]) {
+        self.each(offset, data.len(), |key, within, range| {
+            self.tier.residents.write(&self.tier.arena, key, within, &data[range]);
+        });
+    }
+
+    /// As [`Self::update`] with zeros.
+    pub fn update_zero(&self, offset: u64, length: usize) {
+        self.each(offset, length, |key, within, range| {
+            self.tier.residents.zero(&self.tier.arena, key, within, range.len());
+        });
+    }
+
+    fn each(&self, offset: u64, length: usize, mut f: impl FnMut(u64, usize, std::ops::Range<usize>)) {
+        let unit_bytes = self.layer.unit_bytes();
+        let mut at = 0;
+        while at < length {
+            let from = offset + at as u64;
+            let within = from % unit_bytes;
+            let take = ((unit_bytes - within) as usize).min(length - at);
+            let unit = (from / unit_bytes) as u32;
+            assert!((self.first..self.first + self.count).contains(&unit));
+            f(key_of(self.layer, unit), within as usize, at..at + take);
+            at += take;
+        }
+    }
+
+    /// Drops the RAM copies of units: they became zero and need no RAM.
+    pub fn invalidate(&self, first: u32, count: u32) {
+        for unit in first..first + count {
+            self.tier.invalidate(self.layer, unit);
+        }
+    }
+
+    /// The write succeeded as a whole and its copies are up to date.
+    pub fn keep(mut self) {
+        self.kept = true;
+    }
+}
+
+impl Drop for WriteTicket<'_> {
+    fn drop(&mut self) {
+        if !self.kept {
+            self.invalidate(self.first, self.count);
+        }
+        for unit in self.first..self.first + self.count {
+            self.tier.guards.end_write(mix(key_of(self.layer, unit)));
+        }
+    }
+}

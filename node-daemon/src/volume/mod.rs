@@ -1,1 +1,340 @@
-//! Placeholder.
+//! One served image: puts store, RAM tier and peers together behind [`Disk`].
+//!
+//! Reads go RAM, then local layer, then peer. Writes go to the top layer and to the RAM copy, and are acknowledged
+//! when the store has handed them to the device. RAM holds clean copies only: the death of the daemon loses nothing.
+//!
+//! Called from many threads. A write holds `gate` shared and its byte range alone; snapshot and detach hold `gate`
+//! alone, so they wait for writes in flight and keep later ones out.
+
+mod extents;
+mod promote;
+mod range_lock;
+mod read;
+mod stack;
+mod stats;
+mod write;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, RwLock};
+
+use hearth_protocol::heat::LatencySummary;
+use hearth_protocol::{BlockIndex, Epoch, ImageId, LayerId, LeaseId, SetVersion, SnapshotName};
+
+use crate::disk::{Disk, DiskError, Extent, ExtentKind};
+use crate::store::{ImageMeta, Layer, LayerRef, Recovery, Store, StoreError};
+use crate::tier::RamTier;
+
+pub use extents::map_of;
+pub use promote::{Demoted, Promoted};
+use range_lock::RangeLock;
+use stack::Stack;
+pub use stack::{BlockSource, NoPeers};
+use stats::Stats;
+pub use stats::VolumeCounters;
+
+/// An image (or a sealed layer, read-only) being served.
+pub struct Volume {
+    store: Arc<Store>,
+    tier: Arc<RamTier>,
+    remote: Arc<dyn BlockSource>,
+    image: ImageId,
+    epoch: Epoch,
+    size: u64,
+    block_size: u64,
+    read_only: Option<&'static str>,
+    recovery: Option<Recovery>,
+    stack: RwLock<Arc<Stack>>,
+    gate: RwLock<()>,
+    ranges: RangeLock,
+    closing: AtomicBool,
+    closed: Mutex<bool>,
+    stats: Stats,
+    heat: extents::HeatScale,
+}
+
+impl Volume {
+    /// Starts serving an image under an epoch and lease, after recovering it from a crash if needed.
+    ///
+    /// # Errors
+    /// [`StoreError`]; the image is then not attached.
+    pub fn attach(
+        store: Arc<Store>,
+        tier: Arc<RamTier>,
+        image: ImageId,
+        epoch: Epoch,
+        lease: LeaseId,
+        remote: Arc<dyn BlockSource>,
+    ) -> Result<Arc<Self>, StoreError> {
+        let opened = store.open_image(image, epoch, lease, SetVersion(1))?;
+        let stack = Stack::new(opened.stack(), opened.meta.block_size, &tier);
+        // Copies of a growing layer are valid for one epoch.
+        tier.forget_layer(stack.handle(0));
+        Ok(Arc::new(Self {
+            image,
+            epoch,
+            size: opened.meta.size,
+            block_size: opened.meta.block_size,
+            read_only: None,
+            recovery: opened.recovery,
+            stack: RwLock::new(Arc::new(stack)),
+            gate: RwLock::new(()),
+            ranges: RangeLock::default(),
+            closing: AtomicBool::new(false),
+            closed: Mutex::new(false),
+            stats: Stats::default(),
+            heat: extents::HeatScale::default(),
+            store,
+            tier,
+            remote,
+        }))
+    }
+
+    /// Serves a sealed layer with everything below it, read-only: what peers read.
+    ///
+    /// # Errors
+    /// [`StoreError::NoLayer`] if this store does not hold it.
+    pub fn open_sealed(
+        store: Arc<Store>,
+        tier: Arc<RamTier>,
+        layer: LayerId,
+        remote: Arc<dyn BlockSource>,
+    ) -> Result<Arc<Self>, StoreError> {
+        let (meta, layers) = store.sealed_stack(layer)?;
+        let size = match &layers[0] {
+            LayerRef::Local(layer) => layer.size(),
+            LayerRef::Remote(_) => return Err(StoreError::NoLayer(layer)),
+        };
+        Ok(Arc::new(Self {
+            image: meta.id,
+            epoch: meta.record.epoch,
+            size,
+            block_size: meta.block_size,
+            read_only: Some("it is a sealed layer"),
+            recovery: None,
+            stack: RwLock::new(Arc::new(Stack::new(layers, meta.block_size, &tier))),
+            gate: RwLock::new(()),
+            ranges: RangeLock::default(),
+            closing: AtomicBool::new(false),
+            closed: Mutex::new(true),
+            stats: Stats::default(),
+            heat: extents::HeatScale::default(),
+            store,
+            tier,
+            remote,
+        }))
+    }
+
+    fn stack(&self) -> Arc<Stack> {
+        self.stack.read().expect("stack lock").clone()
+    }
+
+    fn top(stack: &Stack) -> &Arc<Layer> {
+        match &stack.levels[0].layer {
+            LayerRef::Local(layer) => layer,
+            LayerRef::Remote(_) => unreachable!("the top layer is always here"),
+        }
+    }
+
+    /// The image's metadata as it is now.
+    ///
+    /// # Errors
+    /// [`StoreError::NoImage`].
+    pub fn meta(&self) -> Result<ImageMeta, StoreError> {
+        self.store.image(self.image)
+    }
+
+    /// The epoch under which it is served.
+    pub fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    /// What a crash before this attach left to do; `None` after a clean detach.
+    pub fn recovery(&self) -> Option<Recovery> {
+        self.recovery
+    }
+
+    /// The RAM tier that serves it.
+    pub fn tier(&self) -> &Arc<RamTier> {
+        &self.tier
+    }
+
+    /// Its layers, top first.
+    pub fn layers(&self) -> Vec<LayerId> {
+        self.stack().levels.iter().map(|l| l.layer.id()).collect()
+    }
+
+    /// Which layer holds a block now; `None` for a hole. Heat is reported under that layer.
+    pub fn resolve(&self, block: BlockIndex) -> Option<LayerId> {
+        if block.0 >= self.size.div_ceil(self.block_size) {
+            return None;
+        }
+        self.stack().layer_of(block)
+    }
+
+    /// Bytes that the top layer takes up on disk.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn allocated(&self) -> Result<u64, StoreError> {
+        Self::top(&self.stack()).allocated()
+    }
+
+    /// Counters since attach.
+    pub fn counters(&self) -> VolumeCounters {
+        self.stats.counters()
+    }
+
+    /// Latency of reads since attach, as seen at this interface.
+    pub fn read_latency(&self) -> LatencySummary {
+        self.stats.reads.total()
+    }
+
+    /// Latency of reads and writes since the last call.
+    pub fn take_latency_window(&self) -> (LatencySummary, LatencySummary) {
+        (self.stats.reads.take_window(), self.stats.writes.take_window())
+    }
+
+    /// Why the image takes no more writes, if a flush failed.
+    pub fn poisoned(&self) -> Option<String> {
+        Self::top(&self.stack()).poisoned().map(str::to_owned)
+    }
+
+    /// Seals the top layer under a name and puts an empty one on top, while I/O goes on: writes wait meanwhile,
+    /// reads do not. Everything acknowledged before is in the snapshot.
+    ///
+    /// # Errors
+    /// [`StoreError`]; the image then goes on as before.
+    pub fn snapshot(&self, name: &SnapshotName) -> Result<ImageMeta, StoreError> {
+        let _alone = self.gate.write().expect("gate lock");
+        let old = self.stack();
+        self.check_open().map_err(|err| from_disk(&err))?;
+        self.store.check_snapshot(&self.store.image(self.image)?, Some(name))?;
+        let top = Self::top(&old);
+        top.checkpoint().map_err(|err| from_disk(&err))?;
+        let (meta, new_top) = self.store.push_layer(self.image, Some(name), None)?;
+        top.retire();
+        let mut layers = vec![LayerRef::Local(new_top)];
+        layers.extend(old.levels.iter().map(|l| l.layer.clone()));
+        *self.stack.write().expect("stack lock") = Arc::new(Stack::new(layers, self.block_size, &self.tier));
+        Ok(meta)
+    }
+
+    /// Stops serving: waits for writes in flight, makes everything durable and leaves the clean mark. Requests that
+    /// come later get [`DiskError::ShuttingDown`].
+    ///
+    /// # Errors
+    /// [`DiskError`] if not everything could be made durable; the image is detached all the same, and the next
+    /// attach recovers it.
+    pub fn detach(&self) -> Result<(), DiskError> {
+        self.closing.store(true, Ordering::SeqCst);
+        let _alone = self.gate.write().expect("gate lock");
+        let mut closed = self.closed.lock().expect("close lock");
+        if *closed {
+            return Ok(());
+        }
+        *closed = true;
+        let stack = self.stack();
+        let sealed = Self::top(&stack).seal();
+        self.tier.forget_layer(stack.handle(0));
+        let closed = self.store.close_image(self.image, sealed.is_ok());
+        sealed?;
+        Ok(closed?)
+    }
+
+    fn check_open(&self) -> Result<(), DiskError> {
+        if self.closing.load(Ordering::Acquire) {
+            return Err(DiskError::ShuttingDown);
+        }
+        match self.read_only {
+            Some(why) => Err(DiskError::ReadOnly(why)),
+            None => Ok(()),
+        }
+    }
+
+    fn check_range(&self, offset: u64, length: u64) -> Result<(), DiskError> {
+        if offset.checked_add(length).is_none_or(|end| end > self.size) {
+            return Err(DiskError::OutOfRange {
+                offset,
+                length,
+                size: self.size,
+            });
+        }
+        Ok(())
+    }
+}
+
+fn from_disk(err: &DiskError) -> StoreError {
+    match err {
+        DiskError::NoSpace(what) => StoreError::NoSpace(what.clone()),
+        other => StoreError::Io {
+            what: "cannot seal the top layer".into(),
+            source: std::io::Error::other(other.to_string()),
+        },
+    }
+}
+
+impl Drop for Volume {
+    /// Without [`Volume::detach`] this is a crash of the image: the next attach recovers it.
+    fn drop(&mut self) {
+        let closed = self.closed.get_mut().expect("close lock");
+        if !*closed {
+            let _ = self.store.close_image(self.image, false);
+        }
+    }
+}
+
+impl Disk for Volume {
+    fn image(&self) -> ImageId {
+        self.image
+    }
+
+    fn size_bytes(&self) -> u64 {
+        self.size
+    }
+
+    fn block_size_bytes(&self) -> u64 {
+        self.block_size
+    }
+
+    fn is_read_only(&self) -> bool {
+        self.read_only.is_some()
+    }
+
+    fn try_read_ram(&self, offset: u64, buf: &mut [u8]) -> bool {
+        self.read_ram(offset, buf)
+    }
+
+    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
+        self.read_any(offset, buf)
+    }
+
+    fn write(&self, offset: u64, data: &[u8], fua: bool) -> Result<(), DiskError> {
+        self.write_any(offset, data, fua)
+    }
+
+    fn flush(&self) -> Result<(), DiskError> {
+        self.flush_top()
+    }
+
+    fn trim(&self, offset: u64, length: u64, fua: bool) -> Result<(), DiskError> {
+        self.zero_any(offset, length, false, fua)
+    }
+
+    fn write_zeroes(&self, offset: u64, length: u64, keep_allocated: bool, fua: bool) -> Result<(), DiskError> {
+        self.zero_any(offset, length, keep_allocated, fua)
+    }
+
+    fn cache(&self, offset: u64, length: u64) -> Result<(), DiskError> {
+        self.cache_range(offset, length)
+    }
+
+    fn extents(
+        &self,
+        offset: u64,
+        length: u64,
+        kind: ExtentKind,
+        extents_max: usize,
+    ) -> Result<Vec<Extent>, DiskError> {
+        self.extents_of(offset, length, kind, extents_max)
+    }
+}

@@ -1,0 +1,482 @@
+//! One layer on disk: a sparse data file, the map of the blocks it holds, and the journal that keeps the map true
+//! over crashes.
+//!
+//! Invariants, each kept over every crash (docs/adr/0002):
+//! - A block is recorded as held only after its whole content was written.
+//! - The record is handed to the kernel before the write is acknowledged, and is durable only after the data is.
+//! - Where the map does not say `Data`, the data file has a hole: nothing half-written shows up later.
+
+use std::fs;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, OnceLock};
+
+use hearth_protocol::LayerId;
+use nix::unistd::{Whence, lseek};
+use serde::{Deserialize, Serialize};
+
+use super::blockmap::{BlockMap, BlockState};
+use super::direct::DirectFile;
+use super::error::{StoreError, disk_io};
+use super::fault::{Faults, Site};
+use super::journal::{Journal, Record, Trust};
+use super::sealed_file::{self, Kind};
+use crate::disk::DiskError;
+
+const LAYER_META: Kind = Kind {
+    name: "layer",
+    version: 1,
+};
+const BITMAP: Kind = Kind {
+    name: "bitmap",
+    version: 1,
+};
+
+/// A journal longer than this is folded into the bitmap file at the next flush: 262,144 records, read back in well
+/// under a second.
+const JOURNAL_BYTES_MAX: u64 = 8 << 20;
+
+/// What a layer is, as its metadata file says it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerMeta {
+    /// Its id.
+    pub id: LayerId,
+    /// Bytes as the guest sees them.
+    pub size: u64,
+    /// Bytes in a block.
+    pub block_size: u64,
+}
+
+/// An open layer.
+pub struct Layer {
+    meta: LayerMeta,
+    dir: PathBuf,
+    data: DirectFile,
+    map: BlockMap,
+    /// `None` once the layer takes no more writes.
+    journal: Mutex<Option<Journal>>,
+    /// Counts writes that have returned; a flush covers those it saw.
+    written: AtomicU64,
+    /// The value of `written` that the last flush covered. Held while a flush runs, so that flushes share one sync.
+    flushed: Mutex<u64>,
+    poisoned: OnceLock<String>,
+    writable: AtomicBool,
+    faults: Faults,
+}
+
+/// What had to be done to open a layer after a crash.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Recovery {
+    /// Journal records that counted.
+    pub replayed: usize,
+    /// Journal records of unflushed writes that a power loss made void.
+    pub dropped: usize,
+    /// Bytes of unrecorded writes that were punched out of the data file.
+    pub scrubbed_bytes: u64,
+}
+
+fn journal_path(dir: &Path, generation: u32) -> PathBuf {
+    dir.join(format!("journal-{generation}"))
+}
+
+impl Layer {
+    /// Creates an empty layer in `dir`, durable except for the directory's own name.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn create(dir: &Path, meta: LayerMeta, faults: &Faults) -> Result<Self, StoreError> {
+        fs::create_dir(dir).map_err(StoreError::at("create", dir))?;
+        let body = serde_json::to_vec(&meta).expect("layer metadata always encodes");
+        sealed_file::replace(&dir.join("meta"), LAYER_META, &body, faults)?;
+        let path = dir.join("data");
+        let data = DirectFile::open(&path, true, true, faults.clone()).map_err(StoreError::at("create", &path))?;
+        data.set_len(meta.size).map_err(StoreError::at("size", &path))?;
+        let layer = Self::assemble(
+            dir,
+            meta,
+            data,
+            BlockMap::new(meta.size.div_ceil(meta.block_size)),
+            faults,
+        );
+        layer.next_generation(&mut layer.journal.lock().expect("journal lock"), 0)?;
+        layer.writable.store(true, Ordering::Release);
+        Ok(layer)
+    }
+
+    fn assemble(dir: &Path, meta: LayerMeta, data: DirectFile, map: BlockMap, faults: &Faults) -> Self {
+        Self {
+            meta,
+            dir: dir.to_owned(),
+            data,
+            map,
+            journal: Mutex::new(None),
+            written: AtomicU64::new(0),
+            flushed: Mutex::new(0),
+            poisoned: OnceLock::new(),
+            writable: AtomicBool::new(false),
+            faults: faults.clone(),
+        }
+    }
+
+    fn load(dir: &Path, write: bool, faults: &Faults) -> Result<(Self, u32), StoreError> {
+        let path = dir.join("meta");
+        let damaged = |path: &Path, why: String| StoreError::Damaged {
+            path: path.to_owned(),
+            why,
+        };
+        let meta: LayerMeta = serde_json::from_slice(&sealed_file::read(&path, LAYER_META)?)
+            .map_err(|err| damaged(&path, err.to_string()))?;
+        if !hearth_protocol::units::is_block_size(meta.block_size)
+            || meta.size > hearth_protocol::limits::IMAGE_BYTES_MAX
+        {
+            return Err(damaged(&path, "size or block size is out of range".into()));
+        }
+        let path = dir.join("bitmap");
+        let body = sealed_file::read(&path, BITMAP)?;
+        let (generation, sets) = body
+            .split_first_chunk::<4>()
+            .ok_or_else(|| damaged(&path, "it ends early".into()))?;
+        let map = BlockMap::decode(meta.size.div_ceil(meta.block_size), sets).map_err(|why| damaged(&path, why))?;
+        let path = dir.join("data");
+        let data = DirectFile::open(&path, write, false, faults.clone()).map_err(StoreError::at("open", &path))?;
+        let len = data.file().metadata().map_err(StoreError::at("look at", &path))?.len();
+        if len != meta.size {
+            return Err(damaged(
+                &path,
+                format!("it has {len} bytes and should have {}", meta.size),
+            ));
+        }
+        Ok((
+            Self::assemble(dir, meta, data, map, faults),
+            u32::from_le_bytes(*generation),
+        ))
+    }
+
+    /// Opens a layer that takes no more writes.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn open_sealed(dir: &Path, faults: &Faults) -> Result<Self, StoreError> {
+        Ok(Self::load(dir, false, faults)?.0)
+    }
+
+    /// Opens a top layer for writing. With `trust`, first brings it back from a crash.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn open_writable(dir: &Path, trust: Option<Trust>, faults: &Faults) -> Result<(Self, Recovery), StoreError> {
+        let (layer, generation) = Self::load(dir, true, faults)?;
+        let mut recovery = Recovery::default();
+        if let Some(trust) = trust {
+            let path = journal_path(dir, generation);
+            let (records, dropped) =
+                Journal::replay(&path, generation, trust).map_err(StoreError::at("read", &path))?;
+            recovery.replayed = records.len();
+            recovery.dropped = dropped;
+            for record in records {
+                if let Record::Blocks { first, count, state } = record {
+                    if first.checked_add(count).is_none_or(|end| end > layer.map.blocks()) {
+                        return Err(StoreError::Damaged {
+                            path,
+                            why: "a record lies past the end of the layer".into(),
+                        });
+                    }
+                    (first..first + count).for_each(|block| layer.map.set(block, state));
+                }
+            }
+            recovery.scrubbed_bytes = layer.scrub()?;
+        }
+        layer.next_generation(&mut layer.journal.lock().expect("journal lock"), generation)?;
+        layer.writable.store(true, Ordering::Release);
+        Ok((layer, recovery))
+    }
+
+    /// Punches out everything in the data file that the map does not call data.
+    fn scrub(&self) -> Result<u64, StoreError> {
+        let path = self.dir.join("data");
+        let seek = |at: u64, whence| match lseek(self.data.file().as_fd(), at as i64, whence) {
+            Ok(found) => Ok(Some(found as u64)),
+            Err(nix::errno::Errno::ENXIO) => Ok(None),
+            Err(err) => Err(StoreError::io(
+                format!("cannot find extents of {}", path.display()),
+                err.into(),
+            )),
+        };
+        let mut punched = 0;
+        let mut at = 0;
+        while let Some(start) = seek(at, Whence::SeekData)? {
+            let end = seek(start, Whence::SeekHole)?.unwrap_or(self.meta.size);
+            let mut block = start / self.meta.block_size;
+            let last = end.div_ceil(self.meta.block_size);
+            while block < last {
+                let (state, run) = self.map.run(block, last - block);
+                if state != BlockState::Data {
+                    let (from, length) = self.span(block, run);
+                    self.data
+                        .punch(from, length)
+                        .map_err(StoreError::at("punch a hole into", &path))?;
+                    punched += length;
+                }
+                block += run;
+            }
+            at = end;
+        }
+        Ok(punched)
+    }
+
+    /// Byte range of `count` blocks from `first`, cut at the layer's end.
+    fn span(&self, first: u64, count: u64) -> (u64, u64) {
+        let from = first * self.meta.block_size;
+        (from, (count * self.meta.block_size).min(self.meta.size - from))
+    }
+
+    /// Makes the map durable in a bitmap file of the next generation and continues in that generation's journal.
+    ///
+    /// After an error before the new bitmap took its name, the layer goes on with the old journal. After one later
+    /// it is poisoned: which of the two a power loss would leave is unknown.
+    fn next_generation(&self, slot: &mut Option<Journal>, old: u32) -> Result<(), StoreError> {
+        let path = self.dir.join("data");
+        self.data.sync().map_err(StoreError::at("sync", &path))?;
+        let generation = old.wrapping_add(1);
+        let path = journal_path(&self.dir, generation);
+        let journal =
+            Journal::create(&path, generation, self.faults.clone()).map_err(StoreError::at("create", &path))?;
+        sealed_file::sync_dir(&self.dir, &self.faults)?;
+        let mut body = generation.to_le_bytes().to_vec();
+        body.extend_from_slice(&self.map.encode());
+        sealed_file::put(&self.dir.join("bitmap"), BITMAP, &body, &self.faults)?;
+        *slot = Some(journal);
+        sealed_file::sync_dir(&self.dir, &self.faults)
+            .inspect_err(|err| self.poison(format!("replacing the bitmap of layer {} failed: {err}", self.id())))?;
+        // A journal that stays behind is never read again.
+        let _ = fs::remove_file(journal_path(&self.dir, old));
+        Ok(())
+    }
+
+    /// Its id.
+    pub fn id(&self) -> LayerId {
+        self.meta.id
+    }
+
+    /// Bytes as the guest sees them.
+    pub fn size(&self) -> u64 {
+        self.meta.size
+    }
+
+    /// Bytes in a block.
+    pub fn block_size(&self) -> u64 {
+        self.meta.block_size
+    }
+
+    /// Which blocks it holds.
+    pub fn map(&self) -> &BlockMap {
+        &self.map
+    }
+
+    /// Bytes that its data file takes up on disk.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    pub fn allocated(&self) -> Result<u64, StoreError> {
+        allocated(&self.dir)
+    }
+
+    /// Reads from the data file; holes are zeros. The caller has looked at the map.
+    ///
+    /// # Errors
+    /// [`DiskError::Io`].
+    pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
+        self.data.read(offset, buf).map_err(|err| {
+            disk_io(
+                format!("cannot read {} bytes at {offset} of layer {}", buf.len(), self.id()),
+                err,
+            )
+        })
+    }
+
+    /// Writes to the data file, aligned to 4,096 bytes. `durable` needs all journal records committed.
+    ///
+    /// # Errors
+    /// [`DiskError`]. After a failed durable write the layer is poisoned.
+    pub fn write(&self, offset: u64, data: &[u8], durable: bool) -> Result<(), DiskError> {
+        self.check_writable()?;
+        let result = self.data.write(offset, data, durable);
+        self.written.fetch_add(1, Ordering::AcqRel);
+        result.map_err(|err| {
+            let what = format!("cannot write {} bytes at {offset} of layer {}", data.len(), self.id());
+            if durable && !super::error::is_no_space(&err) {
+                self.poison(format!("{what}: {err}"));
+            }
+            disk_io(what, err)
+        })
+    }
+
+    /// Punches a hole, or zeroes in place with `keep_allocated`. Aligned to 4,096 bytes.
+    ///
+    /// # Errors
+    /// [`DiskError`].
+    pub fn zero(&self, offset: u64, length: u64, keep_allocated: bool) -> Result<(), DiskError> {
+        self.check_writable()?;
+        let result = if keep_allocated {
+            self.data.zero_allocated(offset, length)
+        } else {
+            self.data.punch(offset, length)
+        };
+        self.written.fetch_add(1, Ordering::AcqRel);
+        result.map_err(|err| {
+            disk_io(
+                format!("cannot zero {length} bytes at {offset} of layer {}", self.id()),
+                err,
+            )
+        })
+    }
+
+    /// Records that blocks took a state. The caller holds their write locks and has written their content.
+    ///
+    /// # Errors
+    /// [`DiskError`]; nothing has changed then.
+    ///
+    /// # Panics
+    /// If the layer takes no more writes.
+    pub fn mark(&self, first: u64, count: u64, state: BlockState) -> Result<(), DiskError> {
+        let mut journal = self.journal.lock().expect("journal lock");
+        let open = journal.as_mut().expect("a sealed layer's blocks never change");
+        open.append_blocks(first, count, state)
+            .map_err(|err| disk_io(format!("cannot append to the journal of layer {}", self.id()), err))?;
+        (first..first + count).for_each(|block| self.map.set(block, state));
+        self.written.fetch_add(1, Ordering::AcqRel);
+        Ok(())
+    }
+
+    /// Whether every recorded change of state would survive a power loss.
+    pub fn is_committed(&self) -> bool {
+        let journal = self.journal.lock().expect("journal lock");
+        journal.as_ref().is_none_or(|j| j.committed() == j.tail())
+    }
+
+    /// Puts every write that returned before this call, and the records of its blocks, on stable storage.
+    ///
+    /// # Errors
+    /// [`DiskError`]; the layer is then poisoned: what a failed sync left behind is unknown, and asking again would
+    /// hide it.
+    pub fn flush(&self) -> Result<(), DiskError> {
+        self.check_writable()?;
+        let wanted = self.written.load(Ordering::Acquire);
+        let mut flushed = self.flushed.lock().expect("flush lock");
+        self.check_writable()?;
+        if *flushed >= wanted {
+            return Ok(());
+        }
+        let covers = self.written.load(Ordering::Acquire);
+        self.sync_all().map_err(|err| {
+            self.poison(format!("a flush of layer {} failed: {err}", self.id()));
+            disk_io(format!("cannot flush layer {}", self.id()), err)
+        })?;
+        *flushed = covers;
+        let long = {
+            let journal = self.journal.lock().expect("journal lock");
+            journal.as_ref().is_some_and(|j| j.tail() > JOURNAL_BYTES_MAX)
+        };
+        if long && let Err(err) = self.compact() {
+            // The flush itself is done, and the long journal goes on serving.
+            tracing::warn!(layer = %self.id(), %err, "cannot shorten the layer's journal; will try again at a later flush");
+        }
+        Ok(())
+    }
+
+    fn sync_all(&self) -> io::Result<()> {
+        let upto = self.with_journal(|j| j.tail());
+        self.data.sync()?;
+        let Some(upto) = upto else { return Ok(()) };
+        let file = {
+            let mut journal = self.journal.lock().expect("journal lock");
+            match journal.as_mut() {
+                Some(j) if j.committed() < upto => {
+                    j.append_commit(upto)?;
+                    j.file()
+                }
+                _ => return Ok(()),
+            }
+        };
+        self.faults.at(Site::JournalSync)?;
+        file.sync_data()?;
+        let mut journal = self.journal.lock().expect("journal lock");
+        if let Some(j) = journal.as_mut() {
+            // The commit is itself a record; with nothing after it, all there is is committed.
+            let all = j.tail() == upto + super::journal::RECORD_BYTES;
+            j.set_committed(if all { j.tail() } else { upto });
+        }
+        Ok(())
+    }
+
+    fn with_journal<T>(&self, f: impl FnOnce(&Journal) -> T) -> Option<T> {
+        self.journal.lock().expect("journal lock").as_ref().map(f)
+    }
+
+    /// Folds the journal into the bitmap file.
+    fn compact(&self) -> Result<(), StoreError> {
+        let mut journal = self.journal.lock().expect("journal lock");
+        match journal.as_ref().map(Journal::generation) {
+            Some(old) => self.next_generation(&mut journal, old),
+            None => Ok(()),
+        }
+    }
+
+    /// Makes everything durable, in the bitmap file too. The caller lets no write in meanwhile.
+    ///
+    /// # Errors
+    /// [`DiskError`].
+    pub fn checkpoint(&self) -> Result<(), DiskError> {
+        self.flush()?;
+        Ok(self.compact()?)
+    }
+
+    /// Takes no more writes. Call [`Self::checkpoint`] first.
+    pub fn retire(&self) {
+        self.writable.store(false, Ordering::Release);
+        *self.journal.lock().expect("journal lock") = None;
+    }
+
+    /// Makes everything durable and takes no more writes. The caller lets no write in any more.
+    ///
+    /// # Errors
+    /// [`DiskError`].
+    pub fn seal(&self) -> Result<(), DiskError> {
+        self.checkpoint()?;
+        self.retire();
+        Ok(())
+    }
+
+    fn check_writable(&self) -> Result<(), DiskError> {
+        if let Some(why) = self.poisoned.get() {
+            return Err(DiskError::Poisoned(why.clone()));
+        }
+        if !self.writable.load(Ordering::Acquire) {
+            return Err(DiskError::ReadOnly("the layer is sealed"));
+        }
+        Ok(())
+    }
+
+    /// Closes the layer for writes until it is opened anew.
+    pub fn poison(&self, why: String) {
+        tracing::error!(layer = %self.id(), why, "the layer takes no more writes until its image is detached and attached");
+        let _ = self.poisoned.set(why);
+    }
+
+    /// Why it was poisoned, if it was.
+    pub fn poisoned(&self) -> Option<&str> {
+        self.poisoned.get().map(String::as_str)
+    }
+}
+
+/// Bytes that the layer in `dir` takes up on disk.
+///
+/// # Errors
+/// [`StoreError::Io`].
+pub fn allocated(dir: &Path) -> Result<u64, StoreError> {
+    let path = dir.join("data");
+    Ok(fs::metadata(&path).map_err(StoreError::at("look at", &path))?.blocks() * 512)
+}

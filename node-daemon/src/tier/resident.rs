@@ -1,0 +1,272 @@
+//! Which units are in RAM, and where: a sharded index over compact entries.
+//!
+//! A shard's lock also orders access to the bytes of its units: readers copy out under the shared lock, so that an
+//! eviction or an update cannot tear what they see.
+
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::{OnceLock, RwLock};
+
+use hashbrown::HashTable;
+
+use super::arena::Arena;
+use super::slots::{PAGE, Place};
+use super::{LayerHandle, Region, mix};
+
+/// Shards: enough that two readers seldom meet, few enough that the empty tables cost nothing.
+const SHARDS: usize = 256;
+
+/// Entries are made in chunks that never move, so that readers need no lock to reach one.
+const CHUNK: usize = 4096;
+
+/// Chunks at most: 2^28 units, a terabyte of 4 KiB blocks.
+const CHUNKS_MAX: usize = 1 << 16;
+
+const TOUCHED: u8 = 1;
+const MAIN: u8 = 2;
+const LOG_SHIFT: u32 = 3;
+
+/// A unit's name: layer number and unit number.
+pub fn key_of(layer: LayerHandle, unit: u32) -> u64 {
+    u64::from(layer.number) << 32 | u64::from(unit)
+}
+
+/// One resident; 16 bytes. `key`, `place` and the size in `flags` change only while the entry is in no shard.
+#[derive(Default)]
+struct Entry {
+    key: AtomicU64,
+    place: AtomicU32,
+    flags: AtomicU8,
+}
+
+#[derive(Default)]
+struct Shard {
+    table: RwLock<HashTable<u32>>,
+    hits: AtomicU64,
+}
+
+/// The index.
+pub struct Residents {
+    shards: Box<[Shard]>,
+    chunks: Box<[OnceLock<Box<[Entry]>>]>,
+    ids: AtomicU32,
+}
+
+/// A unit that left.
+#[derive(Debug, Clone, Copy)]
+pub struct Gone {
+    /// The room it had.
+    pub place: Place,
+    /// Its size.
+    pub bytes: usize,
+    /// Where it was.
+    pub region: Region,
+}
+
+impl Residents {
+    /// Nothing resident.
+    pub fn new() -> Self {
+        Self {
+            shards: (0..SHARDS).map(|_| Shard::default()).collect(),
+            chunks: (0..CHUNKS_MAX).map(|_| OnceLock::new()).collect(),
+            ids: AtomicU32::new(0),
+        }
+    }
+
+    fn shard(&self, hash: u64) -> &Shard {
+        &self.shards[hash as usize % SHARDS]
+    }
+
+    #[inline]
+    fn entry(&self, id: u32) -> &Entry {
+        let chunk = self.chunks[id as usize / CHUNK].get();
+        &chunk.expect("an id is given out after its chunk was made")[id as usize % CHUNK]
+    }
+
+    #[inline]
+    fn is(&self, id: u32, key: u64) -> bool {
+        self.entry(id).key.load(Ordering::Relaxed) == key
+    }
+
+    /// Makes one more id. The caller holds the policy lock.
+    pub fn new_id(&self) -> u32 {
+        let id = self.ids.fetch_add(1, Ordering::Relaxed);
+        self.chunks[id as usize / CHUNK].get_or_init(|| (0..CHUNK).map(|_| Entry::default()).collect());
+        id
+    }
+
+    /// Copies out part of a unit, and marks it as touched.
+    #[inline]
+    pub fn read(&self, arena: &Arena, key: u64, within: usize, buf: &mut [u8]) -> bool {
+        let hash = mix(key);
+        let shard = self.shard(hash);
+        let table = shard.table.read().expect("shard lock");
+        let Some(id) = table.find(hash, |id| self.is(*id, key)) else {
+            return false;
+        };
+        let entry = self.entry(*id);
+        let flags = entry.flags.load(Ordering::Relaxed);
+        assert!(
+            within + buf.len() <= 1 << (flags >> LOG_SHIFT),
+            "a read reaches past its unit"
+        );
+        if flags & TOUCHED == 0 {
+            entry.flags.fetch_or(TOUCHED, Ordering::Relaxed);
+        }
+        let at = Place(entry.place.load(Ordering::Relaxed)).offset() + within;
+        // SAFETY: the unit is in the table, and every writer of its bytes holds the shard's lock exclusively.
+        unsafe { arena.read(at, buf) };
+        drop(table);
+        shard.hits.fetch_add(1, Ordering::Relaxed);
+        true
+    }
+
+    fn change(&self, key: u64, within: usize, len: usize, f: impl FnOnce(usize)) {
+        let hash = mix(key);
+        let table = self.shard(hash).table.write().expect("shard lock");
+        if let Some(id) = table.find(hash, |id| self.is(*id, key)) {
+            let entry = self.entry(*id);
+            assert!(
+                within + len <= 1 << (entry.flags.load(Ordering::Relaxed) >> LOG_SHIFT),
+                "a write reaches past its unit"
+            );
+            f(Place(entry.place.load(Ordering::Relaxed)).offset() + within);
+        }
+    }
+
+    /// Writes part of a unit, if it is resident.
+    pub fn write(&self, arena: &Arena, key: u64, within: usize, data: &[u8]) {
+        self.change(key, within, data.len(), |at| {
+            // SAFETY: the shard's lock is held exclusively, and the range lies within this unit's room.
+            unsafe { arena.write(at, data) }
+        });
+    }
+
+    /// Zeroes part of a unit, if it is resident.
+    pub fn zero(&self, arena: &Arena, key: u64, within: usize, len: usize) {
+        self.change(key, within, len, |at| {
+            // SAFETY: the shard's lock is held exclusively, and the range lies within this unit's room.
+            unsafe { arena.zero(at, len) }
+        });
+    }
+
+    /// Which region holds a unit.
+    pub fn region(&self, key: u64) -> Option<Region> {
+        let hash = mix(key);
+        let table = self.shard(hash).table.read().expect("shard lock");
+        let id = table.find(hash, |id| self.is(*id, key))?;
+        Some(region_of(self.entry(*id).flags.load(Ordering::Relaxed)))
+    }
+
+    /// Makes a filled unit visible, if `still` says so under the lock. The caller holds the policy lock and knows
+    /// that the unit is not resident.
+    pub fn publish(
+        &self,
+        key: u64,
+        id: u32,
+        place: Place,
+        log: u8,
+        region: Region,
+        still: impl FnOnce() -> bool,
+    ) -> bool {
+        let hash = mix(key);
+        let mut table = self.shard(hash).table.write().expect("shard lock");
+        if !still() {
+            return false;
+        }
+        let entry = self.entry(id);
+        entry.key.store(key, Ordering::Relaxed);
+        entry.place.store(place.0, Ordering::Relaxed);
+        let region = if region == Region::Main { MAIN } else { 0 };
+        entry.flags.store(log << LOG_SHIFT | region, Ordering::Relaxed);
+        table.insert_unique(hash, id, |id| mix(self.entry(*id).key.load(Ordering::Relaxed)));
+        true
+    }
+
+    /// Changes a resident unit's region; returns its id. The caller holds the policy lock and knows it is resident.
+    pub fn set_region(&self, key: u64, region: Region) -> u32 {
+        let hash = mix(key);
+        let table = self.shard(hash).table.write().expect("shard lock");
+        let id = *table
+            .find(hash, |id| self.is(*id, key))
+            .expect("residency changes only under the policy lock");
+        let flags = &self.entry(id).flags;
+        match region {
+            Region::Main => flags.fetch_or(MAIN, Ordering::Relaxed),
+            Region::Front => flags.fetch_and(!MAIN, Ordering::Relaxed),
+        };
+        id
+    }
+
+    /// Takes a unit out. The caller holds the policy lock, and may use the room when this returns.
+    pub fn remove(&self, key: u64) -> Option<(u32, Gone)> {
+        let hash = mix(key);
+        let mut table = self.shard(hash).table.write().expect("shard lock");
+        let found = table.find_entry(hash, |id| self.is(*id, key)).ok()?;
+        let (id, _) = found.remove();
+        let entry = self.entry(id);
+        let flags = entry.flags.load(Ordering::Relaxed);
+        Some((
+            id,
+            Gone {
+                place: Place(entry.place.load(Ordering::Relaxed)),
+                bytes: 1 << (flags >> LOG_SHIFT),
+                region: region_of(flags),
+            },
+        ))
+    }
+
+    /// Takes a unit out by its id, which the policy knows to be resident.
+    pub fn remove_id(&self, id: u32) -> Gone {
+        let key = self.entry(id).key.load(Ordering::Relaxed);
+        let (found, gone) = self.remove(key).expect("the policy's units are resident");
+        assert_eq!(found, id, "one unit has two entries");
+        gone
+    }
+
+    /// Whether the unit was read since this was last asked; clears the mark.
+    pub fn take_touched(&self, id: u32) -> bool {
+        self.entry(id).flags.fetch_and(!TOUCHED, Ordering::Relaxed) & TOUCHED != 0
+    }
+
+    /// All resident units of a layer.
+    pub fn units_of(&self, layer: LayerHandle) -> Vec<u32> {
+        let mut units = Vec::new();
+        for shard in &self.shards {
+            for id in shard.table.read().expect("shard lock").iter() {
+                let key = self.entry(*id).key.load(Ordering::Relaxed);
+                if (key >> 32) as u32 == layer.number {
+                    units.push(key as u32);
+                }
+            }
+        }
+        units
+    }
+
+    /// Units resident now.
+    pub fn count(&self) -> u64 {
+        let len = |s: &Shard| s.table.read().expect("shard lock").len() as u64;
+        self.shards.iter().map(len).sum()
+    }
+
+    /// Reads answered so far.
+    pub fn hits(&self) -> u64 {
+        self.shards.iter().map(|s| s.hits.load(Ordering::Relaxed)).sum()
+    }
+
+    /// Bytes of bookkeeping that grow with the number of residents.
+    pub fn overhead_bytes(&self) -> u64 {
+        let tables: usize = self
+            .shards
+            .iter()
+            .map(|s| s.table.read().expect("shard lock").allocation_size())
+            .sum();
+        let entries = self.ids.load(Ordering::Relaxed) as usize * size_of::<Entry>();
+        (tables + entries) as u64
+    }
+}
+
+fn region_of(flags: u8) -> Region {
+    if flags & MAIN != 0 { Region::Main } else { Region::Front }
+}
+
+const _: () = assert!(size_of::<Entry>() == 16 && PAGE == 4096);

@@ -1,0 +1,272 @@
+//! Reads: RAM, then the local layer, then a peer; what was missed is offered to the front.
+
+use std::cell::RefCell;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use super::Volume;
+use super::stack::{Stack, Where};
+use super::stats::add;
+use crate::disk::DiskError;
+use crate::store::direct::AlignedBuf;
+use crate::tier::{LayerHandle, Region};
+
+/// Whole units that are read below with one request, in bytes.
+const RUN_BYTES_MAX: u64 = 1 << 20;
+
+thread_local! {
+    /// One unit, for misses that ask for part of it.
+    static UNIT: RefCell<AlignedBuf> = RefCell::default();
+}
+
+/// A part of a request that lies within one unit.
+struct Piece {
+    /// Which unit of the image.
+    unit: u32,
+    /// Where in the unit it starts.
+    within: usize,
+    /// Bytes.
+    len: usize,
+}
+
+impl Volume {
+    fn unit_bytes(&self) -> u64 {
+        self.block_size.min(64 << 10)
+    }
+
+    fn piece(&self, offset: u64, left: usize) -> Piece {
+        let unit_bytes = self.unit_bytes();
+        let within = offset % unit_bytes;
+        Piece {
+            unit: (offset / unit_bytes) as u32,
+            within: within as usize,
+            len: ((unit_bytes - within) as usize).min(left),
+        }
+    }
+
+    fn block_of(&self, unit: u32) -> u64 {
+        u64::from(unit) * self.unit_bytes() / self.block_size
+    }
+
+    /// Bytes of a unit; the image's last one may be shorter.
+    fn unit_len(&self, unit: u32) -> usize {
+        let start = u64::from(unit) * self.unit_bytes();
+        self.unit_bytes().min(self.size - start) as usize
+    }
+
+    /// Answers from RAM alone, or not at all.
+    pub(super) fn read_ram(&self, offset: u64, buf: &mut [u8]) -> bool {
+        if self.check_range(offset, buf.len() as u64).is_err() || self.closing.load(Ordering::Relaxed) {
+            return false;
+        }
+        let start = Instant::now();
+        let stack = self.stack.read().expect("stack lock");
+        let mut hits = 0;
+        let mut at = 0;
+        while at < buf.len() {
+            let piece = self.piece(offset + at as u64, buf.len() - at);
+            let part = &mut buf[at..at + piece.len];
+            match stack.find(self.block_of(piece.unit), 0) {
+                Where::Hole => part.fill(0),
+                Where::Local(level) | Where::Remote(level) => {
+                    if !self.tier.read(stack.handle(level), piece.unit, piece.within, part) {
+                        return false;
+                    }
+                    hits += 1;
+                }
+            }
+            at += piece.len;
+        }
+        drop(stack);
+        add(&self.stats.ram_hits, hits);
+        self.stats.reads.record(start.elapsed());
+        true
+    }
+
+    /// Answers from wherever the bytes are.
+    pub(super) fn read_any(&self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
+        self.check_range(offset, buf.len() as u64)?;
+        if self.closing.load(Ordering::Acquire) {
+            return Err(DiskError::ShuttingDown);
+        }
+        let start = Instant::now();
+        let stack = self.stack();
+        let mut at = 0;
+        while at < buf.len() {
+            let from = offset + at as u64;
+            let piece = self.piece(from, buf.len() - at);
+            let found = stack.find(self.block_of(piece.unit), 0);
+            let part = &mut buf[at..at + piece.len];
+            at += match found {
+                Where::Hole => {
+                    part.fill(0);
+                    piece.len
+                }
+                Where::Local(level) | Where::Remote(level) => {
+                    let handle = stack.handle(level);
+                    if self.tier.read(handle, piece.unit, piece.within, part) {
+                        add(&self.stats.ram_hits, 1);
+                        piece.len
+                    } else if piece.len == self.unit_len(piece.unit) {
+                        let run = self.miss_run(&stack, found, handle, piece.unit, buf.len() - at);
+                        self.read_run(&stack, found, handle, piece.unit, &mut buf[at..at + run])?;
+                        run
+                    } else {
+                        self.read_part(&stack, found, handle, &piece, part)?;
+                        piece.len
+                    }
+                }
+            };
+        }
+        self.stats.reads.record(start.elapsed());
+        Ok(())
+    }
+
+    /// Bytes of whole units from `unit` on that lie in the same place and are not in RAM, at most `left`.
+    fn miss_run(&self, stack: &Stack, found: Where, handle: LayerHandle, unit: u32, left: usize) -> usize {
+        let mut len = self.unit_len(unit);
+        let mut next = unit + 1;
+        while len < left
+            && (len as u64) < RUN_BYTES_MAX
+            && left - len >= self.unit_len(next)
+            && stack.find(self.block_of(next), 0) == found
+            && self.tier.region(handle, next).is_none()
+        {
+            len += self.unit_len(next);
+            next += 1;
+        }
+        len
+    }
+
+    /// Reads whole units below with one request and offers each to the front.
+    fn read_run(
+        &self,
+        stack: &Stack,
+        found: Where,
+        handle: LayerHandle,
+        unit: u32,
+        buf: &mut [u8],
+    ) -> Result<(), DiskError> {
+        let unit_bytes = self.unit_bytes() as usize;
+        let count = buf.len().div_ceil(unit_bytes) as u32;
+        add(&self.stats.ram_misses, count.into());
+        // A token per unit, on the stack of this call: at most RUN_BYTES_MAX / 4 KiB of them.
+        let mut tokens = [None; 256];
+        for i in 0..count {
+            tokens[i as usize] = Some(self.tier.begin_fill(handle, unit + i));
+        }
+        self.fetch(stack, found, u64::from(unit) * self.unit_bytes(), buf)?;
+        for (i, part) in buf.chunks(unit_bytes).enumerate() {
+            let token = tokens[i].expect("one token was taken per unit");
+            self.tier.fill(handle, unit + i as u32, token, part, Region::Front);
+        }
+        Ok(())
+    }
+
+    /// Answers part of a unit that is not in RAM: reads the whole unit, so that it can be let in.
+    fn read_part(
+        &self,
+        stack: &Stack,
+        found: Where,
+        handle: LayerHandle,
+        piece: &Piece,
+        buf: &mut [u8],
+    ) -> Result<(), DiskError> {
+        let Some(_lead) = self.tier.lead_or_wait(handle, piece.unit) else {
+            // Somebody else read it meanwhile; if it is not there now, its fill was dropped.
+            if self.tier.read(handle, piece.unit, piece.within, buf) {
+                add(&self.stats.ram_hits, 1);
+                return Ok(());
+            }
+            add(&self.stats.ram_misses, 1);
+            let offset = u64::from(piece.unit) * self.unit_bytes() + piece.within as u64;
+            return self.fetch_fresh(offset, buf);
+        };
+        // The last lead may have ended between the look into RAM and this one's beginning.
+        if self.tier.read(handle, piece.unit, piece.within, buf) {
+            add(&self.stats.ram_hits, 1);
+            return Ok(());
+        }
+        add(&self.stats.ram_misses, 1);
+        UNIT.with_borrow_mut(|scratch| {
+            let whole = scratch.get(self.unit_len(piece.unit));
+            let token = self.tier.begin_fill(handle, piece.unit);
+            self.fetch(stack, found, u64::from(piece.unit) * self.unit_bytes(), whole)?;
+            buf.copy_from_slice(&whole[piece.within..piece.within + piece.len]);
+            self.tier.fill(handle, piece.unit, token, whole, Region::Front);
+            Ok(())
+        })
+    }
+
+    /// Reads below RAM, after looking up anew where the bytes are.
+    fn fetch_fresh(&self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
+        let stack = self.stack();
+        let found = stack.find(offset / self.block_size, 0);
+        self.fetch(&stack, found, offset, buf)
+    }
+
+    /// Reads below RAM.
+    pub(super) fn fetch(&self, stack: &Stack, found: Where, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
+        stack.read_from(found, offset, buf, &*self.remote)?;
+        match found {
+            Where::Remote(_) => add(&self.stats.remote_bytes, buf.len() as u64),
+            Where::Local(_) => add(&self.stats.store_bytes, buf.len() as u64),
+            Where::Hole => {}
+        }
+        Ok(())
+    }
+
+    /// Brings whole units that the range touches into the front.
+    pub(super) fn cache_range(&self, offset: u64, length: u64) -> Result<(), DiskError> {
+        self.check_range(offset, length)?;
+        if length == 0 {
+            return Ok(());
+        }
+        let stack = self.stack();
+        let first = (offset / self.unit_bytes()) as u32;
+        let last = ((offset + length - 1) / self.unit_bytes()) as u32;
+        // More than the front holds would wash out its own beginning.
+        let room = self.tier.usage().front_capacity.0 / self.unit_bytes();
+        for unit in first
+            ..=last.min(
+                first
+                    .saturating_add(room.min(u64::from(u32::MAX)) as u32)
+                    .saturating_sub(1),
+            )
+        {
+            let found = stack.find(self.block_of(unit), 0);
+            let (Where::Local(level) | Where::Remote(level)) = found else {
+                continue;
+            };
+            self.bring_in(&stack, found, stack.handle(level), unit, Region::Front)?;
+        }
+        Ok(())
+    }
+
+    /// Reads a unit below RAM for its own sake; says what became of it, and how many bytes were read.
+    pub(super) fn bring_in(
+        &self,
+        stack: &Stack,
+        found: Where,
+        handle: LayerHandle,
+        unit: u32,
+        region: Region,
+    ) -> Result<(crate::tier::Filled, u64), DiskError> {
+        use crate::tier::Filled;
+        match (self.tier.region(handle, unit), region) {
+            (Some(_), Region::Front) | (Some(Region::Main), _) => return Ok((Filled::Present, 0)),
+            (Some(Region::Front), Region::Main) => {
+                if let Some(filled) = self.tier.promote_resident(handle, unit) {
+                    return Ok((filled, 0));
+                }
+            }
+            (None, _) => {}
+        }
+        UNIT.with_borrow_mut(|scratch| {
+            let whole = scratch.get(self.unit_len(unit));
+            let token = self.tier.begin_fill(handle, unit);
+            self.fetch(stack, found, u64::from(unit) * self.unit_bytes(), whole)?;
+            Ok((self.tier.fill(handle, unit, token, whole, region), whole.len() as u64))
+        })
+    }
+}
