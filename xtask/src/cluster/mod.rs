@@ -223,7 +223,9 @@ impl Cluster {
         fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
         let mut command = Command::new(self.programs.path("hearth-scheduler"));
         command
-            .args(["--nats", &self.nats.url(), "--id", "sched-1", "--dev", "--dir"])
+            .args(["--nats", &self.nats.url(), "--nats-monitor", &self.nats.monitor_url()])
+            // One server keeps one copy; everything else is as in production.
+            .args(["--id", "sched-1", "--dev", "--dir"])
             .arg(&dir);
         self.scheduler = Some(Daemon::start(
             "hearth-scheduler",
