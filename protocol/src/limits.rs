@@ -19,6 +19,15 @@ pub const LAYERS_PER_IMAGE_MAX: usize = 64;
 /// Decisions that a cluster view carries, newest last.
 pub const DECISIONS_IN_VIEW_MAX: usize = 200;
 
+/// Blocks of one command that a cluster view names; it counts the rest. 200 decisions then stay under half a message.
+pub const BLOCKS_IN_VIEW_MAX: usize = 6;
+
+/// Alternatives and seqs of one reason that a cluster view names; the log has them all.
+pub const REASONS_IN_VIEW_MAX: usize = 4;
+
+/// Cells that one image's heat view carries, hottest first: some 13 bytes each in JSON, so under a message.
+pub const HEAT_CELLS_IN_VIEW_MAX: usize = 60_000;
+
 /// Largest image, in bytes (16 TiB): 2^28 blocks of 64 KiB keeps a validity bitmap under 32 MiB.
 pub const IMAGE_BYTES_MAX: u64 = 16 << 40;
 

@@ -3,9 +3,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::command::{Command, Outcome};
+use crate::command::{Command, Order, Outcome};
 use crate::heat::{HeatOrigin, LatencySummary, TierUse};
 use crate::ids::{ImageId, ImageName, NodeId, SchedulerId, SnapshotName};
+use crate::limits::{BLOCKS_IN_VIEW_MAX, HEAT_CELLS_IN_VIEW_MAX, REASONS_IN_VIEW_MAX};
 use crate::policy::TierPolicy;
 use crate::units::{BlockIndex, ByteLen, Epoch, HeatScore, Seq, Term, TickNo, WallMs};
 
@@ -123,7 +124,7 @@ pub struct ImageView {
     pub resident_blocks: u64,
 }
 
-/// One command and what became of it.
+/// One command and what became of it. Its lists are cut ([`DecisionView::new`]); `hearth why` and the log have them whole.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DecisionView {
     /// Log position of the command.
@@ -132,12 +133,61 @@ pub struct DecisionView {
     pub time: WallMs,
     /// The command, with its reason.
     pub command: Command,
+    /// Blocks that the command names in all.
+    pub blocks: u64,
+    /// Blocks that the node did and skipped in all, once it answered.
+    pub done_skipped: (u64, u64),
     /// Images that stand on its layer, ascending.
     pub images: Vec<ImageName>,
     /// How it ended, and the log position that says so; `None` while it runs.
     pub ended: Option<(Seq, Outcome)>,
     /// Whether it expired without an answer.
     pub expired: bool,
+}
+
+impl DecisionView {
+    /// A decision as it is shown: of its blocks the hottest (or first) few and the last one, so that the range of their
+    /// scores stays true, of its reason's lists the newest and best few.
+    pub fn new(
+        seq: Seq,
+        time: WallMs,
+        mut command: Command,
+        images: Vec<ImageName>,
+        mut ended: Option<(Seq, Outcome)>,
+        expired: bool,
+    ) -> Self {
+        fn cut<T>(list: &mut Vec<T>) {
+            if list.len() > BLOCKS_IN_VIEW_MAX {
+                let last = list.pop();
+                list.truncate(BLOCKS_IN_VIEW_MAX - 1);
+                list.extend(last);
+            }
+        }
+        let blocks = command.order.block_count() as u64;
+        match &mut command.order {
+            Order::Promote { blocks, .. } => cut(blocks),
+            Order::Demote { blocks, .. } => cut(blocks),
+        }
+        command.reason.lost.truncate(REASONS_IN_VIEW_MAX);
+        let older = command.reason.rests_on.len().saturating_sub(REASONS_IN_VIEW_MAX);
+        command.reason.rests_on.drain(..older);
+        let mut done_skipped = (0, 0);
+        if let Some((_, Outcome::Done { done, skipped, .. })) = &mut ended {
+            done_skipped = (done.len() as u64, skipped.len() as u64);
+            cut(done);
+            cut(skipped);
+        }
+        Self {
+            seq,
+            time,
+            command,
+            blocks,
+            done_skipped,
+            images,
+            ended,
+            expired,
+        }
+    }
 }
 
 /// Something that is wrong, with the command that helps.
@@ -163,7 +213,25 @@ pub struct ImageHeatView {
     /// Block size in bytes.
     pub block_size: ByteLen,
     /// Blocks with any heat or in the main region, ascending.
+    #[serde(with = "packed_cells")]
     pub cells: Vec<HeatCell>,
+    /// Cells left out, the coldest of those not in RAM first ([`ImageHeatView::cut`]).
+    #[serde(default)]
+    pub omitted: u64,
+}
+
+impl ImageHeatView {
+    /// Leaves out the coldest cells over [`HEAT_CELLS_IN_VIEW_MAX`], and counts them.
+    pub fn cut(mut self) -> Self {
+        let over = self.cells.len().saturating_sub(HEAT_CELLS_IN_VIEW_MAX);
+        if over > 0 {
+            self.omitted += over as u64;
+            self.cells.sort_by_key(|c| std::cmp::Reverse((c.ram, c.score, c.block)));
+            self.cells.truncate(HEAT_CELLS_IN_VIEW_MAX);
+            self.cells.sort_by_key(|c| c.block);
+        }
+        self
+    }
 }
 
 /// One block of an [`ImageHeatView`].
@@ -175,4 +243,129 @@ pub struct HeatCell {
     pub score: HeatScore,
     /// In the main region of the image's node.
     pub ram: bool,
+}
+
+/// Cells as one flat list of numbers, two per cell: distance from the block before, and score * 2 + (1 if in RAM).
+/// As maps with field names an image's heat would not fit a message.
+mod packed_cells {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+    use super::{BlockIndex, HeatCell, HeatScore};
+
+    pub fn serialize<S: Serializer>(cells: &[HeatCell], serializer: S) -> Result<S::Ok, S::Error> {
+        let mut flat = Vec::with_capacity(cells.len() * 2);
+        let mut next = 0;
+        for cell in cells {
+            flat.push(cell.block.0.wrapping_sub(next));
+            flat.push(cell.score.0.min(u64::MAX >> 1) << 1 | u64::from(cell.ram));
+            next = cell.block.0.wrapping_add(1);
+        }
+        flat.serialize(serializer)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<HeatCell>, D::Error> {
+        let flat = Vec::<u64>::deserialize(deserializer)?;
+        if !flat.len().is_multiple_of(2) {
+            return Err(de::Error::custom("heat cells come in pairs of numbers"));
+        }
+        let mut next = 0u64;
+        Ok(flat
+            .chunks_exact(2)
+            .map(|pair| {
+                let block = next.wrapping_add(pair[0]);
+                next = block.wrapping_add(1);
+                HeatCell {
+                    block: BlockIndex(block),
+                    score: HeatScore(pair[1] >> 1),
+                    ram: pair[1] & 1 == 1,
+                }
+            })
+            .collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::command::{Demotion, Reason};
+    use crate::ids::{CommandId, LayerId};
+    use crate::limits::{BLOCKS_PER_COMMAND_MAX, DECISIONS_IN_VIEW_MAX, MESSAGE_BYTES_MAX};
+
+    #[test]
+    fn a_heat_view_reads_back_and_the_largest_fits_a_message() {
+        let view = ImageHeatView {
+            image: ImageId(7),
+            blocks: 1 << 28,
+            block_size: ByteLen(65_536),
+            cells: (0..200_000)
+                .map(|n| HeatCell {
+                    block: BlockIndex(n * 3 + n % 2),
+                    score: HeatScore::whole(n % 1_000),
+                    ram: n % 5 == 0,
+                })
+                .collect(),
+            omitted: 0,
+        }
+        .cut();
+        assert_eq!(view.cells.len() as u64 + view.omitted, 200_000);
+        assert!(view.cells.windows(2).all(|w| w[0].block < w[1].block));
+        assert_eq!(
+            view.cells.iter().filter(|c| c.ram).count(),
+            40_000,
+            "what is in RAM stays"
+        );
+        let json = serde_json::to_vec(&view).unwrap();
+        assert!(json.len() < MESSAGE_BYTES_MAX, "{}", json.len());
+        assert_eq!(serde_json::from_slice::<ImageHeatView>(&json).unwrap(), view);
+        assert!(
+            serde_json::from_str::<ImageHeatView>(&String::from_utf8(json).unwrap().replacen('[', "[1,", 1)).is_err()
+        );
+    }
+
+    #[test]
+    fn as_many_decisions_as_a_view_carries_fit_a_message() {
+        let seqs: Vec<Seq> = (0..100).map(|n| Seq(1_000_000 + n)).collect();
+        let command = Command {
+            id: CommandId(u128::MAX),
+            node: "a-node-with-a-name".parse().unwrap(),
+            term: Term(1),
+            tick: TickNo(1),
+            expires: TickNo(9),
+            order: Order::Demote {
+                layer: LayerId(u128::MAX),
+                blocks: (0..BLOCKS_PER_COMMAND_MAX as u64)
+                    .map(|n| Demotion {
+                        block: BlockIndex(1_000_000 + n),
+                        score: HeatScore::whole(BLOCKS_PER_COMMAND_MAX as u64 - n),
+                    })
+                    .collect(),
+                bytes: ByteLen(1 << 26),
+            },
+            reason: Reason {
+                rule: "tier/demote".into(),
+                policy_version: 1,
+                numbers: vec![("threshold_score".into(), 1 << 20); 10],
+                rests_on: seqs,
+                lost: Vec::new(),
+            },
+        };
+        let outcome = Outcome::Done {
+            done: (0..1_000).map(BlockIndex).collect(),
+            skipped: (0..24).map(|n| (BlockIndex(n), "written_during_fill".into())).collect(),
+            bytes: ByteLen(1 << 26),
+            took_us: 1,
+        };
+        let shown = DecisionView::new(Seq(1), WallMs(1), command, vec![], Some((Seq(2), outcome)), false);
+        assert_eq!((shown.blocks, shown.done_skipped), (1_024, (1_000, 24)));
+        let Order::Demote { blocks, .. } = &shown.command.order else {
+            unreachable!()
+        };
+        assert_eq!(
+            blocks.last().unwrap().score,
+            HeatScore::whole(1),
+            "the range of scores stays true"
+        );
+        let json = serde_json::to_vec(&vec![shown; DECISIONS_IN_VIEW_MAX]).unwrap();
+        assert!(json.len() < MESSAGE_BYTES_MAX / 2, "{}", json.len());
+    }
 }

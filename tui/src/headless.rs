@@ -70,7 +70,7 @@ pub fn overview(view: &ClusterView, width: usize) -> String {
                 "#{} {} {} [{}]",
                 d.seq,
                 fmt::clock(d.time),
-                narrate::command(&d.command, &d.images),
+                narrate::sentence(d),
                 narrate::ended(d)
             );
             for part in if width == 0 {

@@ -178,6 +178,7 @@ mod tests {
                     ram: *ram,
                 })
                 .collect(),
+            omitted: 0,
         }
     }
 

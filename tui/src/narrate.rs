@@ -13,8 +13,8 @@ pub fn brief(id: &str) -> &str {
     id.get(..8).unwrap_or(id)
 }
 
-fn plural(n: usize, one: &str) -> String {
-    format!("{} {one}{}", fmt::count(n as u64), if n == 1 { "" } else { "s" })
+fn plural(n: u64, one: &str) -> String {
+    format!("{} {one}{}", fmt::count(n), if n == 1 { "" } else { "s" })
 }
 
 /// Whose blocks a command moves: its image, or its layer and how many images stand on it.
@@ -59,10 +59,19 @@ fn find(reason: &Reason, part: &str) -> Option<String> {
         .map(|(name, value)| number(name, *value))
 }
 
+/// One sentence for a decision.
+pub fn sentence(decision: &DecisionView) -> String {
+    told(&decision.command, decision.blocks, &decision.images)
+}
+
 /// One sentence for a command: what, whose, where, and the numbers that decided.
 pub fn command(command: &Command, images: &[ImageName]) -> String {
+    told(command, command.order.block_count() as u64, images)
+}
+
+fn told(command: &Command, blocks: u64, images: &[ImageName]) -> String {
     let whose = whose(command.order.layer(), images);
-    let blocks = plural(command.order.block_count(), "block");
+    let blocks = plural(blocks, "block");
     match &command.order {
         Order::Promote { blocks: list, from, .. } => {
             let mut text = format!("promote {blocks} of {whose} to {}", command.node);
@@ -110,12 +119,17 @@ fn span(low: HeatScore, high: HeatScore) -> String {
 /// How a command ended, in a few words.
 pub fn outcome(outcome: &Outcome) -> String {
     match outcome {
-        Outcome::Done {
-            done, skipped, took_us, ..
-        } => {
-            let mut text = format!("{} done in {}", fmt::count(done.len() as u64), fmt::us(*took_us));
-            if !skipped.is_empty() {
-                text += &format!(", {} skipped", fmt::count(skipped.len() as u64));
+        Outcome::Done { done, skipped, .. } => counted(outcome, (done.len() as u64, skipped.len() as u64)),
+        Outcome::Refused { .. } => counted(outcome, (0, 0)),
+    }
+}
+
+fn counted(outcome: &Outcome, (done, skipped): (u64, u64)) -> String {
+    match outcome {
+        Outcome::Done { took_us, .. } => {
+            let mut text = format!("{} done in {}", fmt::count(done), fmt::us(*took_us));
+            if skipped > 0 {
+                text += &format!(", {} skipped", fmt::count(skipped));
             }
             text
         }
@@ -126,7 +140,7 @@ pub fn outcome(outcome: &Outcome) -> String {
 /// What became of a decision, in a few words.
 pub fn ended(decision: &DecisionView) -> String {
     match &decision.ended {
-        Some((_, result)) => outcome(result),
+        Some((_, result)) => counted(result, decision.done_skipped),
         None if decision.expired => "expired without an answer".into(),
         None => "running".into(),
     }
@@ -208,7 +222,7 @@ pub fn blocks(list: impl IntoIterator<Item = BlockIndex>) -> String {
 pub fn decision(decision: &DecisionView) -> Vec<String> {
     let c = &decision.command;
     let mut lines = vec![
-        command(c, &decision.images),
+        sentence(decision),
         String::new(),
         format!("command   {}", c.id),
         format!(
@@ -241,13 +255,18 @@ pub fn decision(decision: &DecisionView) -> Vec<String> {
         let names: Vec<_> = decision.images.iter().map(|n| n.as_str()).collect();
         lines.push(format!("images    {}", names.join(" ")));
     }
-    lines.push(format!("blocks    {}", blocks(list)));
+    let named = list.len() as u64;
+    let more = match decision.blocks.saturating_sub(named) {
+        0 => String::new(),
+        more => format!(" and {} more", fmt::count(more)),
+    };
+    lines.push(format!("blocks    {}{more}", blocks(list)));
     lines.push(String::new());
     lines.extend(reason(&c.reason));
     lines.push(String::new());
     match &decision.ended {
         Some((seq, result)) => {
-            lines.push(format!("result    #{seq} {}", outcome(result)));
+            lines.push(format!("result    #{seq} {}", ended(decision)));
             if let Outcome::Done { skipped, bytes, .. } = result {
                 lines.push(format!("moved     {}", fmt::bytes(*bytes)));
                 for (block, why) in skipped.iter().take(8) {
@@ -431,19 +450,16 @@ pub fn event(event: &Event, name: &dyn Fn(ImageId) -> Option<ImageName>) -> Stri
             let mut text = format!(
                 "heat of {}: {} in {}, RAM {} of {}",
                 e.node,
-                plural(blocks, "block"),
-                plural(e.images.len(), "image"),
+                plural(blocks as u64, "block"),
+                plural(e.images.len() as u64, "image"),
                 fmt::bytes(hearth_protocol::ByteLen(e.tier.front.0 + e.tier.main.0)),
                 fmt::bytes(e.tier.capacity)
             );
             if e.gap > 0 {
-                text += &format!(", {} missing", plural(e.gap as usize, "report"));
+                text += &format!(", {} missing", plural(e.gap, "report"));
             }
             if lost > 0 {
-                text += &format!(
-                    ", {} lost",
-                    plural(lost as usize, "access").replace("accesss", "accesses")
-                );
+                text += &format!(", {} lost", plural(lost, "block count"));
             }
             text
         }

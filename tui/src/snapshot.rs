@@ -210,6 +210,7 @@ mod tests {
                 blocks: 1,
                 block_size: hearth_protocol::ByteLen(4096),
                 cells: vec![cell; HEAT_CELLS_MAX / 4],
+                omitted: 0,
             });
         }
         assert!(history.cells <= HEAT_CELLS_MAX);

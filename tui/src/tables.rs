@@ -218,7 +218,7 @@ fn order_cell(order: &Order) -> Cell {
 /// What the end of a decision means.
 pub fn ended_tone(d: &DecisionView) -> Tone {
     match &d.ended {
-        Some((_, Outcome::Done { skipped, .. })) if skipped.is_empty() => Tone::Good,
+        Some((_, Outcome::Done { .. })) if d.done_skipped.1 == 0 => Tone::Good,
         Some((_, Outcome::Done { .. })) => Tone::Warn,
         Some((_, Outcome::Refused { .. })) => Tone::Bad,
         None if d.expired => Tone::Bad,

@@ -57,11 +57,8 @@ pub fn view(state: &State) -> ClusterView {
         .orders
         .shown
         .iter()
-        .map(|shown| DecisionView {
-            seq: shown.seq,
-            time: shown.time,
-            command: shown.command.clone(),
-            images: facts
+        .map(|shown| {
+            let images = facts
                 .catalog
                 .layers
                 .get(&shown.command.order.layer())
@@ -73,9 +70,15 @@ pub fn view(state: &State) -> ClusterView {
                         .collect();
                     names.sort();
                     names
-                }),
-            ended: shown.ended.clone(),
-            expired: shown.expired,
+                });
+            DecisionView::new(
+                shown.seq,
+                shown.time,
+                shown.command.clone(),
+                images,
+                shown.ended.clone(),
+                shown.expired,
+            )
         })
         .collect();
     ClusterView {
@@ -161,12 +164,14 @@ pub fn image_heat(state: &State, image: ImageId) -> Option<ImageHeatView> {
             }
         }
     }
-    Some(ImageHeatView {
+    let view = ImageHeatView {
         image,
         blocks: known.blocks(),
         block_size: known.block_size,
         cells: cells.into_values().collect(),
-    })
+        omitted: 0,
+    };
+    Some(view.cut())
 }
 
 /// What is wrong, errors before warnings, then by code and text.

@@ -197,12 +197,15 @@ fn under_cursor(model: &Model, heat: &ImageHeatView, grid: &Grid, at: usize, are
     buffer.set_line(area.x, area.y, &line, area.width);
     let warm = heat.cells.len();
     let resident = heat.cells.iter().filter(|c| c.ram).count();
-    let text = format!(
+    let mut text = format!(
         "  image: {} of {} blocks warm, {} in RAM ({} of the warm)",
         fmt::count(warm as u64),
         fmt::count(heat.blocks),
         fmt::count(resident as u64),
         fmt::permille(fmt::share(resident as u64, warm as u64))
     );
+    if heat.omitted > 0 {
+        text += &format!(", {} coldest left out", fmt::count(heat.omitted));
+    }
     buffer.set_stringn(area.x, area.y + 1, text, area.width.into(), theme.tone(Tone::Dim));
 }

@@ -228,7 +228,7 @@ fn sentence(model: &Model, d: &DecisionView, area: Rect, buffer: &mut Buffer) ->
     let ended = narrate::ended(d);
     let head = format!(" {} ", fmt::clock(d.time));
     let room = usize::from(area.width).saturating_sub(head.len() + 3);
-    let text = narrate::command(&d.command, &d.images);
+    let text = narrate::sentence(d);
     let whole = text.chars().count() + 3 + ended.chars().count();
     let fits = whole <= room;
     let mut spans = vec![

@@ -65,7 +65,7 @@ pub fn decisions(model: &Model, snapshot: &Snapshot, area: Rect, buffer: &mut Bu
         buffer,
     );
     let width = usize::from(inner.width.saturating_sub(2));
-    let sentence = narrate::command(&decision.command, &decision.images);
+    let sentence = narrate::sentence(decision);
     let mut lines: Vec<Line> = fmt::wrap(&sentence, width, 2)
         .into_iter()
         .map(|l| Line::from(Span::styled(l, model.theme.tone(Tone::Accent))))

@@ -154,10 +154,10 @@ fn decision(tick: u64, s: u64) -> DecisionView {
         };
         (Seq(tick * 6 + 5), outcome)
     });
-    DecisionView {
-        seq: Seq(tick * 6 + 3),
-        time: WallMs(START_MS + tick * 1000),
-        command: Command {
+    DecisionView::new(
+        Seq(tick * 6 + 3),
+        WallMs(START_MS + tick * 1000),
+        Command {
             id: CommandId(u128::from(mix(tick)) << 64 | u128::from(mix(tick + 1))),
             node: IMAGES[n].1.parse().unwrap(),
             term: Term(3),
@@ -185,10 +185,10 @@ fn decision(tick: u64, s: u64) -> DecisionView {
                 }],
             },
         },
-        images: vec![IMAGES[n].0.parse().unwrap()],
+        vec![IMAGES[n].0.parse().unwrap()],
         ended,
-        expired: false,
-    }
+        false,
+    )
 }
 
 /// The cluster after `s` seconds; node-3 is away from second 90 to 110.
@@ -273,5 +273,6 @@ pub fn heat(n: usize, s: u64) -> ImageHeatView {
         blocks,
         block_size: ByteLen(65_536),
         cells,
+        omitted: 0,
     }
 }
