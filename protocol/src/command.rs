@@ -144,9 +144,9 @@ pub struct Alternative {
 pub enum Outcome {
     /// Done, as far as `done` says: a promote may find some blocks written meanwhile.
     Done {
-        /// Blocks now in the ordered state, ascending.
+        /// Blocks now in the ordered state, ascending: a block that was there (or gone) before counts as done.
         done: Vec<BlockIndex>,
-        /// Blocks that are not, each with a short reason such as `written_during_fill`.
+        /// Blocks that are not, each with a short reason such as `written_during_fill`; the scheduler lets them rest.
         skipped: Vec<(BlockIndex, String)>,
         /// Bytes moved.
         bytes: ByteLen,
