@@ -11,11 +11,17 @@
 
 #![deny(clippy::float_arithmetic)]
 
+// The simulated cluster of the tests names this crate from outside and from inside.
+#[cfg(test)]
+extern crate self as scheduler_core;
+
 mod audit;
 mod blocks;
 mod catalog;
 mod decay;
 mod digest;
+#[cfg(test)]
+mod laws;
 mod orders;
 pub mod policy;
 mod publishers;

@@ -8,8 +8,9 @@ use std::collections::BTreeMap;
 use hearth_protocol::{Envelope, Incarnation, Publisher};
 use serde::{Deserialize, Serialize};
 
-/// Incarnations remembered per publisher: the live one, and earlier ones whose last events may still be resent.
-const INCARNATIONS_MAX: usize = 4;
+/// Incarnations remembered per publisher, some 40 bytes each: enough that a process in a restart loop, once a minute,
+/// cannot push out within 17 hours one whose events might still be resent.
+const INCARNATIONS_MAX: usize = 1_024;
 
 /// Ranges of missing numbers remembered per incarnation. Beyond that the oldest is given up: it stays counted.
 const MISSING_RANGES_MAX: usize = 32;
@@ -52,7 +53,7 @@ impl Publishers {
             self.by_publisher.insert(envelope.publisher.clone(), Vec::new());
         }
         let known = self.by_publisher.get_mut(&envelope.publisher).expect("just inserted");
-        let index = known.iter().position(|n| n.incarnation == envelope.incarnation);
+        let index = known.iter().rposition(|n| n.incarnation == envelope.incarnation);
         let numbers = match index {
             Some(index) => &mut known[index],
             None => {

@@ -115,6 +115,12 @@ impl Sim {
         applied
     }
 
+    /// The leader uses up a number that never arrives.
+    pub fn burn(&mut self) {
+        let leader = Publisher::Scheduler(LEADER.parse().expect("a scheduler id"));
+        *self.numbers.entry((leader, Incarnation(1))).or_default() += 1;
+    }
+
     pub fn lead(&mut self, event: Event) -> Applied {
         let id: SchedulerId = LEADER.parse().expect("a scheduler id");
         self.publish(Publisher::Scheduler(id), Incarnation(1), &event)
