@@ -96,7 +96,6 @@ async fn publishers_and_readers_survive_kills_of_the_server() {
                 Ok(_) | Err(PublishError::Unknown { .. }) => {}
                 Err(other) => panic!("{other}"),
             }
-            }
         }
         one
     });
