@@ -43,7 +43,6 @@ pub(super) struct NatsReader {
     next: Seq,
     open: Option<Open>,
     next_failure: Instant,
-    openings: u64,
 }
 
 struct Open {
@@ -64,7 +63,6 @@ impl NatsReader {
             spec,
             open: None,
             next_failure: Instant::now(),
-            openings: 0,
         }
     }
 
@@ -172,7 +170,6 @@ impl NatsReader {
         let deadline = Instant::now() + wait;
         if self.open.as_ref().is_none_or(|open| open.connects != self.connects()) {
             self.open = Some(self.open().await?);
-            self.openings += 1;
         }
         let mut batch = Vec::new();
         while batch.is_empty() {
@@ -230,9 +227,5 @@ impl ArmReader for NatsReader {
             newest.ack().await.map_err(|error| unavailable("acknowledging", error))
         }
         .boxed()
-    }
-
-    fn openings(&self) -> u64 {
-        self.openings
     }
 }

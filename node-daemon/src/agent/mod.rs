@@ -1,5 +1,14 @@
 //! The daemon's side towards the cluster: follows the log, answers requests, carries out commands, reports heat.
 
+pub mod commands;
 pub mod facts;
+pub mod jobs;
 pub mod link;
+pub mod node;
+pub mod peers;
 pub mod report;
+pub mod requests;
+mod run;
+pub mod served;
+
+pub use run::run;

@@ -3,16 +3,16 @@
 
 use std::collections::BTreeMap;
 
-use hdrhistogram::Histogram;
 use hearth_probes::source::{ImageWindow, Window};
-use hearth_protocol::heat::{BlockHeat, ImageHeat, LatencySummary, LayerHeat, Omitted, pack};
+use hearth_probes::tally::summary;
+use hearth_protocol::heat::{BlockHeat, ImageHeat, LayerHeat, Omitted, pack};
 use hearth_protocol::limits::HEAT_RECORDS_PER_REPORT_MAX;
 use hearth_protocol::{BlockIndex, LayerId, heat::HeatOrigin};
 
 /// What a report needs to know of an image that had accesses.
-pub struct ImageContext<'a> {
+pub struct ImageContext {
     /// The layer that holds a block now; for a hole the layer that a write would go to.
-    pub layer_of: &'a dyn Fn(BlockIndex) -> LayerId,
+    pub layer_of: Box<dyn Fn(BlockIndex) -> LayerId>,
     /// Block reads answered from RAM since the last report.
     pub ram_hits: u64,
     /// Block reads not answered from RAM since the last report.
@@ -22,24 +22,11 @@ pub struct ImageContext<'a> {
 /// Records that all images of one report may have together: at 13 bytes each it stays under the message limit.
 pub const RECORDS_MAX: usize = HEAT_RECORDS_PER_REPORT_MAX * 3;
 
-/// Percentiles of a histogram in microseconds.
-pub fn summary(histogram: &Histogram<u64>) -> LatencySummary {
-    if histogram.is_empty() {
-        return LatencySummary::default();
-    }
-    LatencySummary {
-        count: histogram.len(),
-        p50_us: histogram.value_at_quantile(0.50),
-        p99_us: histogram.value_at_quantile(0.99),
-        max_us: histogram.max(),
-    }
-}
-
 /// Blocks that each of `windows` may report, so that together they stay under [`RECORDS_MAX`]: an equal share, what
 /// small ones leave going to the others.
 fn share(windows: &[usize]) -> usize {
     let mut left = RECORDS_MAX;
-    let mut sizes: Vec<_> = windows.iter().copied().collect();
+    let mut sizes = windows.to_vec();
     sizes.sort_unstable();
     let mut count = sizes.len();
     for size in sizes {
@@ -55,10 +42,10 @@ fn share(windows: &[usize]) -> usize {
 
 /// Turns one source's window into the images of a report; `context` is `None` for images that are not served here
 /// any more, whose counts are dropped.
-pub fn images<'a>(
+pub fn images(
     origin: HeatOrigin,
     window: &Window,
-    context: impl Fn(&ImageWindow) -> Option<ImageContext<'a>>,
+    mut context: impl FnMut(&ImageWindow) -> Option<ImageContext>,
 ) -> Vec<ImageHeat> {
     let sizes: Vec<_> = window.images.iter().map(|image| image.blocks.len()).collect();
     let blocks_max = share(&sizes);
@@ -69,7 +56,7 @@ pub fn images<'a>(
         .collect()
 }
 
-fn one(origin: HeatOrigin, window: &ImageWindow, blocks_max: usize, context: ImageContext<'_>) -> ImageHeat {
+fn one(origin: HeatOrigin, window: &ImageWindow, blocks_max: usize, context: ImageContext) -> ImageHeat {
     let mut omitted = Omitted {
         lost: window.lost,
         ..Omitted::default()
@@ -110,6 +97,7 @@ fn one(origin: HeatOrigin, window: &ImageWindow, blocks_max: usize, context: Ima
 
 #[cfg(test)]
 mod tests {
+    use hdrhistogram::Histogram;
     use hearth_protocol::{ByteLen, ImageId};
 
     use super::*;
@@ -142,10 +130,9 @@ mod tests {
         for blocks in [0, 10, HEAT_RECORDS_PER_REPORT_MAX, HEAT_RECORDS_PER_REPORT_MAX + 1000] {
             let window = window(blocks);
             let counted: u64 = window.images[0].blocks.iter().map(|b| u64::from(b.reads)).sum();
-            let layer_of = |b: BlockIndex| LayerId(u128::from(b.0 % 2));
             let told = images(HeatOrigin::Ebpf, &window, |_| {
                 Some(ImageContext {
-                    layer_of: &layer_of,
+                    layer_of: Box::new(|b| LayerId(u128::from(b.0 % 2))),
                     ram_hits: 3,
                     ram_misses: 4,
                 })

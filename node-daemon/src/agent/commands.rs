@@ -1,0 +1,70 @@
+//! Carries out the scheduler's orders, one after the other, each once, and tells how they ended.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hearth_protocol::command::Outcome;
+use hearth_protocol::{Command, CommandId, Event};
+use tokio::sync::Notify;
+
+use super::link::Link;
+use super::node::Node;
+
+/// Pause before an outcome that could not be published is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// Executes open commands for ever. `wake` says that the log told something new.
+pub async fn run(node: Arc<Node>, link: Link, wake: Arc<Notify>) {
+    // Executed by this process and answered, though the answer may not have been read back yet.
+    let mut answered: BTreeSet<CommandId> = BTreeSet::new();
+    loop {
+        if link.ready().is_ok() {
+            let (next, open) = {
+                let facts = link.facts();
+                let open = facts.open_commands();
+                let next = open.iter().find(|c| !answered.contains(&c.id)).cloned();
+                (
+                    next.map(|c| (c, facts.tick())),
+                    open.iter().map(|c| c.id).collect::<BTreeSet<_>>(),
+                )
+            };
+            answered.retain(|id| open.contains(id));
+            if let Some((command, tick)) = next {
+                let id = command.id;
+                let outcome = execute(&node, command, tick).await;
+                publish(&node, &link, id, outcome).await;
+                answered.insert(id);
+                continue;
+            }
+        }
+        wake.notified().await;
+    }
+}
+
+async fn execute(node: &Arc<Node>, command: Command, tick: hearth_protocol::TickNo) -> Outcome {
+    if tick > command.expires {
+        return Outcome::Refused {
+            why: format!("it expired at tick {}, now is tick {tick}", command.expires),
+        };
+    }
+    tracing::debug!(command = %command.id, verb = command.order.verb(), blocks = command.order.block_count(), "executing");
+    let node = Arc::clone(node);
+    tokio::task::spawn_blocking(move || node.execute(&command.order))
+        .await
+        .unwrap_or_else(|error| Outcome::Refused {
+            why: format!("the node failed at it: {error}"),
+        })
+}
+
+async fn publish(node: &Node, link: &Link, command: CommandId, outcome: Outcome) {
+    let event = Event::CommandFinished {
+        command,
+        node: node.config.id.clone(),
+        outcome,
+    };
+    while let Err(error) = link.publish_node(&event).await {
+        tracing::warn!(%command, %error, "cannot tell how a command ended; trying again");
+        tokio::time::sleep(RETRY).await;
+    }
+}

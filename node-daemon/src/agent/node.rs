@@ -1,0 +1,387 @@
+//! The data plane of one node, put together: store, RAM tier, exports, probes. Works without NATS.
+
+use std::os::linux::fs::MetadataExt as _;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use hearth_probes::export::{ExportCounter, ExportSource};
+use hearth_probes::source::HeatSource;
+use hearth_probes::{EbpfOptions, EbpfSource};
+use hearth_protocol::command::Outcome;
+use hearth_protocol::rpc::{ExportKind, Failure, FailureKind};
+use hearth_protocol::{BlockIndex, ByteLen, Epoch, ImageId, Incarnation, LayerId, LeaseId, Order, SetVersion};
+
+use super::peers::Peers;
+use super::served::{Kept, Served, ServedImages};
+use crate::config::{HeatChoice, NodeConfig};
+use crate::disk::Disk;
+use crate::export::device::{DeviceExports, DeviceOptions};
+use crate::export::fdstore::FdStore;
+use crate::export::nbd::NbdHandle;
+use crate::peer::{PeerLimits, PeerPool};
+use crate::store::{Store, StoreError, StoreOptions};
+use crate::tier::{RamTier, TierOptions};
+use crate::volume::Volume;
+
+/// One node's data plane.
+pub struct Node {
+    /// Its configuration.
+    pub config: NodeConfig,
+    /// This process start.
+    pub incarnation: Incarnation,
+    /// The local replicas.
+    pub store: Arc<Store>,
+    /// The RAM tier.
+    pub tier: Arc<RamTier>,
+    /// The images in service.
+    pub served: Arc<ServedImages>,
+    /// Where other nodes are.
+    pub peers: Arc<Peers>,
+    /// Kernel devices, or why there are none.
+    pub devices: Result<DeviceExports, String>,
+    /// The exports' own counters.
+    pub counters: ExportSource,
+    /// The probes, or why there are none.
+    pub probes: Result<EbpfSource, String>,
+    /// Reads of layers that this node does not hold.
+    pub remote: Arc<PeerPool>,
+    /// Held over every change of what is served.
+    changes: Mutex<()>,
+}
+
+/// The one run of an image's location map: this node is its only member until images are replicated.
+pub const SET_VERSION: SetVersion = SetVersion(1);
+
+impl Node {
+    /// Opens the store and prepares everything; serves nothing yet.
+    ///
+    /// # Errors
+    /// What cannot be had, with what to do.
+    pub fn open(config: NodeConfig, fdstore: Option<Arc<FdStore>>) -> anyhow::Result<Arc<Self>> {
+        let store = Arc::new(Store::open(&config.store_dir, StoreOptions::default())?);
+        let tier = RamTier::new(TierOptions {
+            capacity_bytes: config.ram_bytes.0,
+            front_percent: config.front_percent,
+            lock: true,
+        })?;
+        if let Some(why) = tier.lock_refused() {
+            tracing::warn!("the RAM tier is not locked into memory: {why}");
+        }
+        let probes = match config.heat {
+            HeatChoice::Export => Err("the configuration says heat = \"export\"".to_owned()),
+            HeatChoice::Auto | HeatChoice::Ebpf => {
+                EbpfSource::load(EbpfOptions::default()).map_err(|error| error.to_string())
+            }
+        };
+        match (&probes, config.heat) {
+            (Err(why), HeatChoice::Ebpf) => anyhow::bail!("the configuration says heat = \"ebpf\": {why}"),
+            (Err(why), _) => tracing::warn!("heat is counted by the exports, not by eBPF: {why}"),
+            (Ok(probes), _) => match disk_under(&config.store_dir) {
+                Some(disk) => {
+                    if let Err(error) = probes.watch_disk(&disk) {
+                        tracing::warn!(disk, %error, "the latency of the store's disk is not measured");
+                    }
+                }
+                None => tracing::info!(
+                    "the store is on no disk of its own (tmpfs or a network), so its latency is not measured"
+                ),
+            },
+        }
+        let mut options = DeviceOptions::new(&config.device_link_root, &config.mount_root);
+        options.fdstore = fdstore;
+        let devices = DeviceExports::new(options).map_err(|error| error.to_string());
+        if let Err(why) = &devices {
+            tracing::warn!("no kernel devices, images are served over NBD only: {why}");
+        }
+        let peers = Arc::new(Peers::open(config.store_dir.join("peers"))?);
+        let remote = {
+            let peers = Arc::clone(&peers);
+            Arc::new(PeerPool::new(PeerLimits::default(), move |layer| {
+                peers.addresses_of(layer)
+            }))
+        };
+        let sealed = {
+            let (store, tier, remote) = (Arc::clone(&store), Arc::clone(&tier), Arc::clone(&remote));
+            move |layer| {
+                let disk = Volume::open_sealed(Arc::clone(&store), Arc::clone(&tier), layer, remote.clone()).ok()?;
+                Some(disk as Arc<dyn Disk>)
+            }
+        };
+        let served = Arc::new(ServedImages::new(config.store_dir.join("served"), Box::new(sealed)));
+        Ok(Arc::new(Self {
+            config,
+            incarnation: hearth_bus::new_incarnation(),
+            store,
+            tier,
+            served,
+            peers,
+            devices,
+            counters: ExportSource::new(),
+            probes,
+            remote,
+            changes: Mutex::new(()),
+        }))
+    }
+
+    /// Where heat of kernel devices is counted: `ebpf` or `export`.
+    pub fn heat_source(&self) -> &'static str {
+        if self.probes.is_ok() { "ebpf" } else { "export" }
+    }
+
+    fn change(&self) -> std::sync::MutexGuard<'_, ()> {
+        self.changes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Serves again what the last process served, under the same epochs and leases: nobody else can hold them, because
+    /// this node is the only member. Images that fail are said and left out.
+    ///
+    /// # Errors
+    /// When the list of them cannot be read.
+    pub fn resume(&self) -> anyhow::Result<()> {
+        for kept in self.served.kept()? {
+            match self.serve(kept.clone()) {
+                Ok(served) => tracing::info!(image = %served.name, epoch = %kept.epoch, "serving again"),
+                Err(error) => tracing::error!(image = %kept.image, %error, "cannot serve an image again"),
+            }
+        }
+        if let Ok(devices) = &self.devices {
+            for name in devices.give_up_waiting()? {
+                tracing::error!(image = %name, "its kernel device is gone: the image is not served any more");
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts serving an image under a granted lease, and remembers that it is served.
+    ///
+    /// # Errors
+    /// What stood in the way; the image is then not served.
+    pub fn attach(&self, image: ImageId, epoch: Epoch, lease: LeaseId, export: ExportKind) -> Result<Served, Failure> {
+        let _changing = self.change();
+        let kept = Kept {
+            image,
+            epoch,
+            lease,
+            export,
+        };
+        let served = self.serve(kept)?;
+        if let Err(error) = self.keep() {
+            let _ = self.end(image, &served);
+            return Err(failed(format!("remembering that {} is served: {error}", served.name)));
+        }
+        Ok(served)
+    }
+
+    fn serve(&self, kept: Kept) -> Result<Served, Failure> {
+        let Kept {
+            image,
+            epoch,
+            lease,
+            export,
+        } = kept;
+        let (store, tier) = (Arc::clone(&self.store), Arc::clone(&self.tier));
+        let volume = Volume::attach(store, tier, image, epoch, lease, self.remote.clone())
+            .map_err(|error| store_failure(&error))?;
+        let meta = self.store.image(image).map_err(|error| store_failure(&error))?;
+        let counter = ExportCounter::new(image, ByteLen(meta.block_size));
+        self.counters.register(Arc::clone(&counter));
+        let mut served = Served {
+            name: meta.name.clone(),
+            lease,
+            epoch,
+            volume,
+            counter,
+            export,
+            device: None,
+        };
+        self.served.insert(image, served.clone());
+        if export == ExportKind::Device {
+            match self.attach_device(image, meta.block_size, &served) {
+                Ok(device) => served.device = Some(device),
+                Err(failure) => {
+                    let _ = self.end(image, &served);
+                    return Err(failure);
+                }
+            }
+            self.served.set_device(image, served.device.clone());
+        }
+        Ok(served)
+    }
+
+    fn attach_device(
+        &self,
+        image: ImageId,
+        block_size: u64,
+        served: &Served,
+    ) -> Result<crate::export::device::DeviceInfo, Failure> {
+        let devices = self.devices.as_ref().map_err(|why| {
+            Failure::new(
+                FailureKind::NotSupported,
+                format!("no kernel devices on this node: {why}"),
+                "attach with --export socket",
+            )
+        })?;
+        let device = devices
+            .attach(&served.name, served.volume.clone())
+            .map_err(|error| failed(format!("making the kernel device of {}: {error}", served.name)))?;
+        if let Ok(probes) = &self.probes
+            && let Err(error) = probes.attach_device(device.major, device.minor, image, ByteLen(block_size))
+        {
+            // The guest's disk matters more than its heat.
+            tracing::error!(image = %served.name, %error, "the heat of this image's device is not counted");
+        }
+        Ok(device)
+    }
+
+    /// Stops serving an image: its device goes first, then its NBD connections, then its volume is flushed and sealed.
+    ///
+    /// # Errors
+    /// `Refused` while a guest has the device open, and the image is then served as before.
+    pub async fn detach(&self, image: ImageId, connections: &NbdHandle) -> Result<Served, Failure> {
+        let Some(served) = self.served.get(image) else {
+            return Err(Failure::new(
+                FailureKind::NotFound,
+                "the image is not attached on this node",
+                "see hearth image list",
+            ));
+        };
+        self.end_device(image, &served)?;
+        connections.close_export(image).await;
+        let _changing = self.change();
+        let result = self.end(image, &served);
+        self.keep()
+            .map_err(|error| failed(format!("forgetting that {} was served: {error}", served.name)))?;
+        result.map(|()| served)
+    }
+
+    fn end_device(&self, image: ImageId, served: &Served) -> Result<(), Failure> {
+        let (Some(device), Ok(devices)) = (&served.device, &self.devices) else {
+            return Ok(());
+        };
+        devices.detach(&served.name).map_err(|error| {
+            Failure::new(
+                FailureKind::Refused,
+                error.to_string(),
+                "stop the guest that uses the device, then detach again",
+            )
+        })?;
+        if let Ok(probes) = &self.probes
+            && let Err(error) = probes.detach_device(device.major, device.minor)
+        {
+            tracing::warn!(image = %served.name, %error, "the probes still know a device that is gone");
+        }
+        self.served.set_device(image, None);
+        Ok(())
+    }
+
+    fn end(&self, image: ImageId, served: &Served) -> Result<(), Failure> {
+        self.served.remove(image);
+        self.counters.unregister(image);
+        served
+            .volume
+            .detach()
+            .map_err(|error| failed(format!("closing {}: {error}", served.name)))
+    }
+
+    fn keep(&self) -> std::io::Result<()> {
+        let kept: Vec<Kept> = self
+            .served
+            .all()
+            .into_iter()
+            .map(|(image, s)| Kept {
+                image,
+                epoch: s.epoch,
+                lease: s.lease,
+                export: s.export,
+            })
+            .collect();
+        self.served.keep(&kept)
+    }
+
+    /// Carries out an order. It leaves no choice: what cannot be done as ordered is refused or skipped, and said.
+    pub fn execute(&self, order: &Order) -> Outcome {
+        let started = Instant::now();
+        let volume = match self.volume_over(order.layer()) {
+            Ok(volume) => volume,
+            Err(error) => return Outcome::Refused { why: error.to_string() },
+        };
+        let (done, skipped, bytes) = match order {
+            Order::Promote {
+                layer,
+                epoch,
+                blocks,
+                bytes,
+                ..
+            } => {
+                let blocks: Vec<BlockIndex> = blocks.iter().map(|p| p.block).collect();
+                match volume.promote(*layer, &blocks, *epoch, bytes.0) {
+                    Ok(promoted) => (promoted.done, promoted.skipped, promoted.bytes),
+                    Err(why) => return Outcome::Refused { why },
+                }
+            }
+            Order::Demote { layer, blocks, .. } => {
+                let blocks: Vec<BlockIndex> = blocks.iter().map(|d| d.block).collect();
+                let demoted = volume.demote(*layer, &blocks);
+                (demoted.done, demoted.skipped, demoted.bytes)
+            }
+        };
+        let mut done = done;
+        done.sort_unstable();
+        Outcome::Done {
+            done,
+            skipped: skipped
+                .into_iter()
+                .map(|(block, why)| (block, why.to_owned()))
+                .collect(),
+            bytes: ByteLen(bytes),
+            took_us: u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX),
+        }
+    }
+
+    /// A volume that reads the layer: of an image in service that stands on it, else of the sealed layer alone.
+    fn volume_over(&self, layer: LayerId) -> Result<Arc<Volume>, StoreError> {
+        let mut served = self.served.all().into_iter().map(|(_, served)| served.volume);
+        match served.find(|volume| volume.layers().contains(&layer)) {
+            Some(volume) => Ok(volume),
+            None => Volume::open_sealed(
+                Arc::clone(&self.store),
+                Arc::clone(&self.tier),
+                layer,
+                self.remote.clone(),
+            ),
+        }
+    }
+
+    /// Takes what the probes counted, where there are probes.
+    pub fn drain_probes(&self) -> Option<hearth_probes::source::Window> {
+        let mut probes = self.probes.as_ref().ok()?.clone();
+        probes
+            .drain()
+            .inspect_err(|error| tracing::warn!(%error, "cannot drain the probes; the counts stay for the next time"))
+            .ok()
+    }
+}
+
+/// A failure without a special exit code.
+pub fn failed(message: String) -> Failure {
+    Failure::new(FailureKind::Failed, message, "see the node daemon's journal")
+}
+
+/// The store's error for the user.
+pub fn store_failure(error: &StoreError) -> Failure {
+    Failure::new(error.kind(), error.to_string(), "")
+}
+
+/// The whole disk under a directory, such as `nvme0n1`; `None` where there is none.
+fn disk_under(dir: &Path) -> Option<String> {
+    let device = std::fs::metadata(dir).ok()?.st_dev();
+    let (major, minor) = (nix::sys::stat::major(device), nix::sys::stat::minor(device));
+    let sys = std::fs::canonicalize(format!("/sys/dev/block/{major}:{minor}")).ok()?;
+    let disk = if sys.join("partition").exists() {
+        sys.parent()?
+    } else {
+        &sys
+    };
+    Some(disk.file_name()?.to_string_lossy().into_owned())
+}

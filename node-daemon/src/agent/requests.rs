@@ -1,0 +1,464 @@
+//! Answers the `hearth` command: every change is first possible in the store, then a fact in the log, then done.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use hearth_protocol::event::{ImageAttached, ImageCreated};
+use hearth_protocol::rpc::{
+    Answer, AttachInfo, ExportKind, Failure, FailureKind, ImageInfo, NodeInfo, NodeReply, NodeRequest,
+};
+use hearth_protocol::{ByteLen, Epoch, Event, ImageId, ImageName, LayerId, LeaseId, Seq, SnapshotName};
+
+use super::jobs::Jobs;
+use super::link::Link;
+use super::node::{Node, SET_VERSION, failed, store_failure};
+use super::served::Served;
+use crate::export::nbd::NbdHandle;
+use crate::store::{ImageMeta, StoreError};
+use crate::volume::map_of;
+
+/// Runs of a map in one answer, so that it fits a message.
+const MAP_RUNS_MAX: usize = 4_096;
+
+/// What a request can reach. Cheap to clone.
+#[derive(Clone)]
+pub struct Requests {
+    /// The data plane.
+    pub node: Arc<Node>,
+    /// The log.
+    pub link: Link,
+    /// The NBD server's connections.
+    pub connections: NbdHandle,
+    /// Long operations.
+    pub jobs: Arc<Jobs>,
+}
+
+impl Requests {
+    /// Answers one request.
+    ///
+    /// # Errors
+    /// A [`Failure`] for the user.
+    pub async fn answer(self, request: NodeRequest) -> Answer<NodeReply> {
+        match request {
+            NodeRequest::ImageCreate { name, size, block_size } => self.create(name, size, block_size).await,
+            NodeRequest::ImageImport { name, path, block_size } => self.import(name, path, block_size),
+            NodeRequest::ImageClone { source, snapshot, name } => self.clone_image(source, snapshot, name).await,
+            NodeRequest::ImageSnapshot { image, name } => self.snapshot(image, name).await,
+            NodeRequest::ImageDelete { image } => self.delete(image).await,
+            NodeRequest::ImageAttach { image, export } => self.attach(image, export).await,
+            NodeRequest::ImageDetach { image } => self.detach(image).await,
+            NodeRequest::ImageMap { image } => self.map(&image),
+            NodeRequest::ImageList => {
+                let mut images: Vec<_> = self.node.store.images().iter().map(|meta| self.info(meta)).collect();
+                images.sort_by(|a, b| a.name.cmp(&b.name));
+                Ok(NodeReply::Images { images })
+            }
+            NodeRequest::JobShow { job } => Ok(NodeReply::Job(self.jobs.show(job)?)),
+            NodeRequest::NodeShow => Ok(NodeReply::Node(self.node_info())),
+        }
+    }
+
+    fn find(&self, name: &ImageName) -> Result<ImageMeta, Failure> {
+        self.node.store.find(name).map_err(|_| {
+            let id = &self.node.config.id;
+            let facts = self.link.facts();
+            match facts.image_named(name) {
+                Some((_, there)) => Failure::new(
+                    FailureKind::NotFound,
+                    format!("image {name} is on {}, not on {id}", there.created.node),
+                    format!("repeat it with --node {}", there.created.node),
+                ),
+                None => Failure::new(
+                    FailureKind::NotFound,
+                    format!("there is no image {name}"),
+                    "see hearth image list",
+                ),
+            }
+        })
+    }
+
+    /// Refuses a name that the cluster knows already, before any work is done for it.
+    fn name_is_free(&self, name: &ImageName) -> Result<(), Failure> {
+        self.link.ready()?;
+        match self.link.facts().image_named(name) {
+            None => Ok(()),
+            Some((_, taken)) => Err(Failure::new(
+                FailureKind::Conflict,
+                format!("image {name} exists already, on {}", taken.created.node),
+                "choose another name",
+            )),
+        }
+    }
+
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Node) -> Result<T, Failure> + Send + 'static,
+    ) -> Result<T, Failure> {
+        let node = Arc::clone(&self.node);
+        tokio::task::spawn_blocking(move || work(&node))
+            .await
+            .map_err(|error| failed(format!("the request failed inside the daemon: {error}")))?
+    }
+
+    async fn create(self, name: ImageName, size: ByteLen, block_size: ByteLen) -> Answer<NodeReply> {
+        self.name_is_free(&name)?;
+        let meta = self
+            .blocking(move |node| {
+                node.store
+                    .create(&name, size.0, block_size.0)
+                    .map_err(|e| store_failure(&e))
+            })
+            .await?;
+        self.announce(meta).await
+    }
+
+    /// Publishes a new image; removes it again if its creation does not count.
+    async fn announce(&self, meta: ImageMeta) -> Answer<NodeReply> {
+        match self.link.publish_image(meta.id, &created(&self.node, &meta)).await {
+            Ok(_) => Ok(NodeReply::Image(self.info(&meta))),
+            Err(failure) if failure.kind == FailureKind::Timeout => Err(failure),
+            Err(failure) => {
+                self.blocking(move |node| node.store.delete(meta.id).map_err(|e| store_failure(&e)))
+                    .await?;
+                Err(failure)
+            }
+        }
+    }
+
+    fn import(self, name: ImageName, path: String, block_size: ByteLen) -> Answer<NodeReply> {
+        self.name_is_free(&name)?;
+        if !Path::new(&path).is_absolute() {
+            return Err(Failure::new(
+                FailureKind::Usage,
+                format!("{path:?} is not an absolute path on the node"),
+                "",
+            ));
+        }
+        let runtime = tokio::runtime::Handle::current();
+        let jobs = Arc::clone(&self.jobs);
+        let job = jobs.start(format!("import {path} as {name}"), move |progress| {
+            let mut report = |done, total| {
+                progress(done, total);
+                true
+            };
+            let meta = self
+                .node
+                .store
+                .import(&name, Path::new(&path), block_size.0, &mut report)
+                .map_err(|error| store_failure(&error))?;
+            runtime.block_on(self.announce(meta)).map(drop)
+        });
+        Ok(NodeReply::Job(job))
+    }
+
+    async fn clone_image(self, source: ImageName, snapshot: SnapshotName, name: ImageName) -> Answer<NodeReply> {
+        self.name_is_free(&name)?;
+        let local = self.node.store.find(&source).ok().map(|meta| meta.id);
+        let meta = match local {
+            Some(id) => {
+                self.blocking(move |node| {
+                    node.store
+                        .clone_image(id, &snapshot, &name)
+                        .map_err(|e| store_failure(&e))
+                })
+                .await?
+            }
+            None => self.clone_remote(source, snapshot, name).await?,
+        };
+        self.announce(meta).await
+    }
+
+    /// A clone whose parent is on another node: its sealed layers are read from there.
+    async fn clone_remote(
+        &self,
+        source: ImageName,
+        snapshot: SnapshotName,
+        name: ImageName,
+    ) -> Result<ImageMeta, Failure> {
+        let remote = {
+            let facts = self.link.facts();
+            let Some((id, image)) = facts.image_named(&source) else {
+                return Err(Failure::new(
+                    FailureKind::NotFound,
+                    format!("there is no image {source}"),
+                    "see hearth image list",
+                ));
+            };
+            let Some((_, sealed)) = image.snapshots.iter().find(|(n, _)| *n == snapshot) else {
+                return Err(Failure::new(
+                    FailureKind::NotFound,
+                    format!("image {source} has no snapshot {snapshot}"),
+                    format!("take one: hearth image snapshot {source}@{snapshot}"),
+                ));
+            };
+            let at = image.created.layers.iter().position(|layer| layer == sealed);
+            let below = image.created.layers[at.unwrap_or(0)..].to_vec();
+            let parent = crate::store::Parent {
+                image: id,
+                name: source.clone(),
+                snapshot: snapshot.clone(),
+            };
+            (image.created.size, image.created.block_size, below, parent)
+        };
+        self.blocking(move |node| {
+            let (size, block_size, below, parent) = remote;
+            node.store
+                .clone_remote(&name, size.0, block_size.0, below, parent)
+                .map_err(|e| store_failure(&e))
+        })
+        .await
+    }
+
+    async fn snapshot(self, image: ImageName, name: SnapshotName) -> Answer<NodeReply> {
+        let meta = self.find(&image)?;
+        self.link.ready()?;
+        let (id, taken) = (meta.id, name.clone());
+        let meta = self
+            .blocking(move |node| match node.served.get(id) {
+                Some(served) => served.volume.snapshot(&taken).map_err(|e| store_failure(&e)),
+                None => node.store.snapshot(id, &taken).map_err(|e| store_failure(&e)),
+            })
+            .await?;
+        let sealed = meta.snapshot(&name).map_err(|e| store_failure(&e))?.layer;
+        let event = Event::SnapshotTaken {
+            image: meta.id,
+            name,
+            sealed,
+            top: meta.top(),
+        };
+        self.link.publish_image(meta.id, &event).await?;
+        let allocated = self.node.store.layer_allocated(sealed).map_err(|e| store_failure(&e))?;
+        let event = Event::LayerSealed {
+            layer: sealed,
+            node: self.node.config.id.clone(),
+            allocated: ByteLen(allocated),
+        };
+        self.link.publish_layer(sealed, &event).await?;
+        Ok(NodeReply::Image(self.info(&meta)))
+    }
+
+    async fn delete(self, image: ImageName) -> Answer<NodeReply> {
+        let meta = self.find(&image)?;
+        self.link.ready()?;
+        if self.node.served.get(meta.id).is_some() {
+            let mut failure = store_failure(&StoreError::Attached(image.to_string()));
+            failure.hint = format!("hearth image detach {image}");
+            return Err(failure);
+        }
+        let clones: Vec<String> = self
+            .link
+            .facts()
+            .clones_of(meta.id)
+            .take(8)
+            .map(ToString::to_string)
+            .collect();
+        if !clones.is_empty() {
+            return Err(Failure::new(
+                FailureKind::Refused,
+                format!(
+                    "image {image} has clones ({}): their blocks are in its layers",
+                    clones.join(", ")
+                ),
+                "delete the clones first",
+            ));
+        }
+        let seq = self
+            .link
+            .publish_image(meta.id, &Event::ImageDeleted { image: meta.id })
+            .await?;
+        let gone: Vec<LayerId> = self
+            .blocking(move |node| node.store.delete(meta.id).map_err(|e| store_failure(&e)))
+            .await?;
+        for layer in gone {
+            let event = Event::LayerDropped {
+                layer,
+                node: self.node.config.id.clone(),
+            };
+            self.link.publish_layer(layer, &event).await?;
+        }
+        Ok(NodeReply::Done { seq: Some(seq) })
+    }
+
+    async fn attach(self, image: ImageName, export: ExportKind) -> Answer<NodeReply> {
+        let meta = self.find(&image)?;
+        self.link.ready()?;
+        if self.node.served.get(meta.id).is_some() {
+            return Err(Failure::new(
+                FailureKind::Conflict,
+                format!("image {image} is attached already"),
+                format!("see hearth image show {image}"),
+            ));
+        }
+        if let (ExportKind::Device, Err(why)) = (export, &self.node.devices) {
+            return Err(Failure::new(
+                FailureKind::NotSupported,
+                format!("no kernel devices on this node: {why}"),
+                "attach with --export socket",
+            ));
+        }
+        let last = self
+            .link
+            .facts()
+            .validity()
+            .image(meta.id)
+            .map_or(Epoch(0), |known| known.epoch);
+        let (epoch, lease) = (last.next(), LeaseId(hearth_bus::new_incarnation().0));
+        let event = Event::ImageAttached(ImageAttached {
+            image: meta.id,
+            node: self.node.config.id.clone(),
+            epoch,
+            lease,
+            set_version: SET_VERSION,
+            device: export == ExportKind::Device,
+        });
+        self.link.publish_image(meta.id, &event).await?;
+        let id = meta.id;
+        let attached = self.blocking(move |node| node.attach(id, epoch, lease, export)).await;
+        if let Err(failure) = attached {
+            self.link
+                .publish_image(id, &Event::ImageDetached { image: id, epoch })
+                .await?;
+            return Err(failure);
+        }
+        Ok(NodeReply::Image(self.info(&meta)))
+    }
+
+    async fn detach(self, image: ImageName) -> Answer<NodeReply> {
+        let meta = self.find(&image)?;
+        self.link.ready()?;
+        let served = self.node.detach(meta.id, &self.connections).await?;
+        let event = Event::ImageDetached {
+            image: meta.id,
+            epoch: served.epoch,
+        };
+        let seq = self.link.publish_image(meta.id, &event).await?;
+        Ok(NodeReply::Done { seq: Some(seq) })
+    }
+
+    fn map(&self, image: &ImageName) -> Answer<NodeReply> {
+        let meta = self.find(image)?;
+        let runs = match self.node.served.get(meta.id) {
+            Some(served) => served.volume.map(),
+            None => {
+                let (meta, layers) = self.node.store.look_at(meta.id).map_err(|e| store_failure(&e))?;
+                map_of(layers, meta.size, meta.block_size, &self.node.tier)
+            }
+        };
+        if runs.len() > MAP_RUNS_MAX {
+            return Err(Failure::new(
+                FailureKind::NotSupported,
+                format!(
+                    "the map of {image} has {} runs, an answer holds {MAP_RUNS_MAX}",
+                    runs.len()
+                ),
+                format!(
+                    "attach it and use: nbdinfo --map=hearth:tier 'nbd+unix:///{image}?socket={}'",
+                    self.node.config.socket.display()
+                ),
+            ));
+        }
+        Ok(NodeReply::Map { runs })
+    }
+
+    fn info(&self, meta: &ImageMeta) -> ImageInfo {
+        let meta = self.node.store.image(meta.id).unwrap_or_else(|_| meta.clone());
+        let allocated = self.node.store.allocated(meta.id).unwrap_or_else(|error| {
+            tracing::warn!(image = %meta.name, %error, "cannot tell how much an image has allocated");
+            0
+        });
+        ImageInfo {
+            id: meta.id,
+            name: meta.name.clone(),
+            size: ByteLen(meta.size),
+            block_size: ByteLen(meta.block_size),
+            allocated: ByteLen(allocated),
+            layers: meta.stack.clone(),
+            snapshots: meta.snapshots.iter().map(|s| s.name.clone()).collect(),
+            parent: meta.parent.as_ref().map(|p| format!("{}@{}", p.name, p.snapshot)),
+            node: self.node.config.id.clone(),
+            attached: self.node.served.get(meta.id).map(|served| self.attach_info(&served)),
+        }
+    }
+
+    fn attach_info(&self, served: &Served) -> AttachInfo {
+        AttachInfo {
+            epoch: served.epoch,
+            socket: self.node.config.socket.display().to_string(),
+            export: served.name.to_string(),
+            device: served.device.as_ref().map(|d| d.path.display().to_string()),
+            device_survives_restart: served.device.as_ref().is_some_and(|d| d.survives_restart),
+            read_latency: served.volume.read_latency(),
+        }
+    }
+
+    fn node_info(&self) -> NodeInfo {
+        let (config, usage) = (&self.node.config, self.node.tier.usage());
+        NodeInfo {
+            id: config.id.clone(),
+            socket: config.socket.display().to_string(),
+            peer_address: peer_address(&self.node),
+            store: config.store_dir.display().to_string(),
+            ram: usage.capacity,
+            ram_used: ByteLen(usage.front.0 + usage.main.0),
+            heat_source: self.node.heat_source().into(),
+            heat_source_why: self.node.probes.as_ref().err().cloned().unwrap_or_default(),
+            version: env!("CARGO_PKG_VERSION").into(),
+        }
+    }
+}
+
+/// Where peers reach this node's NBD server.
+pub fn peer_address(node: &Node) -> String {
+    match &node.config.peer_listen {
+        Some(address) => address.clone(),
+        None => format!("unix:{}", node.config.socket.display()),
+    }
+}
+
+/// The event that says an image of this store exists.
+pub fn created(node: &Node, meta: &ImageMeta) -> Event {
+    Event::ImageCreated(ImageCreated {
+        image: meta.id,
+        name: meta.name.clone(),
+        size: ByteLen(meta.size),
+        block_size: ByteLen(meta.block_size),
+        layers: meta.stack.clone(),
+        parent: meta.parent.as_ref().map(|p| (p.image, p.snapshot.clone())),
+        node: node.config.id.clone(),
+        set_version: SET_VERSION,
+    })
+}
+
+/// Brings store and log together after a crash between the two: images that the log does not know are announced,
+/// images that the log says are deleted go.
+pub async fn reconcile(requests: &Requests) {
+    for meta in requests.node.store.images() {
+        let (known, deleted) = {
+            let facts = requests.link.facts();
+            (facts.image(meta.id).is_some(), facts.aggregate(meta.id) > Seq(0))
+        };
+        if known {
+            continue;
+        }
+        let served = requests.node.served.get(meta.id).is_some();
+        let result = match (deleted, served) {
+            (true, false) => {
+                let id: ImageId = meta.id;
+                requests
+                    .blocking(move |node| node.store.delete(id).map(drop).map_err(|e| store_failure(&e)))
+                    .await
+                    .map(|()| "removed an image that the log says is deleted")
+            }
+            (true, true) => Err(failed("the log says it is deleted, but it is in service".into())),
+            (false, _) => requests
+                .link
+                .publish_image(meta.id, &created(&requests.node, &meta))
+                .await
+                .map(|_| "announced an image that the log did not know"),
+        };
+        match result {
+            Ok(what) => tracing::info!(image = %meta.name, what),
+            Err(error) => tracing::error!(image = %meta.name, %error, "store and log differ about an image"),
+        }
+    }
+}
