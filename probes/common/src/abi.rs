@@ -21,12 +21,14 @@ pub const RANGES_MAX: u32 = 1024;
 /// Physical disks that can be watched at a time.
 pub const DISKS_MAX: u32 = 64;
 
-/// Entries of the control map: which of the two heat maps is being written, and when each one's window began.
+/// Control word: which of the two sides is written, 0 or 1. The other one is drained.
 pub const CONTROL_ACTIVE: u32 = 0;
-/// Control entry with the monotonic time, nanoseconds, at which the first map's window began; the second's follows it.
+/// Control words, one per side: the monotonic time at which its window began, nanoseconds.
 pub const CONTROL_START: u32 = 1;
-/// Length of the control map.
-pub const CONTROL_LENGTH: u32 = 3;
+/// Control words, one per side: how many ranges were noted, which may be more than there is room for.
+pub const CONTROL_RANGES: u32 = 3;
+/// Number of control words.
+pub const CONTROL_LENGTH: u32 = 5;
 
 /// Where a device's I/O is counted. Key: the kernel's `dev_t`.
 #[repr(C)]
@@ -38,10 +40,12 @@ pub struct Device {
     pub block_shift: u32,
 }
 
-/// What one block saw in one window. Key: [`heat_key`]. Every field is added to atomically.
+/// What one block saw in one window. Every word is changed atomically.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Heat {
+    /// [`heat_key`]; 0 is a free entry. Claimed by compare-and-swap and not freed until the side is drained.
+    pub key: u64,
     /// Reads in the lower half, writes in the upper: one atomic addition counts either.
     pub touches: u64,
     /// Bytes of both.
@@ -50,7 +54,16 @@ pub struct Heat {
     pub bursts: u64,
 }
 
-/// One access too long to be counted by a program. Key: a number used once.
+/// Entries that share a bucket of the heat table: neighbouring blocks lie in two neighbouring cache lines.
+pub const HEAT_WAYS: usize = 4;
+
+/// Buckets in which a block may lie. A table that is half full has a free one among them but for one time in 2^32.
+pub const HEAT_PROBES_MAX: u32 = 32;
+
+/// A bucket of the heat table. The table has the buckets of one side, then those of the other.
+pub type HeatBucket = [Heat; HEAT_WAYS];
+
+/// One access too long to be counted by a program.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Range {
@@ -60,11 +73,12 @@ pub struct Range {
     pub length: u64,
     /// The tenth of a second, as in [`Heat::bursts`].
     pub burst: u64,
-    /// The device's slot.
-    pub slot: u32,
-    /// 1 for a write, 0 for a read.
-    pub write: u32,
+    /// The device's slot, and [`RANGE_WRITE`].
+    pub slot_and_op: u64,
 }
+
+/// Bit of [`Range::slot_and_op`] that stands for a write.
+pub const RANGE_WRITE: u64 = 1 << 63;
 
 /// Totals of one slot on one CPU since the programs were loaded. Each field is written by one program only.
 #[repr(C)]
@@ -103,20 +117,40 @@ pub type InFlightBucket = [InFlight; IN_FLIGHT_WAYS];
 pub type Latencies = [u64; latency::BUCKETS];
 
 const _: () = assert!(size_of::<Device>() == 8);
-const _: () = assert!(size_of::<Heat>() == 24);
+const _: () = assert!(size_of::<HeatBucket>() == 128);
 const _: () = assert!(size_of::<Range>() == 32);
 const _: () = assert!(size_of::<Totals>() == 24);
 const _: () = assert!(size_of::<InFlightBucket>() == 192);
 
-/// Key of a block's heat.
+/// Key of a block's heat, never 0.
 #[inline(always)]
 pub fn heat_key(slot: u32, block: u64) -> u64 {
-    (slot as u64) << BLOCK_BITS | block & ((1 << BLOCK_BITS) - 1)
+    1 << 63 | (slot as u64) << BLOCK_BITS | block & ((1 << BLOCK_BITS) - 1)
 }
 
 /// Slot and block of a heat key.
 pub fn slot_and_block(key: u64) -> (u32, u64) {
-    ((key >> BLOCK_BITS) as u32, key & ((1 << BLOCK_BITS) - 1))
+    (
+        (key >> BLOCK_BITS) as u32 & (SLOTS_MAX - 1),
+        key & ((1 << BLOCK_BITS) - 1),
+    )
+}
+
+/// Blocks whose buckets follow each other in the table, as a shift: neighbours share a page, hence its translation.
+const HEAT_RUN_SHIFT: u32 = 6;
+
+/// Bucket where the search for a key begins, and the odd step to the next one, both modulo the number of buckets.
+#[inline(always)]
+pub fn heat_place(key: u64) -> (u32, u32) {
+    const BUCKETS_PER_RUN: u32 = (1 << HEAT_RUN_SHIFT) / HEAT_WAYS as u32;
+    let mut mixed = (key >> HEAT_RUN_SHIFT).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    mixed ^= mixed >> 32;
+    mixed = mixed.wrapping_mul(0xd6e8_feb8_6659_fd93);
+    let within = (key >> HEAT_WAYS.trailing_zeros()) as u32 & (BUCKETS_PER_RUN - 1);
+    (
+        ((mixed >> 32) as u32).wrapping_mul(BUCKETS_PER_RUN) | within,
+        mixed as u32 | 1,
+    )
 }
 
 /// Bucket of a request in an in-flight table: addresses differ in their middle bits, so they are multiplied upwards.
@@ -157,10 +191,29 @@ mod tests {
     fn keys_and_stamps_come_apart_again() {
         for (slot, block) in [(0, 0), (1, 5), (SLOTS_MAX - 1, (1 << BLOCK_BITS) - 1)] {
             assert_eq!(slot_and_block(heat_key(slot, block)), (slot, block));
+            assert_ne!(heat_key(slot, block), 0);
             for write in [false, true] {
                 let start = (1 << STAMP_TIME_BITS) - 10;
                 let (index, ns) = elapsed(stamp(slot, write, start), start + 25);
                 assert_eq!((index, ns), (latency_index(slot, write), 25));
+            }
+        }
+    }
+
+    #[test]
+    fn a_half_full_table_has_room_for_every_block() {
+        const BUCKETS: u32 = 1 << 10;
+        let dense = |i: u64| heat_key(1, i);
+        let strided = |i: u64| heat_key(2, i << 9);
+        let scattered = |i: u64| heat_key(i as u32 % 7, i.wrapping_mul(0x5851_f42d_4c95_7f2d) >> 20);
+        for keys in [&dense as &dyn Fn(u64) -> u64, &strided, &scattered] {
+            let mut taken = [0usize; BUCKETS as usize];
+            for number in 0..u64::from(BUCKETS) * HEAT_WAYS as u64 / 2 {
+                let (place, step) = heat_place(keys(number));
+                let bucket = (0..HEAT_PROBES_MAX)
+                    .map(|probe| place.wrapping_add(step.wrapping_mul(probe)) & (BUCKETS - 1))
+                    .find(|bucket| taken[*bucket as usize] < HEAT_WAYS);
+                taken[bucket.expect("there is room") as usize] += 1;
             }
         }
     }

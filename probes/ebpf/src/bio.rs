@@ -6,48 +6,29 @@
 
 use core::ffi::c_void;
 
-use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::helpers::{bpf_ktime_get_ns, generated::bpf_loop};
 use aya_ebpf::macros::{btf_tracepoint, map};
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray};
 use aya_ebpf::programs::BtfTracePointContext;
 use hearth_probes_common::abi::{
-    CONTROL_ACTIVE, CONTROL_LENGTH, CONTROL_START, Device, Heat, IN_FLIGHT_BUCKETS, Latencies, MERGED_BIOS_MAX,
-    RANGES_MAX, Range, TOUCHES_AT_ONCE_MAX, Totals, heat_key, stamp,
+    CONTROL_ACTIVE, CONTROL_START, Device, IN_FLIGHT_BUCKETS, Latencies, MERGED_BIOS_MAX, RANGE_WRITE, Range,
+    TOUCHES_AT_ONCE_MAX, Totals, heat_key, stamp,
 };
 
-use crate::atomic;
 use crate::fields::{
     BDEV_DISK, BIO_BDEV, BIO_NEXT, BIO_OPF, BIO_PRIVATE, BIO_SECTOR, BIO_SIZE, Kernel, QUEUE_DISK, REQUEST_BIO,
     REQUEST_QUEUE, is_write, load_at,
 };
+use crate::heat;
 use crate::in_flight::{self, Table};
 
 /// Length of a burst.
 const BURST_NS: u64 = 100_000_000;
 
-// The loader sets the lengths of the maps that hold images and blocks.
-
-#[map]
-static CONTROL: Array<u64> = Array::with_max_entries(CONTROL_LENGTH, 0);
+// The loader sets the lengths of the maps that hold images.
 
 #[map]
 static DEVICES: HashMap<u32, Device> = HashMap::with_max_entries(1, 0);
-
-/// Two maps: one is written while the other, after every program that could know it has ended, is drained.
-#[map]
-static HEAT_A: HashMap<u64, Heat> = HashMap::with_max_entries(1, 0);
-#[map]
-static HEAT_B: HashMap<u64, Heat> = HashMap::with_max_entries(1, 0);
-
-#[map]
-static RANGES_A: HashMap<u64, Range> = HashMap::with_max_entries(RANGES_MAX, 0);
-#[map]
-static RANGES_B: HashMap<u64, Range> = HashMap::with_max_entries(RANGES_MAX, 0);
-
-/// The last key of a range.
-#[map]
-static RANGE_KEY: Array<u64> = Array::with_max_entries(1, 0);
 
 #[map]
 static TOTALS: PerCpuArray<Totals> = PerCpuArray::with_max_entries(1, 0);
@@ -60,8 +41,8 @@ static BIOS: Table = Array::with_max_entries(IN_FLIGHT_BUCKETS, 0);
 
 /// An access to several blocks while its touches are counted.
 struct Access {
-    /// Which map is being written.
-    second: u64,
+    /// Which side is being written.
+    side: u64,
     slot: u64,
     block_shift: u64,
     /// First byte and the byte after the last.
@@ -73,57 +54,14 @@ struct Access {
     lost: u64,
 }
 
-/// Adds to a block that is in the map.
-#[inline(always)]
-fn add(heat: *mut Heat, one: u64, bytes: u64, burst: u64) {
-    // SAFETY: the pointer is to a value of the map; the loader removes values only from the map that is not written.
-    unsafe {
-        atomic::add(&raw mut (*heat).touches, one);
-        atomic::add(&raw mut (*heat).bytes, bytes);
-        if atomic::load(&raw const (*heat).bursts) & burst == 0 {
-            atomic::or(&raw mut (*heat).bursts, burst);
-        }
-    }
-}
-
-/// Counts one touch; false when there is no room for the block.
-#[inline(always)]
-fn touch(map: &HashMap<u64, Heat>, key: u64, one: u64, bytes: u64, burst: u64) -> bool {
-    if let Some(heat) = map.get_ptr_mut(key) {
-        add(heat, one, bytes, burst);
-        return true;
-    }
-    if map
-        .insert(
-            key,
-            Heat {
-                touches: one,
-                bytes,
-                bursts: burst,
-            },
-            BPF_NOEXIST.into(),
-        )
-        .is_ok()
-    {
-        return true;
-    }
-    // Another CPU was first, or the map is full.
-    if let Some(heat) = map.get_ptr_mut(key) {
-        add(heat, one, bytes, burst);
-        return true;
-    }
-    false
-}
-
 /// Counts the touch of one block of an access.
 #[inline(always)]
 fn touch_part(access: &mut Access, index: u64) {
     let block = (access.start >> access.block_shift) + index;
     let first = access.start.max(block << access.block_shift);
     let after = access.end.min((block + 1) << access.block_shift);
-    let map = if access.second != 0 { &HEAT_B } else { &HEAT_A };
     let key = heat_key(access.slot as u32, block);
-    if !touch(map, key, access.one, after - first, access.burst) {
+    if !heat::touch(access.side as u32, key, access.one, after - first, access.burst) {
         access.lost += 1;
     }
 }
@@ -138,20 +76,14 @@ extern "C" fn touch_next(index: u64, access: *mut c_void) -> i64 {
 /// Notes an access for the loader to count; false when there is no room.
 #[inline(always)]
 fn note_range(access: &Access) -> bool {
-    let Some(last_key) = RANGE_KEY.get_ptr_mut(0) else {
-        return false;
-    };
-    // SAFETY: the pointer is to the map's only value.
-    let key = unsafe { atomic::fetch_add(last_key, 1) };
+    let write = if access.one == 1 { 0 } else { RANGE_WRITE };
     let range = Range {
         offset: access.start,
         length: access.end - access.start,
         burst: access.burst,
-        slot: access.slot as u32,
-        write: (access.one != 1) as u32,
+        slot_and_op: access.slot | write,
     };
-    let map = if access.second != 0 { &RANGES_B } else { &RANGES_A };
-    map.insert(key, range, BPF_NOEXIST.into()).is_ok()
+    heat::note_range(access.side as u32, range)
 }
 
 /// Counts the touches of an access.
@@ -166,11 +98,6 @@ fn count(access: &mut Access) {
     } else if !note_range(access) {
         access.lost += blocks;
     }
-}
-
-fn control(index: u32) -> u64 {
-    // SAFETY: the pointer is to a value of the map, read as one word.
-    CONTROL.get_ptr(index).map_or(0, |value| unsafe { atomic::load(value) })
 }
 
 /// A bio was submitted. Argument: the bio.
@@ -195,12 +122,12 @@ pub fn bio_queue(ctx: BtfTracePointContext) -> i32 {
     };
     // SAFETY: the helper has no demands.
     let now_ns = unsafe { bpf_ktime_get_ns() };
-    let second = control(CONTROL_ACTIVE) & 1;
-    let start_ns = control(CONTROL_START + second as u32);
+    let side = heat::control(CONTROL_ACTIVE) & 1;
+    let start_ns = heat::control(CONTROL_START + side as u32);
     let tenth = (now_ns.saturating_sub(start_ns) / BURST_NS).min(63);
     let start = bio.load::<u64>(&BIO_SECTOR) << 9;
     let mut access = Access {
-        second,
+        side,
         slot: slot.into(),
         block_shift: (block_shift & 63).into(),
         start,

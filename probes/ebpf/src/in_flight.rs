@@ -33,7 +33,7 @@ pub fn start(table: &Table, request: u64, stamp: u64, bytes: u64) -> bool {
             let holder = &raw mut (*entry).request;
             let held = atomic::load(holder);
             // The same address again: its last completion was not seen, or it was issued a second time.
-            if held == request || held == 0 && atomic::claim(holder, request) {
+            if held == request || held == 0 && atomic::claim(holder, request) == 0 {
                 atomic::store(&raw mut (*entry).left, bytes);
                 atomic::store(&raw mut (*entry).stamp, stamp);
                 return true;

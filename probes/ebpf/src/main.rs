@@ -12,6 +12,8 @@ mod bio;
 #[cfg(target_arch = "bpf")]
 mod fields;
 #[cfg(target_arch = "bpf")]
+mod heat;
+#[cfg(target_arch = "bpf")]
 mod in_flight;
 #[cfg(target_arch = "bpf")]
 mod request;

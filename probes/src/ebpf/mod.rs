@@ -10,6 +10,7 @@ mod layout;
 mod probes;
 mod slots;
 mod sys;
+mod windows;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -24,8 +25,8 @@ use crate::source::{HeatError, HeatSource, Window};
 /// Sizes of the kernel's maps, fixed when the programs are loaded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EbpfOptions {
-    /// Distinct blocks of all images together that one window can hold; touches of further ones are counted as lost.
-    /// A block takes some 160 bytes of kernel memory.
+    /// Distinct blocks of all images together that one window surely holds; touches of blocks beyond the table that is
+    /// made for them are counted as lost. A block takes 160 bytes of kernel memory, rounded up to a power of two.
     pub blocks_max: u32,
     /// Devices that can be attached at a time, at most 32,768. One takes some 7 KiB of kernel memory.
     pub devices_max: u32,

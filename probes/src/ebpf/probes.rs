@@ -1,22 +1,23 @@
 //! The loaded programs with their maps, and the drain.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::{fs, io};
 
-use aya::maps::{Array, HashMap, Map, MapData};
+use aya::maps::{Array, HashMap, MapData};
 use aya::programs::{BtfTracePoint, ProgramError};
 use aya::{Ebpf, EbpfLoader};
-use hearth_probes_common::abi::{CONTROL_ACTIVE, CONTROL_START, DISKS_MAX, Device, Heat, Range, slot_and_block};
+use hearth_probes_common::abi::{DISKS_MAX, Device};
 use hearth_protocol::heat::DiskUse;
 use hearth_protocol::{ByteLen, ImageId, units};
 
 use super::counts::{LatencyReader, RawTotals, TotalsReader};
 use super::slots::{DeviceNumber, Slots};
-use super::sys::{self, Grace};
+use super::sys;
+use super::windows::{self, Taken, Windows};
 use super::{EbpfOptions, ProgramCost, btf, failed, layout, unavailable};
-use crate::source::{HeatError, Op, Window};
-use crate::tally::{BlockCounts, ImageTally, latency_histogram, summary};
+use crate::source::{HeatError, Window};
+use crate::tally::{ImageTally, latency_histogram, summary};
 
 /// The compiled programs; empty if the build had no tools for them.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/hearth-probes.o"));
@@ -50,42 +51,24 @@ struct Disk {
     slot: u32,
 }
 
-/// One of the two sets of maps that take turns.
-struct Side {
-    heat: Map,
-    ranges: Map,
-}
-
 /// The programs in the kernel and what is known about them here.
 pub struct Probes {
     ebpf: Ebpf,
     kernel_types: aya::Btf,
-    control: Array<MapData, u64>,
     devices: HashMap<MapData, u32, RawDevice>,
     disks_map: HashMap<MapData, u32, u32>,
-    sides: [Side; 2],
+    windows: Windows,
     totals: TotalsReader<MapData>,
     latencies: LatencyReader<MapData>,
     disk_latencies: LatencyReader<MapData>,
-    grace: Grace,
     slots: Slots,
     disks: Vec<Disk>,
     requests_attached: bool,
-    active: usize,
-    /// A side that is no longer written and not yet empty, because draining it failed.
-    full: Option<usize>,
     /// What was taken from the kernel and not handed out yet.
     tallies: BTreeMap<u32, ImageTally>,
     events_total: u64,
     lost_total: u64,
     missed: u64,
-}
-
-fn map_fd(map: &Map) -> BorrowedFd<'_> {
-    match map {
-        Map::HashMap(data) => data.fd().as_fd(),
-        _ => unreachable!("heat and ranges are hash maps"),
-    }
 }
 
 /// Says what a refusal of the kernel means for the user.
@@ -138,12 +121,15 @@ impl Probes {
             .and_then(|types| layout::offsets(&types))
             .map_err(|error| unavailable(format!("{error}; Linux 5.17 or newer is needed")))?;
         let kernel_types = aya::Btf::from_sys_fs().map_err(|error| failed("reading the kernel's type data", error))?;
+        let buckets = windows::buckets(options.blocks_max);
+        let mask = buckets - 1;
         let mut loader = EbpfLoader::new();
         loader
             .btf(Some(&kernel_types))
             .map_max_entries("DEVICES", options.devices_max)
-            .map_max_entries("HEAT_A", options.blocks_max)
-            .map_max_entries("HEAT_B", options.blocks_max)
+            .map_max_entries("HEAT", 2 * buckets)
+            .map_max_entries("CLAIMED", windows::claimed_words(buckets))
+            .override_global("HEAT_MASK", &mask, true)
             .map_max_entries("TOTALS", options.devices_max)
             .map_max_entries("LATENCIES", 2 * options.devices_max);
         for (name, offset) in &offsets {
@@ -159,43 +145,32 @@ impl Probes {
                 .ok_or_else(|| unavailable(format!("the built-in object has no map {name}; rebuild Hearth")))
         };
         let wrong = |error| failed("reading the maps of the built-in object", error);
-        let sides = [
-            Side {
-                heat: take("HEAT_A")?,
-                ranges: take("RANGES_A")?,
-            },
-            Side {
-                heat: take("HEAT_B")?,
-                ranges: take("RANGES_B")?,
-            },
-        ];
-        let mut control: Array<_, u64> = take("CONTROL")?.try_into().map_err(wrong)?;
+        let windows = Windows::map(
+            take("CONTROL")?,
+            take("HEAT")?,
+            take("CLAIMED")?,
+            take("RANGES")?,
+            buckets,
+        )
+        .map_err(|error| failed("mapping the probes' tables", error))?;
         let devices = take("DEVICES")?.try_into().map_err(wrong)?;
         let disks_map = take("DISKS")?.try_into().map_err(wrong)?;
         let totals = aya::maps::PerCpuArray::<_, RawTotals>::try_from(take("TOTALS")?).map_err(wrong)?;
         let latencies = Array::try_from(take("LATENCIES")?).map_err(wrong)?;
         let disk_latencies = Array::try_from(take("DISK_LATENCIES")?).map_err(wrong)?;
-        let grace = Grace::new().map_err(|error| failed("making a map within a map", error))?;
-        control
-            .set(CONTROL_START, sys::monotonic_ns(), 0)
-            .map_err(|error| failed("starting the first window", error))?;
         attach(&mut ebpf, &BIO_PROGRAMS, &kernel_types)?;
         Ok(Self {
             ebpf,
             kernel_types,
-            control,
             devices,
             disks_map,
-            sides,
+            windows,
             totals: TotalsReader::new(totals),
             latencies: LatencyReader::new(latencies),
             disk_latencies: LatencyReader::new(disk_latencies),
-            grace,
             slots: Slots::new(options.devices_max),
             disks: Vec::new(),
             requests_attached: false,
-            active: 0,
-            full: None,
             tallies: BTreeMap::new(),
             events_total: 0,
             lost_total: 0,
@@ -328,55 +303,32 @@ impl Probes {
         programs.map(cost).collect()
     }
 
-    /// Has the programs write to the other side, and returns once none of them can still be writing to this one.
-    fn flip(&mut self) -> Result<usize, HeatError> {
-        let (old, new) = (self.active, 1 - self.active);
-        let switching = |error| failed("switching the probes to the next window", error);
-        self.control
-            .set(CONTROL_START + new as u32, sys::monotonic_ns(), 0)
-            .map_err(switching)?;
-        self.control.set(CONTROL_ACTIVE, new as u64, 0).map_err(switching)?;
-        self.active = new;
-        // From here on the old side has to be drained before it is written again.
-        self.full = Some(old);
-        Ok(old)
-    }
-
-    fn drain_side(&mut self, side: usize) -> Result<(), HeatError> {
-        // Waiting again after a failure costs little and needs no memory of how far it went.
-        self.grace
-            .wait()
-            .map_err(|error| failed("waiting for running probes", error))?;
+    fn drain_windows(&mut self) -> Result<(), HeatError> {
         let Self {
-            sides, slots, tallies, ..
+            windows,
+            slots,
+            tallies,
+            ..
         } = self;
         let block_sizes: BTreeMap<_, _> = slots.iter().map(|(number, slot)| (number, slot.block_size)).collect();
         // Every count carries the slot of a device that was attached at most two windows ago.
         let new_tally =
             |slot: u32| ImageTally::new(*block_sizes.get(&slot).expect("a slot rests while it can be counted to"));
-        let draining = |error| failed("draining the probes' counts", error);
-        sys::drain_hash(map_fd(&sides[side].heat), |key, heat: Heat| {
-            let (slot, block) = slot_and_block(key);
-            let counts = BlockCounts {
-                reads: heat.touches & u64::from(u32::MAX),
-                writes: heat.touches >> 32,
-                bytes: heat.bytes,
-                bursts: heat.bursts,
-            };
-            tallies
-                .entry(slot)
-                .or_insert_with(|| new_tally(slot))
-                .add(block, &counts);
-        })
-        .map_err(draining)?;
-        sys::drain_hash(map_fd(&sides[side].ranges), |_, range: Range| {
-            let op = if range.write != 0 { Op::Write } else { Op::Read };
-            let tally = tallies.entry(range.slot).or_insert_with(|| new_tally(range.slot));
-            tally.add_request(op, range.offset, range.length, range.burst);
-        })
-        .map_err(draining)?;
-        self.full = None;
-        Ok(())
+        let take = |slot: u32, taken: Taken| {
+            let tally = tallies.entry(slot).or_insert_with(|| new_tally(slot));
+            match taken {
+                Taken::Block(block, counts) => tally.add(block, &counts),
+                Taken::Range {
+                    op,
+                    offset,
+                    length,
+                    burst,
+                } => tally.add_request(op, offset, length, burst),
+            }
+        };
+        windows
+            .drain(take)
+            .map_err(|error| failed("waiting for running probes", error))
     }
 
     fn read_totals(&mut self) -> Result<(), HeatError> {
@@ -419,11 +371,7 @@ impl Probes {
 
     /// See [`crate::source::HeatSource::drain`].
     pub fn drain(&mut self) -> Result<Window, HeatError> {
-        let side = match self.full {
-            Some(side) => side,
-            None => self.flip()?,
-        };
-        self.drain_side(side)?;
+        self.drain_windows()?;
         self.read_totals()?;
         let missed = self.runs(BIO_QUEUE.0)?.missed;
         let disks = self.read_disks()?;

@@ -1,21 +1,18 @@
-//! The `bpf` system calls that aya does not wrap: draining a map in batches, waiting until no program can still be
-//! using what it looked up before, and what the kernel knows about a program.
+//! What aya does not wrap: a map in this process's memory, waiting until no program can still be using what it looked
+//! up before, and what the kernel knows about a program.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-
-use hearth_probes_common::abi::Heat;
+use std::ops::Deref;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::atomic::AtomicU64;
 
 const BPF_MAP_CREATE: u32 = 0;
 const BPF_MAP_UPDATE_ELEM: u32 = 2;
 const BPF_OBJ_GET_INFO_BY_FD: u32 = 15;
-const BPF_MAP_LOOKUP_AND_DELETE_BATCH: u32 = 25;
 
 const BPF_MAP_TYPE_ARRAY: u32 = 2;
 const BPF_MAP_TYPE_ARRAY_OF_MAPS: u32 = 12;
-
-/// Entries asked for at a time; a map's bucket must fit, and the kernel says so when it does not.
-const BATCH: usize = 8192;
 
 /// A kernel structure that may be passed to `bpf`: plain numbers without padding.
 trait Attributes {}
@@ -40,18 +37,6 @@ struct MapUpdate {
 }
 
 #[repr(C)]
-struct Batch {
-    in_batch: u64,
-    out_batch: u64,
-    keys: u64,
-    values: u64,
-    count: u32,
-    map_fd: u32,
-    element_flags: u64,
-    flags: u64,
-}
-
-#[repr(C)]
 struct GetInfo {
     fd: u32,
     length: u32,
@@ -60,7 +45,6 @@ struct GetInfo {
 
 impl Attributes for MapCreate {}
 impl Attributes for MapUpdate {}
-impl Attributes for Batch {}
 impl Attributes for GetInfo {}
 
 /// Calls `bpf`.
@@ -76,60 +60,62 @@ unsafe fn bpf<A: Attributes>(command: u32, attributes: &mut A) -> io::Result<i32
     }
 }
 
-/// A map value of plain numbers, for which every bit pattern is valid.
-///
-/// # Safety
-/// The type has no padding and no invalid bit patterns.
-pub unsafe trait Plain: Copy + Default {}
+/// An array map made with `BPF_F_MMAPABLE`, as words that this process shares with the programs.
+#[derive(Debug)]
+pub struct SharedWords {
+    address: NonNull<AtomicU64>,
+    words: usize,
+    mapped_bytes: usize,
+}
 
-// SAFETY: three u64.
-unsafe impl Plain for Heat {}
-// SAFETY: three u64 and two u32, without padding.
-unsafe impl Plain for hearth_probes_common::abi::Range {}
+// SAFETY: the memory belongs to the mapping, not to a thread, and is only accessed atomically.
+unsafe impl Send for SharedWords {}
 
-/// Takes every entry out of a hash map with eight-byte keys. What was taken before a failure has been handed to `take`.
-///
-/// # Errors
-/// The kernel's error; entries not handed over are still in the map.
-pub fn drain_hash<V: Plain>(map: BorrowedFd<'_>, mut take: impl FnMut(u64, V)) -> io::Result<()> {
-    let mut keys = vec![0u64; BATCH];
-    let mut values = vec![V::default(); BATCH];
-    let mut position = 0u32;
-    let mut begun = false;
-    loop {
-        let mut next = 0u32;
-        let mut batch = Batch {
-            in_batch: if begun { &raw const position as u64 } else { 0 },
-            out_batch: &raw mut next as u64,
-            keys: keys.as_mut_ptr() as u64,
-            values: values.as_mut_ptr() as u64,
-            count: keys.len() as u32,
-            map_fd: map.as_raw_fd() as u32,
-            element_flags: 0,
-            flags: 0,
+impl SharedWords {
+    /// Maps the first `words` words of a map.
+    ///
+    /// # Errors
+    /// The kernel's error.
+    pub fn map(map: BorrowedFd<'_>, words: usize) -> io::Result<Self> {
+        // SAFETY: asks for a number of the system.
+        let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as usize;
+        let mapped_bytes = (words * size_of::<AtomicU64>()).next_multiple_of(page);
+        // SAFETY: a new mapping, placed by the kernel; the kernel refuses lengths beyond the map.
+        let address = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                mapped_bytes,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                map.as_raw_fd(),
+                0,
+            )
         };
-        // SAFETY: the position words and both arrays outlive the call, the arrays have `count` entries, keys have eight
-        // bytes and values the size the map was loaded with.
-        let result = unsafe { bpf(BPF_MAP_LOOKUP_AND_DELETE_BATCH, &mut batch) };
-        let last = match result {
-            Ok(_) => false,
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
-            Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => {
-                let longer = keys.len() * 2;
-                keys.resize(longer, 0);
-                values.resize(longer, V::default());
-                continue;
-            }
-            Err(error) if error.raw_os_error() == Some(libc::EINTR) => continue,
-            Err(error) => return Err(error),
-        };
-        for (key, value) in keys.iter().zip(&values).take(batch.count as usize) {
-            take(*key, *value);
+        if address == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
         }
-        if last {
-            return Ok(());
-        }
-        (position, begun) = (next, true);
+        let address = NonNull::new(address.cast()).ok_or_else(|| io::Error::other("a mapping at address 0"))?;
+        Ok(Self {
+            address,
+            words,
+            mapped_bytes,
+        })
+    }
+}
+
+impl Deref for SharedWords {
+    type Target = [AtomicU64];
+
+    fn deref(&self) -> &[AtomicU64] {
+        // SAFETY: that many aligned words are mapped while `self` lives, and all sides access them atomically.
+        unsafe { std::slice::from_raw_parts(self.address.as_ptr(), self.words) }
+    }
+}
+
+impl Drop for SharedWords {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and no reference into it outlives `self`.
+        unsafe { libc::munmap(self.address.as_ptr().cast(), self.mapped_bytes) };
     }
 }
 
@@ -206,7 +192,7 @@ const INFO_RUN_TIME: usize = 192 / 8;
 pub fn runs(program: BorrowedFd<'_>) -> io::Result<Runs> {
     let mut info = [0u64; 64];
     let mut attributes = GetInfo {
-        fd: program.as_fd().as_raw_fd() as u32,
+        fd: program.as_raw_fd() as u32,
         length: size_of_val(&info) as u32,
         info: info.as_mut_ptr() as u64,
     };

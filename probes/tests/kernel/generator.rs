@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 
-use super::device::Device;
+use crate::device::Device;
 
 /// Requests one after the other, or anywhere.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,17 +1,15 @@
 //! Heat is true: per-block counts of the eBPF probes equal a log of what was submitted, on the real kernel.
 
-mod support;
-
 use std::collections::BTreeMap;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::device::{BLKDISCARD, BLKZEROOUT, Device};
+use crate::generator::{Counts, Load, Log, Order, Request, run};
+use crate::skip;
 use hearth_probes::{EbpfOptions, EbpfSource, HeatError, HeatSource, Window};
 use hearth_protocol::{ByteLen, ImageId};
-use support::device::{BLKDISCARD, BLKZEROOUT, Device};
-use support::generator::{Counts, Load, Log, Order, Request, run};
-use support::skip;
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;

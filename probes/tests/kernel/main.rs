@@ -1,10 +1,12 @@
-//! What the probes' tests on the real kernel share: devices, and a generator that knows exactly what it submitted.
+//! The probes on the real kernel. Needs root; says why it skips, and fails then where `REQUIRE_E2E=1`.
 
-pub mod device;
-pub mod generator;
+mod cost;
+mod device;
+mod generator;
+mod truth;
 
 /// Says why a test cannot run here, which fails where everything has to run.
-pub fn skip(reason: impl std::fmt::Display) {
+fn skip(reason: impl std::fmt::Display) {
     assert!(
         !std::env::var("REQUIRE_E2E").is_ok_and(|value| value == "1"),
         "REQUIRE_E2E=1, but: {reason}"

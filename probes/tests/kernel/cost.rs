@@ -1,0 +1,75 @@
+//! What the probes cost, as the kernel itself measures it. Not run by default: it wants a quiet machine.
+//!
+//! `cargo test -p hearth-probes --release --test kernel -- --ignored --nocapture`
+
+use crate::device::Device;
+use crate::generator::{Load, Order, run};
+use crate::skip;
+use hearth_probes::{EbpfOptions, EbpfSource, HeatSource};
+use hearth_protocol::{ByteLen, ImageId};
+
+/// Mean run time of a program, nanoseconds (DESIGN §11). The kernel's own two clock readings are within it.
+const MEAN_NS_MAX: f64 = 150.0;
+/// Submission and completion together.
+const PAIR_NS_MAX: f64 = 300.0;
+
+#[test]
+#[ignore = "measures; run it by name on a quiet machine"]
+fn an_event_costs_less_than_the_target() {
+    let source = match EbpfSource::load(EbpfOptions::default()) {
+        Ok(source) => source,
+        Err(error) => return skip(error),
+    };
+    let device = match Device::zram(256 << 20) {
+        Ok(device) => device,
+        Err(error) => return skip(format!("{error:#}")),
+    };
+    let _meter = source.meter().unwrap();
+    for (block_size, order, held_to_target) in [
+        (64 << 10, Order::Sequential, true),
+        (64 << 10, Order::Random, true),
+        (4 << 10, Order::Sequential, true),
+        // 65,536 blocks touched anywhere: every touch waits for memory. Reported, not held to the target.
+        (4 << 10, Order::Random, false),
+    ] {
+        source
+            .attach_device(device.major, device.minor, ImageId(1), ByteLen(block_size))
+            .unwrap();
+        let load = Load {
+            length: 4096,
+            shift: 0,
+            align: 4096,
+            order,
+            write_percent: 0,
+            count: 400_000,
+        };
+        let before = source.cost().unwrap();
+        let log = run(&device, &[load], 1).unwrap();
+        let after = source.cost().unwrap();
+        source.detach_device(device.major, device.minor).unwrap();
+        let window = source.clone().drain().unwrap();
+        assert_eq!(window.lost_total, 0);
+        let mean = |tracepoint: &str| {
+            let find = |costs: &[hearth_probes::ebpf::ProgramCost]| {
+                *costs
+                    .iter()
+                    .find(|cost| cost.tracepoint == tracepoint)
+                    .expect("the program is attached")
+            };
+            let (before, after) = (find(&before), find(&after));
+            (after.total_ns - before.total_ns) as f64 / (after.runs - before.runs) as f64
+        };
+        let (queue, complete) = (mean("block_bio_queue"), mean("block_bio_complete"));
+        println!(
+            "4 KiB {order:?} reads, blocks of {block_size}: bio_queue {queue:.0} ns, bio_complete {complete:.0} ns, at {:.0} IOPS",
+            log.iops()
+        );
+        if held_to_target {
+            assert!(
+                (queue + complete) / 2.0 <= MEAN_NS_MAX,
+                "mean of {queue} and {complete} ns"
+            );
+            assert!(queue + complete <= PAIR_NS_MAX, "{queue} + {complete} ns");
+        }
+    }
+}
