@@ -63,7 +63,7 @@ pub async fn request<Req: Serialize, Rep: DeserializeOwned>(
 }
 
 /// Answers requests on `subject` until the returned future is dropped or the connection closed. Each request runs in
-/// a task of its own, [`CONCURRENT_MAX`] at a time. Requests that cannot be read are answered with a usage failure.
+/// a task of its own, `CONCURRENT_MAX` at a time. Requests that cannot be read are answered with a usage failure.
 ///
 /// # Errors
 /// [`BusError::Unavailable`] when the subscription cannot be made.
