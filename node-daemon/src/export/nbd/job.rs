@@ -118,8 +118,8 @@ impl Terms {
         if request.length == 0 && request.command == command::BLOCK_STATUS {
             return Err(Failure::new(Errno::Inval, "a status needs a range"));
         }
-        let partial =
-            !request.offset.is_multiple_of(self.block_size) || !request.length.is_multiple_of(self.block_size);
+        let ends_whole = end.is_some_and(|end| end == self.size || end.is_multiple_of(self.block_size));
+        let partial = !request.offset.is_multiple_of(self.block_size) || !ends_whole;
         if request.flags & FAST_ZERO != 0 && (partial || request.flags & NO_HOLE != 0) {
             // Whole blocks are forgotten; parts of one, and zeroes that keep their place, are written.
             return Err(Failure::new(
@@ -339,6 +339,10 @@ mod tests {
             (request(WRITE_ZEROES, NO_HOLE | FUA, 1, 2), None),
             (request(WRITE_ZEROES, FAST_ZERO, BLOCK, 2 * BLOCK), None),
             (request(WRITE_ZEROES, FAST_ZERO, 512, BLOCK), Some(Errno::NotSupported)),
+            (
+                request(WRITE_ZEROES, FAST_ZERO, 0, BLOCK + 512),
+                Some(Errno::NotSupported),
+            ),
             (
                 request(WRITE_ZEROES, FAST_ZERO | NO_HOLE, 0, BLOCK),
                 Some(Errno::NotSupported),
