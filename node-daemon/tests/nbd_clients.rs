@@ -53,9 +53,7 @@ fn nbdinfo_says_what_is_true() {
     for what in ["fast-zero", "fua", "trim", "write", "zero"] {
         assert!(can(&writable, what) && !can(&sealed, what), "{what}");
     }
-    for what in ["read-only"] {
-        assert!(!can(&writable, what) && can(&sealed, what), "{what}");
-    }
+    assert!(!can(&writable, "read-only") && can(&sealed, "read-only"));
     assert!(!can(&writable, "rotational") && !can(&writable, "tls"));
     let info: serde_json::Value = serde_json::from_str(&ok("nbdinfo", &["--json", &writable.uri()])).unwrap();
     let export = &info["exports"][0];
@@ -77,7 +75,7 @@ fn nbdinfo_says_what_is_true() {
     assert!(list.contains(EXPORT), "{list}");
     let unknown = run("nbdinfo", &[&writable.uri_of("appl/none")]);
     let why = String::from_utf8_lossy(&unknown.stderr).into_owned();
-    assert!(!unknown.status.success() && why.contains("nbdinfo --list"), "{why}");
+    assert!(!unknown.status.success() && why.contains("appl/none"), "{why}");
 }
 
 #[test]

@@ -3,6 +3,9 @@
 // Each test file uses its part of this.
 #![allow(dead_code)]
 
+pub mod gated;
+pub mod raw;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
