@@ -138,6 +138,7 @@ fn users_of_the_device_only_wait_while_the_daemon_is_killed_and_restarted() {
         .args([
             "--verify=crc32c",
             "--verify_fatal=1",
+            "--verify_state_save=0",
             "--verify_backlog=64",
             "--size=64m",
             "--loops=100",
