@@ -7,7 +7,9 @@ pub mod ebpf;
 pub mod export;
 pub mod source;
 pub mod tally;
+pub mod trace;
 
 pub use ebpf::{EbpfOptions, EbpfSource};
 pub use export::{ExportCounter, ExportSource};
 pub use source::{HeatError, HeatSource, ImageWindow, Op, Window};
+pub use trace::{TraceReader, TraceSource};
