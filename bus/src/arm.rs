@@ -58,6 +58,7 @@ pub(crate) trait Arm: Send + Sync {
 pub(crate) trait ArmReader: Send {
     fn fetch(&mut self, max: usize, wait: Duration) -> BoxFuture<'_, Result<Vec<Fetched>, BusError>>;
     fn ack(&mut self, seq: Seq) -> BoxFuture<'_, Result<(), BusError>>;
+    fn openings(&self) -> u64;
 }
 
 /// An ordered reader of a stream: every message once, ascending, none left out.
@@ -78,6 +79,12 @@ impl Reader {
     /// [`BusError::RolledBack`] when the stream ends behind what this reader has read, else transient ones.
     pub async fn fetch(&mut self, max: usize, wait: Duration) -> Result<Vec<Fetched>, BusError> {
         self.0.fetch(max, wait).await
+    }
+
+    /// How often it began reading anew, on a new connection or consumer: after each, the stream may be another one
+    /// than before, which only the bytes of what was already read can tell.
+    pub fn openings(&self) -> u64 {
+        self.0.openings()
     }
 
     /// Tells the server that everything up to `seq` is durable here. Only for durable readers.

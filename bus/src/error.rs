@@ -5,6 +5,14 @@ use hearth_protocol::Seq;
 /// Why something about a stream could not be done.
 #[derive(Debug, thiserror::Error)]
 pub enum BusError {
+    /// The address is none.
+    #[error("{url:?} is not the address of a NATS server: {reason}. Use nats://HOST:4222, several with commas")]
+    Address {
+        /// What was given.
+        url: String,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// No server answered.
     #[error("cannot connect to NATS at {url}: {reason}. Is nats-server running, and is the address right?")]
     Connect {

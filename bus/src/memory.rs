@@ -41,6 +41,7 @@ struct Held {
     acked: BTreeMap<String, Seq>,
     servers: BTreeMap<String, mpsc::UnboundedSender<(Bytes, oneshot::Sender<Bytes>)>>,
     down: bool,
+    starts: u64,
     lose_acknowledgements: u32,
 }
 
@@ -59,7 +60,10 @@ impl MemoryCluster {
 
     /// Takes the server away, or brings it back.
     pub fn set_down(&self, down: bool) {
-        self.shared.held().down = down;
+        let mut held = self.shared.held();
+        held.starts += u64::from(held.down && !down);
+        held.down = down;
+        drop(held);
         self.shared.changed.notify_waiters();
     }
 
@@ -70,7 +74,10 @@ impl MemoryCluster {
 
     /// Rolls the log back to its first `keep` messages, as a restored old disk would.
     pub fn roll_back(&self, keep: usize) {
-        self.shared.held().log.truncate(keep);
+        let mut held = self.shared.held();
+        held.log.truncate(keep);
+        held.starts += 1;
+        drop(held);
         self.shared.changed.notify_waiters();
     }
 }
@@ -220,6 +227,7 @@ impl Arm for MemoryArm {
         Reader(Box::new(MemoryReader {
             shared: Arc::clone(&self.shared),
             next: spec.from.0.max(1),
+            openings: 0,
             spec,
         }))
     }
@@ -307,6 +315,8 @@ impl Arm for MemoryArm {
 
 struct MemoryReader {
     shared: Arc<Shared>,
+    /// The server's count of going away when it read last.
+    openings: u64,
     spec: ReaderSpec,
     next: u64,
 }
@@ -326,6 +336,7 @@ impl MemoryReader {
                 last: Seq(held.log.len() as u64),
             });
         }
+        self.openings = held.starts + 1;
         let wanted = |m: &&Fetched| {
             m.seq.0 >= self.next
                 && (self.spec.filters.is_empty() || self.spec.filters.iter().any(|f| matches(f, &m.subject)))
@@ -374,6 +385,10 @@ impl ArmReader for MemoryReader {
             held.acked.insert(name, seq);
         }
         futures::future::ready(result).boxed()
+    }
+
+    fn openings(&self) -> u64 {
+        self.openings
     }
 }
 

@@ -93,7 +93,10 @@ impl NatsArm {
             .split(',')
             .map(|url| url.trim().parse::<ServerAddr>())
             .collect::<Result<Vec<_>, _>>()
-            .map_err(|error| cannot(format!("not an address: {error}")))?;
+            .map_err(|error| BusError::Address {
+                url: options.url.clone(),
+                reason: error.to_string(),
+            })?;
         let mut connect = ConnectOptions::new()
             .name(&options.name)
             .max_reconnects(None)

@@ -43,6 +43,7 @@ pub(super) struct NatsReader {
     next: Seq,
     open: Option<Open>,
     next_failure: Instant,
+    openings: u64,
 }
 
 struct Open {
@@ -63,6 +64,7 @@ impl NatsReader {
             spec,
             open: None,
             next_failure: Instant::now(),
+            openings: 0,
         }
     }
 
@@ -170,6 +172,7 @@ impl NatsReader {
         let deadline = Instant::now() + wait;
         if self.open.as_ref().is_none_or(|open| open.connects != self.connects()) {
             self.open = Some(self.open().await?);
+            self.openings += 1;
         }
         let mut batch = Vec::new();
         while batch.is_empty() {
@@ -227,5 +230,9 @@ impl ArmReader for NatsReader {
             newest.ack().await.map_err(|error| unavailable("acknowledging", error))
         }
         .boxed()
+    }
+
+    fn openings(&self) -> u64 {
+        self.openings
     }
 }

@@ -1,0 +1,339 @@
+//! The log in RocksDB: records by position, one column family per index, and the head with the stream's identity.
+//!
+//! One write batch per append, its WAL synced before the append returns. Readers open the directory as a secondary,
+//! also while a scheduler writes it.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use hearth_protocol::chain::Hash;
+use hearth_protocol::{Seq, WallMs};
+use rocksdb::{
+    ColumnFamily, ColumnFamilyDescriptor, DB, DBCompressionType, Direction, IteratorMode, Options, ReadOptions,
+    WriteBatch, WriteOptions,
+};
+
+use super::index::{self, Group};
+use super::{Entry, EventLog, Head, Index, LogError, Record};
+
+const META: &str = "meta";
+const HEAD: &[u8] = b"head";
+const IDENTITY: &[u8] = b"stream";
+
+/// Bytes of memory for one column family's fresh writes before they become a file.
+const WRITE_BUFFER_BYTES: usize = 32 << 20;
+
+/// Bytes of WAL kept: bounds the time that opening takes after a kill.
+const WAL_BYTES_MAX: u64 = 128 << 20;
+
+type KeyValue = (Box<[u8]>, Box<[u8]>);
+
+/// A log in a directory.
+pub struct RocksLog {
+    db: DB,
+    dir: PathBuf,
+    head: Head,
+    /// A reader's own scratch directory, removed with it; `None` for the writer.
+    scratch: Option<PathBuf>,
+}
+
+impl std::fmt::Debug for RocksLog {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "RocksLog({}, head {})", self.dir.display(), self.head.seq)
+    }
+}
+
+fn families() -> impl Iterator<Item = &'static str> {
+    Group::ALL.iter().map(|group| group.name()).chain([META])
+}
+
+fn store_options() -> Options {
+    let mut options = Options::default();
+    options.set_write_buffer_size(WRITE_BUFFER_BYTES);
+    options.set_compression_type(DBCompressionType::Lz4);
+    options.set_bottommost_compression_type(DBCompressionType::Zstd);
+    options.set_max_total_wal_size(WAL_BYTES_MAX);
+    options.set_keep_log_file_num(4);
+    // A torn tail of the WAL is what a kill leaves behind, and was never acknowledged. What was, the stream still
+    // has, and the acknowledged position held there shows the loss.
+    options.set_wal_recovery_mode(rocksdb::DBRecoveryMode::PointInTime);
+    // Secondaries need every file open.
+    options.set_max_open_files(-1);
+    options
+}
+
+impl RocksLog {
+    /// Opens the log of a directory for writing, or starts one.
+    ///
+    /// # Errors
+    /// [`LogError::Store`] also when another scheduler has it open; [`LogError::Damaged`] when its head and its
+    /// records do not fit each other.
+    pub fn open(dir: &Path) -> Result<Self, LogError> {
+        std::fs::create_dir_all(dir).map_err(|source| LogError::Directory {
+            dir: dir.into(),
+            source,
+        })?;
+        let mut options = store_options();
+        options.create_if_missing(true);
+        options.create_missing_column_families(true);
+        let descriptors = families().map(|name| ColumnFamilyDescriptor::new(name, store_options()));
+        let db = DB::open_cf_descriptors(&options, dir, descriptors);
+        Self::from_db(db.map_err(|source| store(dir, "opening it", source))?, dir, None)
+    }
+
+    /// Opens a directory for reading, also while a scheduler writes it. [`RocksLog::refresh`] reads on.
+    ///
+    /// # Errors
+    /// [`LogError::Directory`] when there is no log, else as [`RocksLog::open`].
+    pub fn open_reader(dir: &Path) -> Result<Self, LogError> {
+        static READERS: AtomicU64 = AtomicU64::new(0);
+        std::fs::metadata(dir.join("CURRENT")).map_err(|source| LogError::Directory {
+            dir: dir.into(),
+            source,
+        })?;
+        let number = READERS.fetch_add(1, Ordering::Relaxed);
+        let scratch = std::env::temp_dir().join(format!("hearth-log-reader-{}-{number}", std::process::id()));
+        let descriptors = families().map(|name| ColumnFamilyDescriptor::new(name, store_options()));
+        let db = DB::open_cf_descriptors_as_secondary(&store_options(), dir, &scratch, descriptors)
+            .map_err(|source| store(dir, "opening it for reading", source))?;
+        let mut log = Self::from_db(db, dir, Some(scratch))?;
+        log.refresh()?;
+        Ok(log)
+    }
+
+    fn from_db(db: DB, dir: &Path, scratch: Option<PathBuf>) -> Result<Self, LogError> {
+        let mut log = Self {
+            db,
+            dir: dir.into(),
+            head: Head::default(),
+            scratch,
+        };
+        log.head = log.stored_head()?;
+        Ok(log)
+    }
+
+    /// Catches up with what the writer appended since. Does nothing for the writer itself.
+    ///
+    /// # Errors
+    /// As [`RocksLog::open`].
+    pub fn refresh(&mut self) -> Result<(), LogError> {
+        if self.scratch.is_some() {
+            self.db
+                .try_catch_up_with_primary()
+                .map_err(|source| store(&self.dir, "catching up with its writer", source))?;
+            self.head = self.stored_head()?;
+        }
+        Ok(())
+    }
+
+    fn damaged(&self, seq: Seq, why: impl Into<String>) -> LogError {
+        LogError::Damaged {
+            dir: self.dir.clone(),
+            seq,
+            why: why.into(),
+        }
+    }
+
+    /// The head as stored, if the last record agrees with it.
+    fn stored_head(&self) -> Result<Head, LogError> {
+        let last = self.last_record()?;
+        let Some(value) = self.meta(HEAD)? else {
+            return match last {
+                None => Ok(Head::default()),
+                Some(record) => Err(self.damaged(record.seq, "there are records and no head")),
+            };
+        };
+        let head = decode_head(&value).ok_or_else(|| self.damaged(Seq(0), "the head cannot be read"))?;
+        match last {
+            Some(record) if record.seq == head.seq && record.chain == head.chain => Ok(head),
+            Some(record) => Err(self.damaged(
+                head.seq.min(record.seq.next()),
+                format!("the last record is {}, the head says {}", record.seq, head.seq),
+            )),
+            None => Err(self.damaged(Seq(1), format!("there are no records, the head says {}", head.seq))),
+        }
+    }
+
+    fn last_record(&self) -> Result<Option<Record>, LogError> {
+        self.db
+            .iterator(IteratorMode::End)
+            .next()
+            .map(|item| self.record(item))
+            .transpose()
+    }
+
+    fn record(&self, item: Result<KeyValue, rocksdb::Error>) -> Result<Record, LogError> {
+        let (key, value) = item.map_err(|source| store(&self.dir, "reading records", source))?;
+        let key: [u8; 8] = (*key)
+            .try_into()
+            .map_err(|_| self.damaged(Seq(0), format!("a record's key has {} bytes", key.len())))?;
+        let seq = Seq(u64::from_be_bytes(key));
+        Record::decode(seq, &value).map_err(|why| self.damaged(seq, why))
+    }
+
+    fn family(&self, name: &str) -> &ColumnFamily {
+        self.db.cf_handle(name).expect("every family was opened")
+    }
+
+    fn meta(&self, key: &[u8]) -> Result<Option<Vec<u8>>, LogError> {
+        self.db
+            .get_cf(self.family(META), key)
+            .map_err(|source| store(&self.dir, "reading its head", source))
+    }
+
+    fn write(&self, batch: WriteBatch) -> Result<(), LogError> {
+        let mut synced = WriteOptions::default();
+        synced.set_sync(true);
+        self.db
+            .write_opt(batch, &synced)
+            .map_err(|source| store(&self.dir, "a synced write", source))
+    }
+}
+
+impl Drop for RocksLog {
+    fn drop(&mut self) {
+        if let Some(scratch) = &self.scratch {
+            // Left behind it costs a few kilobytes in the temporary directory.
+            let _ = std::fs::remove_dir_all(scratch);
+        }
+    }
+}
+
+fn store(dir: &Path, attempted: &'static str, source: rocksdb::Error) -> LogError {
+    LogError::Store {
+        dir: dir.into(),
+        attempted,
+        source,
+    }
+}
+
+fn encode_head(head: &Head) -> Vec<u8> {
+    [head.seq.0.to_be_bytes().as_slice(), &head.chain].concat()
+}
+
+fn decode_head(value: &[u8]) -> Option<Head> {
+    let (seq, chain) = value.split_first_chunk::<8>()?;
+    Some(Head {
+        seq: Seq(u64::from_be_bytes(*seq)),
+        chain: Hash::try_from(chain).ok()?,
+    })
+}
+
+impl EventLog for RocksLog {
+    fn head(&self) -> Head {
+        self.head.clone()
+    }
+
+    fn damage_at(&self, seq: Seq, why: String) -> LogError {
+        self.damaged(seq, why)
+    }
+
+    fn bind(&mut self, identity: &str) -> Result<(), LogError> {
+        match self.meta(IDENTITY)? {
+            Some(ours) if ours == identity.as_bytes() => Ok(()),
+            Some(ours) => Err(LogError::OtherStream {
+                dir: self.dir.clone(),
+                ours: String::from_utf8_lossy(&ours).into_owned(),
+                theirs: identity.into(),
+            }),
+            None => {
+                let mut batch = WriteBatch::default();
+                batch.put_cf(self.family(META), IDENTITY, identity);
+                self.write(batch)
+            }
+        }
+    }
+
+    fn append(&mut self, entries: &[Entry]) -> Result<(), LogError> {
+        let mut head = self.head.clone();
+        let mut batch = WriteBatch::default();
+        for entry in entries {
+            if entry.seq != head.seq.next() {
+                return Err(LogError::NotNext {
+                    expected: head.seq.next(),
+                    found: entry.seq,
+                });
+            }
+            let record = Record::after(&head, entry);
+            batch.put(record.seq.0.to_be_bytes(), record.encode());
+            if let Some((envelope, event)) = &entry.event {
+                for (group, key) in index::keys(entry.seq, envelope, event) {
+                    batch.put_cf(self.family(group.name()), key, []);
+                }
+            }
+            head = Head {
+                seq: record.seq,
+                chain: record.chain,
+            };
+        }
+        batch.put_cf(self.family(META), HEAD, encode_head(&head));
+        self.write(batch)?;
+        self.head = head;
+        Ok(())
+    }
+
+    fn get(&self, seq: Seq) -> Result<Option<Record>, LogError> {
+        let key = seq.0.to_be_bytes();
+        let value = self
+            .db
+            .get_pinned(key)
+            .map_err(|source| store(&self.dir, "reading a record", source))?;
+        value
+            .map(|value| Record::decode(seq, &value).map_err(|why| self.damaged(seq, why)))
+            .transpose()
+    }
+
+    fn scan(&self, from: Seq, each: &mut dyn FnMut(Record) -> bool) -> Result<(), LogError> {
+        let mut expected = from.max(Seq(1));
+        let start = expected.0.to_be_bytes();
+        let mut options = ReadOptions::default();
+        options.fill_cache(false);
+        options.set_readahead_size(1 << 20);
+        let records = self
+            .db
+            .iterator_opt(IteratorMode::From(&start, Direction::Forward), options);
+        for item in records {
+            let record = self.record(item)?;
+            if record.seq != expected {
+                return Err(self.damaged(
+                    expected,
+                    format!("the record is missing, the next one is {}", record.seq),
+                ));
+            }
+            expected = expected.next();
+            if !each(record) {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn find(&self, index: &Index, from: Seq, max: usize) -> Result<Vec<Seq>, LogError> {
+        let prefix = index.prefix();
+        let start = index.key(from);
+        let keys = self.db.iterator_cf(
+            self.family(index.group().name()),
+            IteratorMode::From(&start, Direction::Forward),
+        );
+        let mut found = Vec::new();
+        for item in keys {
+            let (key, _) = item.map_err(|source| store(&self.dir, "reading an index", source))?;
+            if found.len() == max || !key.starts_with(&prefix) {
+                break;
+            }
+            found.extend(index::seq_of(&key));
+        }
+        Ok(found)
+    }
+
+    fn seq_at_time(&self, time: WallMs) -> Result<Option<Seq>, LogError> {
+        let last = index::time_key(time, Seq(u64::MAX));
+        let mut keys = self.db.iterator_cf(
+            self.family(Group::Time.name()),
+            IteratorMode::From(&last, Direction::Reverse),
+        );
+        let found = keys.next().transpose();
+        let found = found.map_err(|source| store(&self.dir, "reading an index", source))?;
+        Ok(found.and_then(|(key, _)| index::seq_of(&key)))
+    }
+}
