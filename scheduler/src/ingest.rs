@@ -29,10 +29,10 @@ const COMPLAIN_EVERY: Duration = Duration::from_secs(10);
 pub enum Ingested {
     /// Appended entries, in order.
     Entries(Vec<Entry>),
-    /// The stream does not continue what the log holds: nothing may be decided until it does again.
-    Frozen(String),
-    /// It does.
+    /// The stream continues what the log holds. Before this comes, nothing may be decided.
     Flowing,
+    /// It does not, or not any more.
+    Frozen,
 }
 
 /// Why the task ended.
@@ -58,44 +58,74 @@ pub fn durable_name(id: &SchedulerId) -> String {
 }
 
 pub(crate) struct Ingest {
-    pub bus: Bus,
-    pub log: Box<dyn EventLog>,
-    pub id: SchedulerId,
-    pub to: mpsc::Sender<Ingested>,
+    bus: Bus,
+    log: Box<dyn EventLog>,
+    id: SchedulerId,
+    to: mpsc::Sender<Ingested>,
+    flowing: bool,
+    complained: Option<Instant>,
 }
 
 impl Ingest {
+    pub(crate) fn new(bus: Bus, log: Box<dyn EventLog>, id: SchedulerId, to: mpsc::Sender<Ingested>) -> Self {
+        Self {
+            bus,
+            log,
+            id,
+            to,
+            flowing: false,
+            complained: None,
+        }
+    }
+
     /// Runs until the receiver is gone.
     pub(crate) async fn run(mut self) -> Result<(), IngestError> {
         self.tie().await?;
-        let mut reader = self
-            .bus
-            .durable_log_reader(self.log.head().seq.next(), durable_name(&self.id));
-        let mut checked_opening = 0;
-        let mut frozen: Option<Instant> = None;
-        while !self.to.is_closed() {
-            let fetched = match reader.fetch(BATCH_MAX, FETCH_WAIT).await {
-                Ok(fetched) => fetched,
-                Err(rolled_back @ BusError::RolledBack { .. }) => {
-                    self.freeze(&mut frozen, rolled_back.to_string()).await;
-                    continue;
+        self.wait_until_it_continues().await?;
+        self.flow().await;
+        'anew: while !self.to.is_closed() {
+            let mut reader = self
+                .bus
+                .durable_log_reader(self.log.head().seq.next(), durable_name(&self.id));
+            let mut checked_opening = 0;
+            while !self.to.is_closed() {
+                let fetched = match reader.fetch(BATCH_MAX, FETCH_WAIT).await {
+                    Ok(fetched) => fetched,
+                    Err(rolled_back @ BusError::RolledBack { .. }) => {
+                        self.freeze(rolled_back.to_string()).await;
+                        continue;
+                    }
+                    Err(error) => {
+                        tracing::debug!(%error, "the stream cannot be read now");
+                        continue;
+                    }
+                };
+                if reader.openings() != checked_opening {
+                    if !self.belongs(&fetched).await? {
+                        // It came from a stream that does not continue the log. What comes once one does is another.
+                        self.wait_until_it_continues().await?;
+                        continue 'anew;
+                    }
+                    checked_opening = reader.openings();
                 }
-                Err(error) => {
-                    tracing::debug!(%error, "the stream cannot be read now");
-                    continue;
-                }
-            };
-            if reader.openings() != checked_opening {
-                self.continues(&mut frozen).await?;
-                checked_opening = reader.openings();
+                self.flow().await;
+                self.append(fetched, &mut reader).await?;
             }
-            if frozen.take().is_some() {
-                tracing::info!("the stream continues the log again");
-                let _ = self.to.send(Ingested::Flowing).await;
-            }
-            self.append(fetched, &mut reader).await?;
         }
         Ok(())
+    }
+
+    /// Whether messages just fetched come from the stream that continues the log: it holds, at the log's last
+    /// position, the very message the log holds there, and at theirs the very messages that were fetched. Asked when
+    /// a reader began anew; the answers may come from yet another server than the messages, hence both halves.
+    async fn belongs(&mut self, fetched: &[Fetched]) -> Result<bool, IngestError> {
+        if !self.continues().await? {
+            return Ok(false);
+        }
+        let Some(last) = fetched.last() else {
+            return Ok(true);
+        };
+        Ok(matches!(self.bus.get(last.seq).await, Ok(Some(there)) if there == *last))
     }
 
     /// Ties the log to the stream, and says when the log lost a tail that the server knows it had.
@@ -134,46 +164,62 @@ impl Ingest {
         Ok(())
     }
 
-    /// Waits until the stream holds, at the log's last position, the very message the log holds there.
-    async fn continues(&mut self, frozen: &mut Option<Instant>) -> Result<(), IngestError> {
+    async fn wait_until_it_continues(&mut self) -> Result<(), IngestError> {
+        while !self.continues().await? && !self.to.is_closed() {
+            sleep(ASK_AGAIN).await;
+        }
+        Ok(())
+    }
+
+    /// Whether the stream holds, at the log's last position, the very message the log holds there. Freezes if it
+    /// holds another or none; a server that does not answer is no reason to freeze, and no yes either.
+    async fn continues(&mut self) -> Result<bool, IngestError> {
         let head = self.log.head().seq;
         if head == Seq(0) {
-            return Ok(());
+            return Ok(true);
         }
         let ours = self
             .log
             .get(head)?
             .ok_or_else(|| self.log.damage_at(head, "the last record is missing".into()))?;
-        loop {
-            match self.bus.get(head).await {
-                Ok(Some(theirs)) if ours.is(&theirs) => return Ok(()),
-                Ok(Some(_)) => {
-                    let why = format!(
-                        "the stream HEARTH holds another message at {head} than this scheduler has read there: it was \
-                         rolled back and went on, or was replaced. Nothing is decided until an operator restores it or \
-                         acts with `hearth log recover`"
-                    );
-                    self.freeze(frozen, why).await;
-                }
-                Ok(None) => {
-                    let last = self.bus.bounds().await.map_or(Seq(0), |bounds| bounds.last);
-                    let why = BusError::RolledBack { seen: head, last }.to_string();
-                    self.freeze(frozen, why).await;
-                }
-                Err(error) => tracing::debug!(%error, "the stream cannot be compared now"),
+        match self.bus.get(head).await {
+            Ok(Some(theirs)) if ours.is(&theirs) => return Ok(true),
+            Ok(Some(_)) => {
+                let why = format!(
+                    "the stream HEARTH holds another message at {head} than this scheduler has read there: it was \
+                     rolled back and went on, or was replaced. Nothing is decided until an operator restores it or \
+                     acts with `hearth log recover`"
+                );
+                self.freeze(why).await;
             }
-            if self.to.is_closed() {
-                return Ok(());
+            Ok(None) => {
+                let last = self.bus.bounds().await.map_or(Seq(0), |bounds| bounds.last);
+                let why = BusError::RolledBack { seen: head, last }.to_string();
+                self.freeze(why).await;
             }
-            sleep(ASK_AGAIN).await;
+            Err(error) => tracing::debug!(%error, "the stream cannot be compared now"),
+        }
+        Ok(false)
+    }
+
+    async fn freeze(&mut self, why: String) {
+        if self.complained.is_none_or(|at| at.elapsed() >= COMPLAIN_EVERY) {
+            self.complained = Some(Instant::now());
+            tracing::error!("frozen: {why}");
+        }
+        if self.flowing {
+            self.flowing = false;
+            let _ = self.to.send(Ingested::Frozen).await;
         }
     }
 
-    async fn freeze(&self, frozen: &mut Option<Instant>, why: String) {
-        if frozen.is_none_or(|since| since.elapsed() >= COMPLAIN_EVERY) {
-            *frozen = Some(Instant::now());
-            tracing::error!("frozen: {why}");
-            let _ = self.to.send(Ingested::Frozen(why)).await;
+    async fn flow(&mut self) {
+        if !self.flowing {
+            self.flowing = true;
+            if self.complained.take().is_some() {
+                tracing::info!("the stream continues the log again");
+            }
+            let _ = self.to.send(Ingested::Flowing).await;
         }
     }
 

@@ -82,6 +82,7 @@ pub(crate) struct Leader {
     replica: Replica,
     heat: HeatBuffer,
     role: Role,
+    /// The stream is not known to continue the log.
     frozen: bool,
     asked: (mpsc::Sender<Asked>, mpsc::Receiver<Asked>),
     /// A policy change on its way through the log, and who waits for it.
@@ -111,7 +112,7 @@ impl Leader {
             role: Role::Following {
                 campaign_at: Instant::now() + wait,
             },
-            frozen: false,
+            frozen: true,
             asked: mpsc::channel(REQUESTS_MAX),
             policy: None,
         }
@@ -131,7 +132,7 @@ impl Leader {
             };
             match input {
                 Input::Ingested(Some(Ingested::Entries(entries))) => self.take(entries).await,
-                Input::Ingested(Some(Ingested::Frozen(_))) => {
+                Input::Ingested(Some(Ingested::Frozen)) => {
                     self.frozen = true;
                     self.follow();
                 }
@@ -240,8 +241,10 @@ impl Leader {
 
     async fn act(&mut self) {
         if self.frozen || self.replica.diverged().is_some() {
-            self.follow();
-            return;
+            if matches!(self.role, Role::Leading { .. }) {
+                self.follow();
+            }
+            return self.postpone(LOOK_AGAIN);
         }
         match self.role {
             Role::Following { .. } => self.campaign().await,
@@ -252,7 +255,7 @@ impl Leader {
     /// Starts a term, if this replica has folded everything that the stream holds.
     async fn campaign(&mut self) {
         match self.bus.bounds().await {
-            Ok(bounds) if bounds.last > self.replica.position() => return self.postpone(LOOK_AGAIN),
+            Ok(bounds) if bounds.last != self.replica.position() => return self.postpone(LOOK_AGAIN),
             Ok(_) => {}
             Err(error) => {
                 tracing::debug!(%error, "no campaign without the stream");

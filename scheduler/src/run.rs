@@ -127,12 +127,7 @@ pub async fn run_with(parts: Parts, shutdown: impl Future<Output = ()>) -> Resul
     let (to_leader, ingested) = mpsc::channel(BATCHES_MAX);
     let (heat_to, heat) = mpsc::channel(BATCHES_MAX);
     let mut tasks = tokio::task::JoinSet::new();
-    let ingest = Ingest {
-        bus: bus.clone(),
-        log,
-        id: id.clone(),
-        to: to_leader,
-    };
+    let ingest = Ingest::new(bus.clone(), log, id.clone(), to_leader);
     tasks.spawn(async move { ingest.run().await.map_err(RunError::from) });
     let heat_bus = bus.clone();
     tasks.spawn(async move {
