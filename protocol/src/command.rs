@@ -122,7 +122,8 @@ pub struct Reason {
     pub numbers: Vec<(String, u64)>,
     /// Log positions of the events it rests on, ascending.
     pub rests_on: Vec<Seq>,
-    /// What was not chosen and why, best first, at most [`crate::limits::ALTERNATIVES_MAX`].
+    /// What was not chosen and why, best first, at most [`crate::limits::ALTERNATIVES_MAX`]. Of several commands of
+    /// one rule, node and tick the first carries it for all.
     pub lost: Vec<Alternative>,
 }
 

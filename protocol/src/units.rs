@@ -79,10 +79,10 @@ impl HeatScore {
         Self(bursts << Self::FRACTION_BITS)
     }
 
-    /// The score in bursts for people, with two decimals, rounded down: `7.25`.
+    /// The score in bursts for people, rounded to two decimals: `7.25`.
     pub fn bursts_text(self) -> String {
-        let hundredths = ((u128::from(self.0) & 0xffff) * 100) >> Self::FRACTION_BITS;
-        format!("{}.{hundredths:02}", self.0 >> Self::FRACTION_BITS)
+        let hundredths = (u128::from(self.0) * 100 + (1 << (Self::FRACTION_BITS - 1))) >> Self::FRACTION_BITS;
+        format!("{}.{:02}", hundredths / 100, hundredths % 100)
     }
 }
 
