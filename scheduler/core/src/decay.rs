@@ -54,6 +54,8 @@ pub(crate) struct DecayClock {
     /// Doublings since the landmark: whole ones, and the rest as a factor in [1, 2) with 32 fractional bits.
     doublings: u32,
     factor: u64,
+    /// `2^95 / factor`, so that reading a weight multiplies instead of dividing.
+    inverse: u64,
 }
 
 impl DecayClock {
@@ -64,6 +66,7 @@ impl DecayClock {
             half_life_ms: half_life_s.max(1).saturating_mul(1_000),
             doublings: 0,
             factor: 1 << Q,
+            inverse: 1 << 63,
         }
     }
 
@@ -94,6 +97,7 @@ impl DecayClock {
         let (step, within) = ((part >> 8) as usize, (part & 0xff) as u64);
         let (low, high) = (POW2[step], POW2[step + 1]);
         self.factor = low + (((high - low) * within) >> 8);
+        self.inverse = ((1u128 << 95) / u128::from(self.factor)) as u64;
     }
 
     /// The weight of a score that is earned now.
@@ -104,7 +108,7 @@ impl DecayClock {
 
     /// The score that a weight stands for now.
     pub(crate) fn score(&self, weight: Weight) -> HeatScore {
-        let whole = (u128::from(weight) << Q) / u128::from(self.factor);
+        let whole = (u128::from(weight) * u128::from(self.inverse)) >> 63;
         HeatScore((whole >> self.doublings) as u64)
     }
 }

@@ -639,6 +639,11 @@ impl State {
         }
     }
 
+    /// Blocks with heat or a place in RAM, on all nodes.
+    pub fn tracked_blocks(&self) -> u64 {
+        self.data.blocks.values().map(|b| b.tracked).sum()
+    }
+
     /// Bytes of a node's main region as the log tells them: resident, and ordered in without an answer yet.
     pub fn main_bytes(&self, node: &NodeId) -> (ByteLen, ByteLen) {
         self.data.blocks.get(node).map_or((ByteLen(0), ByteLen(0)), |b| {

@@ -91,7 +91,7 @@ pub struct DecisionEvidence {
     pub numbers: Vec<(String, u64)>,
     /// All log positions the command rests on.
     pub rests_on: Vec<Seq>,
-    /// What the command did not choose.
+    /// What the decision of that tick did not choose.
     pub lost: Vec<Alternative>,
     /// How it ended for this block.
     pub result: Option<ResultEvidence>,
@@ -110,15 +110,13 @@ pub struct ResultEvidence {
     pub took_us: u64,
 }
 
-/// A decision that considered the block and chose another.
+/// A promotion that considered the block and chose others.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LostEvidence {
     /// Log position of the command that won.
     pub seq: Seq,
     /// That command.
     pub command: CommandId,
-    /// Its verb.
-    pub verb: String,
     /// The block's score then.
     pub score: HeatScore,
     /// Why it lost.
@@ -206,6 +204,8 @@ pub struct Why {
     decisions: VecDeque<DecisionEvidence>,
     lost: VecDeque<LostEvidence>,
     dropped: Vec<(Seq, NodeId)>,
+    /// What the newest decision of one rule, node and tick did not choose: its first command carries it for all.
+    not_chosen: Option<(String, NodeId, TickNo, Vec<Alternative>)>,
 }
 
 fn push<T>(list: &mut VecDeque<T>, one: T, max: usize) {
@@ -231,6 +231,7 @@ impl Why {
             decisions: VecDeque::new(),
             lost: VecDeque::new(),
             dropped: Vec::new(),
+            not_chosen: None,
         }
     }
 
@@ -299,6 +300,11 @@ impl Why {
     }
 
     fn command(&mut self, seq: Seq, command: &Command, after: &State) {
+        let reason = &command.reason;
+        if !reason.lost.is_empty() {
+            let key = (reason.rule.clone(), command.node.clone(), command.tick);
+            self.not_chosen = Some((key.0, key.1, key.2, reason.lost.clone()));
+        }
         let in_layer = self.layers.contains(&command.order.layer());
         let named = match &command.order {
             Order::Promote { blocks, .. } => blocks
@@ -326,17 +332,25 @@ impl Why {
                 policy_version: command.reason.policy_version,
                 numbers: command.reason.numbers.clone(),
                 rests_on: command.reason.rests_on.clone(),
-                lost: command.reason.lost.clone(),
+                lost: match &self.not_chosen {
+                    Some((rule, node, tick, lost))
+                        if (rule, node, *tick) == (&reason.rule, &command.node, command.tick) =>
+                    {
+                        lost.clone()
+                    }
+                    _ => Vec::new(),
+                },
                 result: None,
             };
             push(&mut self.decisions, evidence, DECISIONS_KEPT_MAX);
         }
-        for lost in &command.reason.lost {
+        // What a demotion did not choose kept its place: no loss.
+        let promotes = matches!(command.order, Order::Promote { .. });
+        for lost in command.reason.lost.iter().filter(|_| promotes) {
             if lost.block == self.block && self.layers.contains(&lost.layer) {
                 let evidence = LostEvidence {
                     seq,
                     command: command.id,
-                    verb: command.order.verb().into(),
                     score: lost.score,
                     why: lost.why.clone(),
                 };
@@ -414,7 +428,7 @@ impl Why {
             time: facts.time,
             verdict: String::new(),
             policy_version: facts.policy_version,
-            threshold: HeatScore::whole(facts.policy.threshold_bursts),
+            threshold: facts.clock.score(facts.floor),
             places,
             heat: self.heat.iter().cloned().collect(),
             heat_total: self.heat_total,
@@ -564,11 +578,10 @@ impl fmt::Display for WhyReport {
         }
         for lost in &self.lost {
             let line = format!(
-                "lost     seq {}: {}, score {}, to {} {}\n",
+                "lost     seq {}: {}, score {}, to promote {}\n",
                 lost.seq,
                 lost.why,
                 lost.score.bursts_text(),
-                lost.verb,
                 lost.command
             );
             lines.entry((lost.seq, 2)).or_default().push_str(&line);

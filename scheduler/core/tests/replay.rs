@@ -176,7 +176,7 @@ fn why_tells_the_chain_from_heat_to_result() {
     for word in [
         "heat ",
         "rule ",
-        "threshold_score 2.00",
+        "threshold_score 1.93",
         "command ",
         "result ",
         "rests on seq",

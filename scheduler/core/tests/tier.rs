@@ -60,7 +60,7 @@ fn writes_earn_nothing_and_mixed_windows_their_share() {
     sim.second();
     assert_eq!(sim.ram("n1", 1), [9]);
     let (_, score) = sim.state.block(&node_id("n1"), LayerId(1), BlockIndex(5));
-    assert_eq!(score.bursts_text(), "0.99");
+    assert_eq!(score.bursts_text(), "1.00");
 }
 
 #[test]

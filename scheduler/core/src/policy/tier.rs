@@ -13,7 +13,7 @@
 //! them in order, so that every demotion precedes the promotion that needs its room.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque, btree_set};
 
 use hearth_protocol::command::{Alternative, Demotion, Order, Promotion, Reason, Resident};
 use hearth_protocol::limits::{ALTERNATIVES_MAX, BLOCKS_PER_COMMAND_MAX};
@@ -21,7 +21,7 @@ use hearth_protocol::{
     BlockIndex, ByteLen, Command, CommandId, Epoch, HeatScore, LayerId, NodeId, Seq, SetVersion, TickNo,
 };
 
-use crate::blocks::NodeBlocks;
+use crate::blocks::{LayerBlocks, NodeBlocks};
 use crate::decay::Weight;
 use crate::orders::COMMAND_TICKS;
 use crate::state::{Data, Facts, Node};
@@ -72,12 +72,25 @@ struct Source {
     set_version: SetVersion,
 }
 
-/// A block that was chosen, by weight.
+/// A block in the order of a [`Merge`], with its layer.
 #[derive(Debug, Clone, Copy)]
-struct Chosen {
+struct Ranked<'a> {
     weight: Weight,
     layer: LayerId,
     block: BlockIndex,
+    within: &'a LayerBlocks,
+}
+
+impl Ranked<'_> {
+    fn bytes(&self) -> u64 {
+        self.within.block_bytes
+    }
+}
+
+/// A block that was chosen.
+#[derive(Debug, Clone, Copy)]
+struct Chosen<'a> {
+    ranked: Ranked<'a>,
     heat_seq: Seq,
     displaces: Option<Resident>,
 }
@@ -135,16 +148,15 @@ impl<'a> Plan<'a> {
     }
 
     /// Takes out the coldest until `over` bytes are free; returns the bytes.
-    fn shrink(&mut self, residents: &mut Merge<'_>, over: u64) -> u64 {
+    fn shrink(&mut self, residents: &mut Merge<'a>, over: u64) -> u64 {
         let mut out: BTreeMap<LayerId, Vec<Demotion>> = BTreeMap::new();
         let (mut bytes, mut count) = (0, 0);
         while bytes < over && count < COLD_DEMOTIONS_MAX {
-            let Some((weight, layer, block)) = residents.next() else {
+            let Some(coldest) = residents.next() else {
                 break;
             };
-            let score = self.score(weight);
-            out.entry(layer).or_default().push(Demotion { block, score });
-            bytes += self.block_bytes(layer);
+            out.entry(coldest.layer).or_default().push(self.demotion(&coldest));
+            bytes += coldest.bytes();
             count += 1;
         }
         let numbers = [("over_bytes", over), ("main_capacity_bytes", self.node.main_capacity())];
@@ -153,22 +165,18 @@ impl<'a> Plan<'a> {
     }
 
     /// Takes out what is colder than the policy's least score; returns the bytes.
-    fn demote_cold(&mut self, residents: &mut Merge<'_>) -> u64 {
+    fn demote_cold(&mut self, residents: &mut Merge<'a>) -> u64 {
         let least = HeatScore(HeatScore::whole(self.facts.policy.demote_below_centibursts).0 / 100);
         let least_weight = self.facts.clock.weight(least);
         let mut out: BTreeMap<LayerId, Vec<Demotion>> = BTreeMap::new();
         let (mut bytes, mut count) = (0, 0);
         while count < COLD_DEMOTIONS_MAX {
-            let Some((weight, layer, block)) = residents.peek() else {
+            let Some(coldest) = residents.peek().filter(|r| r.weight < least_weight) else {
                 break;
             };
-            if weight >= least_weight {
-                break;
-            }
             residents.next();
-            let score = self.score(weight);
-            out.entry(layer).or_default().push(Demotion { block, score });
-            bytes += self.block_bytes(layer);
+            out.entry(coldest.layer).or_default().push(self.demotion(&coldest));
+            bytes += coldest.bytes();
             count += 1;
         }
         self.give_demotions(out, rules::COLD, &[("demote_below_score", least.0)], &[], &[]);
@@ -176,112 +184,92 @@ impl<'a> Plan<'a> {
     }
 
     /// Promotes candidates into free room and over colder residents.
-    fn promote(&mut self, mut residents: Merge<'_>, capacity: u64, free_before: u64) {
+    fn promote(&mut self, mut residents: Merge<'a>, capacity: u64, free_before: u64) {
         let policy = &self.facts.policy;
         let per_tick = policy.promote_bytes_per_s_max.saturating_mul(self.facts.tick_ms) / 1_000;
         let in_flight = self.blocks.arriving_bytes;
         let budget = per_tick.min(policy.in_flight_bytes_max.saturating_sub(in_flight));
         let margin = u128::from(policy.margin_percent);
-        let coldest = residents.peek();
+        let coldest = residents.peek().map_or(HeatScore(0), |r| self.score(r.weight));
         let mut free = free_before;
         let mut left = budget;
-        let mut chosen: Vec<Chosen> = Vec::new();
+        let mut chosen: Vec<Chosen<'a>> = Vec::new();
         let mut displaced: BTreeMap<LayerId, Vec<Demotion>> = BTreeMap::new();
         let mut lost: Vec<Alternative> = Vec::new();
         let mut candidates = self.candidates();
-        // Victims already looked at for a candidate that lost are still the coldest for the next one.
-        let mut set_aside: Vec<(Weight, LayerId, BlockIndex)> = Vec::new();
-        while let Some((weight, layer, block)) = candidates.next() {
-            let bytes = self.block_bytes(layer);
+        // Victims of the candidate at hand; if it loses they are still the coldest for the next one.
+        let mut victims: Vec<Ranked<'a>> = Vec::new();
+        while let Some(candidate) = candidates.next() {
+            let bytes = candidate.bytes();
             let why = if left < bytes {
                 Some("over_budget")
             } else {
                 let mut room = free;
                 let mut victims_weight: u128 = 0;
-                while room < bytes {
+                let pays = |victims_weight| u128::from(candidate.weight) * 100 >= victims_weight * margin;
+                while room < bytes && pays(victims_weight) {
                     let Some(victim) = residents.next() else {
                         break;
                     };
-                    set_aside.push(victim);
-                    room += self.block_bytes(victim.1);
-                    victims_weight += u128::from(victim.0);
-                    if u128::from(weight) * 100 < victims_weight * margin {
-                        break;
-                    }
+                    room += victim.bytes();
+                    victims_weight += u128::from(victim.weight);
+                    victims.push(victim);
                 }
-                if room < bytes {
-                    Some("no_room")
-                } else if u128::from(weight) * 100 < victims_weight * margin {
+                if !pays(victims_weight) {
                     Some("below_margin")
+                } else if room < bytes {
+                    Some("no_room")
                 } else {
                     free = room - bytes;
                     None
                 }
             };
             if let Some(why) = why {
-                residents.put_back(&mut set_aside);
-                if lost.len() < ALTERNATIVES_MAX {
-                    lost.push(Alternative {
-                        layer,
-                        block,
-                        score: self.score(weight),
-                        why: why.into(),
-                    });
-                }
-                // All that follow are colder, and every victim is at least as warm: they lose for the same reason,
-                // unless they are smaller. They are looked at only to name the best of them.
+                residents.put_back(&mut victims);
+                lost.push(self.alternative(&candidate, why));
+                // All that follow are colder and every victim is at least as warm: they are looked at only to name
+                // the best of them.
                 if lost.len() == ALTERNATIVES_MAX {
                     break;
                 }
                 continue;
             }
             left -= bytes;
-            let displaces = set_aside.first().map(|(weight, layer, block)| Resident {
-                score: self.score(*weight),
-                layer: *layer,
-                block: *block,
+            let displaces = victims.first().map(|victim| Resident {
+                score: self.score(victim.weight),
+                layer: victim.layer,
+                block: victim.block,
             });
-            for (weight, layer, block) in set_aside.drain(..) {
-                let score = self.score(weight);
-                displaced.entry(layer).or_default().push(Demotion { block, score });
+            for victim in victims.drain(..) {
+                displaced.entry(victim.layer).or_default().push(self.demotion(&victim));
             }
             chosen.push(Chosen {
-                weight,
-                layer,
-                block,
-                heat_seq: self.blocks.layers[&layer].cells[&block].heat_seq,
+                ranked: candidate,
+                heat_seq: candidate.within.cells[&candidate.block].heat_seq,
                 displaces,
             });
         }
         if chosen.is_empty() {
             return;
         }
-        let takers: Vec<Seq> = chosen
-            .iter()
-            .filter(|c| c.displaces.is_some())
-            .map(|c| c.heat_seq)
-            .collect();
-        let coldest_taker = chosen
-            .iter()
-            .rev()
-            .find(|c| c.displaces.is_some())
-            .map_or(0, |c| c.weight);
-        let stayed = self.stayed(&mut residents);
-        self.give_demotions(
-            displaced,
-            rules::DISPLACE,
-            &[
-                ("coldest_taker_score", self.score(coldest_taker).0),
+        let takers = || chosen.iter().filter(|c| c.displaces.is_some());
+        if let Some(coldest_taker) = takers().next_back() {
+            let numbers = [
+                ("coldest_taker_score", self.score(coldest_taker.ranked.weight).0),
                 ("margin_percent", policy.margin_percent),
                 ("main_capacity_bytes", capacity),
-            ],
-            &takers,
-            &stayed,
-        );
+            ];
+            let rests_on: Vec<Seq> = takers().map(|c| c.heat_seq).collect();
+            let stayed: Vec<Alternative> = (0..ALTERNATIVES_MAX)
+                .map_while(|_| residents.next())
+                .map(|resident| self.alternative(&resident, "hotter_resident_stays"))
+                .collect();
+            self.give_demotions(displaced, rules::DISPLACE, &numbers, &rests_on, &stayed);
+        }
         let numbers = [
-            ("threshold_score", HeatScore::whole(policy.threshold_bursts).0),
+            ("threshold_score", self.score(self.facts.floor).0),
             ("margin_percent", policy.margin_percent),
-            ("coldest_resident_score", coldest.map_or(0, |(w, ..)| self.score(w).0)),
+            ("coldest_resident_score", coldest.0),
             ("free_bytes", free_before),
             ("main_capacity_bytes", capacity),
             ("budget_bytes", budget),
@@ -290,32 +278,19 @@ impl<'a> Plan<'a> {
         self.give_promotions(&chosen, &numbers, &lost);
     }
 
-    /// The next coldest residents, which kept their place.
-    fn stayed(&self, residents: &mut Merge<'_>) -> Vec<Alternative> {
-        (0..ALTERNATIVES_MAX)
-            .map_while(|_| residents.next())
-            .map(|(weight, layer, block)| Alternative {
-                layer,
-                block,
-                score: self.score(weight),
-                why: "hotter_resident_stays".into(),
-            })
-            .collect()
-    }
-
     /// Candidates of all layers that the node can read now.
     fn candidates(&mut self) -> Merge<'a> {
-        let mut iters: Vec<(LayerId, Order64<'a>)> = Vec::new();
+        let mut orders = Vec::new();
         for (id, layer) in &self.blocks.layers {
             if layer.hot.is_empty() {
                 continue;
             }
             if let Some(source) = self.source(*id) {
                 self.sources.insert(*id, source);
-                iters.push((*id, Order64::Hot(layer.hot.iter())));
+                orders.push((*id, layer, LayerOrder::Hot(layer.hot.iter())));
             }
         }
-        Merge::new(iters, true)
+        Merge::new(orders, true)
     }
 
     /// Where the node reads a layer from: itself if it holds it, else the present holder with the lowest id. A
@@ -347,10 +322,27 @@ impl<'a> Plan<'a> {
         self.facts.clock.score(weight)
     }
 
+    fn demotion(&self, resident: &Ranked<'_>) -> Demotion {
+        Demotion {
+            block: resident.block,
+            score: self.score(resident.weight),
+        }
+    }
+
+    fn alternative(&self, ranked: &Ranked<'_>, why: &str) -> Alternative {
+        Alternative {
+            layer: ranked.layer,
+            block: ranked.block,
+            score: self.score(ranked.weight),
+            why: why.into(),
+        }
+    }
+
     fn block_bytes(&self, layer: LayerId) -> u64 {
         self.blocks.layers.get(&layer).map_or(0, |l| l.block_bytes)
     }
 
+    /// Gives one command per layer and [`BLOCKS_PER_COMMAND_MAX`] blocks. The first carries what lost.
     fn give_demotions(
         &mut self,
         by_layer: BTreeMap<LayerId, Vec<Demotion>>,
@@ -359,6 +351,7 @@ impl<'a> Plan<'a> {
         rests_on: &[Seq],
         lost: &[Alternative],
     ) {
+        let mut lost = lost;
         for (layer, mut blocks) in by_layer {
             blocks.sort_by_key(|d| (d.score, d.block));
             for part in blocks.chunks(BLOCKS_PER_COMMAND_MAX) {
@@ -373,29 +366,31 @@ impl<'a> Plan<'a> {
                     blocks: part.to_vec(),
                     bytes: ByteLen(self.block_bytes(layer).saturating_mul(part.len() as u64)),
                 };
-                self.give(order, rule, &all, rests_on.iter().copied(), lost);
+                self.give(order, rule, &all, rests_on.iter().copied(), std::mem::take(&mut lost));
             }
         }
     }
 
-    fn give_promotions(&mut self, chosen: &[Chosen], numbers: &[(&str, u64)], lost: &[Alternative]) {
+    /// See [`Self::give_demotions`].
+    fn give_promotions(&mut self, chosen: &[Chosen<'_>], numbers: &[(&str, u64)], lost: &[Alternative]) {
         // Layers in the order of their hottest block, blocks hottest first.
-        let mut by_layer: Vec<(LayerId, Vec<&Chosen>)> = Vec::new();
+        let mut by_layer: Vec<(LayerId, Vec<&Chosen<'_>>)> = Vec::new();
         let mut place: BTreeMap<LayerId, usize> = BTreeMap::new();
         for one in chosen {
-            let at = *place.entry(one.layer).or_insert_with(|| {
-                by_layer.push((one.layer, Vec::new()));
+            let at = *place.entry(one.ranked.layer).or_insert_with(|| {
+                by_layer.push((one.ranked.layer, Vec::new()));
                 by_layer.len() - 1
             });
             by_layer[at].1.push(one);
         }
+        let mut lost = lost;
         for (layer, blocks) in by_layer {
             let source = self.sources[&layer].clone();
             for part in blocks.chunks(BLOCKS_PER_COMMAND_MAX) {
                 let mut all = vec![
                     ("blocks", part.len() as u64),
-                    ("hottest_score", self.score(part[0].weight).0),
-                    ("coldest_score", self.score(part[part.len() - 1].weight).0),
+                    ("hottest_score", self.score(part[0].ranked.weight).0),
+                    ("coldest_score", self.score(part[part.len() - 1].ranked.weight).0),
                 ];
                 all.extend_from_slice(numbers);
                 let order = Order::Promote {
@@ -406,15 +401,16 @@ impl<'a> Plan<'a> {
                     blocks: part
                         .iter()
                         .map(|c| Promotion {
-                            block: c.block,
-                            score: self.score(c.weight),
+                            block: c.ranked.block,
+                            score: self.score(c.ranked.weight),
                             displaces: c.displaces,
                             heat_seq: c.heat_seq,
                         })
                         .collect(),
                     bytes: ByteLen(self.block_bytes(layer).saturating_mul(part.len() as u64)),
                 };
-                self.give(order, rules::PROMOTE, &all, part.iter().map(|c| c.heat_seq), lost);
+                let rests_on = part.iter().map(|c| c.heat_seq);
+                self.give(order, rules::PROMOTE, &all, rests_on, std::mem::take(&mut lost));
             }
         }
     }
@@ -438,13 +434,10 @@ impl<'a> Plan<'a> {
             .update(&tick.0.to_be_bytes())
             .update(&ordinal.to_be_bytes())
             .update(self.id.as_str().as_bytes());
-        let (id, _) = hasher
-            .finalize()
-            .as_bytes()
-            .split_first_chunk::<16>()
-            .map_or(([0; 16], ()), |(id, _)| (*id, ()));
+        let hash = hasher.finalize();
+        let (id, _) = hash.as_bytes().split_first_chunk::<16>().expect("a hash has 32 bytes");
         self.commands.push(Command {
-            id: CommandId(u128::from_be_bytes(id)),
+            id: CommandId(u128::from_be_bytes(*id)),
             node: self.id.clone(),
             term,
             tick,
@@ -462,76 +455,84 @@ impl<'a> Plan<'a> {
 }
 
 /// One layer's order.
-enum Order64<'a> {
-    Hot(std::collections::btree_set::Iter<'a, (Reverse<Weight>, BlockIndex)>),
-    Cold(std::collections::btree_set::Iter<'a, (Weight, BlockIndex)>),
+enum LayerOrder<'a> {
+    Hot(btree_set::Iter<'a, (Reverse<Weight>, BlockIndex)>),
+    Cold(btree_set::Iter<'a, (Weight, BlockIndex)>),
 }
 
-impl Iterator for Order64<'_> {
+impl Iterator for LayerOrder<'_> {
     type Item = (Weight, BlockIndex);
 
     fn next(&mut self) -> Option<Self::Item> {
         match self {
-            Order64::Hot(iter) => iter.next().map(|(Reverse(weight), block)| (*weight, *block)),
-            Order64::Cold(iter) => iter.next().copied(),
+            LayerOrder::Hot(iter) => iter.next().map(|(Reverse(weight), block)| (*weight, *block)),
+            LayerOrder::Cold(iter) => iter.next().copied(),
         }
     }
 }
 
 /// Merges the orders of several layers into one; ties go to the lower layer id, then to the lower block.
 struct Merge<'a> {
-    iters: Vec<(LayerId, Order64<'a>)>,
-    /// The head of each order: key, layer, block, index of the order.
-    heads: BinaryHeap<Reverse<(u64, LayerId, BlockIndex, usize)>>,
+    orders: Vec<(LayerId, &'a LayerBlocks, LayerOrder<'a>)>,
+    /// The head of each order: key, index of the order (ascending by layer id), block.
+    heads: BinaryHeap<Reverse<(u64, usize, BlockIndex)>>,
     /// Taken and put back, in order.
-    returned: std::collections::VecDeque<(Weight, LayerId, BlockIndex)>,
+    returned: VecDeque<Ranked<'a>>,
     hottest_first: bool,
 }
 
 impl<'a> Merge<'a> {
-    fn new(iters: Vec<(LayerId, Order64<'a>)>, hottest_first: bool) -> Self {
+    /// `orders` ascend by layer id.
+    fn new(orders: Vec<(LayerId, &'a LayerBlocks, LayerOrder<'a>)>, hottest_first: bool) -> Self {
         let mut merge = Self {
-            heads: BinaryHeap::with_capacity(iters.len()),
-            iters,
-            returned: Default::default(),
+            heads: BinaryHeap::with_capacity(orders.len()),
+            orders,
+            returned: VecDeque::new(),
             hottest_first,
         };
-        for index in 0..merge.iters.len() {
-            merge.pull(index);
-        }
+        (0..merge.orders.len()).for_each(|index| merge.pull(index));
         merge
     }
 
     fn coldest(blocks: &'a NodeBlocks) -> Self {
-        let iters = blocks
+        let orders = blocks
             .layers
             .iter()
             .filter(|(_, layer)| !layer.cold.is_empty())
-            .map(|(id, layer)| (*id, Order64::Cold(layer.cold.iter())))
+            .map(|(id, layer)| (*id, layer, LayerOrder::Cold(layer.cold.iter())))
             .collect();
-        Self::new(iters, false)
+        Self::new(orders, false)
+    }
+
+    /// A weight as a key that ascends in the order of the merge, and back.
+    fn key(&self, weight: u64) -> u64 {
+        if self.hottest_first { u64::MAX - weight } else { weight }
     }
 
     fn pull(&mut self, index: usize) {
-        let (layer, iter) = &mut self.iters[index];
-        if let Some((weight, block)) = iter.next() {
-            let key = if self.hottest_first { u64::MAX - weight } else { weight };
-            self.heads.push(Reverse((key, *layer, block, index)));
+        if let Some((weight, block)) = self.orders[index].2.next() {
+            self.heads.push(Reverse((self.key(weight), index, block)));
         }
     }
 
-    fn peek(&self) -> Option<(Weight, LayerId, BlockIndex)> {
+    fn peek(&self) -> Option<Ranked<'a>> {
         if let Some(first) = self.returned.front() {
             return Some(*first);
         }
-        let Reverse((key, layer, block, _)) = self.heads.peek()?;
-        Some((if self.hottest_first { u64::MAX - key } else { *key }, *layer, *block))
+        let Reverse((key, index, block)) = self.heads.peek()?;
+        let (layer, within, _) = &self.orders[*index];
+        Some(Ranked {
+            weight: self.key(*key),
+            layer: *layer,
+            block: *block,
+            within,
+        })
     }
 
-    fn next(&mut self) -> Option<(Weight, LayerId, BlockIndex)> {
+    fn next(&mut self) -> Option<Ranked<'a>> {
         let next = self.peek()?;
         if self.returned.pop_front().is_none()
-            && let Some(Reverse((.., index))) = self.heads.pop()
+            && let Some(Reverse((_, index, _))) = self.heads.pop()
         {
             self.pull(index);
         }
@@ -539,7 +540,7 @@ impl<'a> Merge<'a> {
     }
 
     /// Gives back what was taken last, in the order taken.
-    fn put_back(&mut self, taken: &mut Vec<(Weight, LayerId, BlockIndex)>) {
+    fn put_back(&mut self, taken: &mut Vec<Ranked<'a>>) {
         for one in taken.drain(..).rev() {
             self.returned.push_front(one);
         }
