@@ -5,7 +5,7 @@ use clap::{Parser, Subcommand};
 
 use crate::setup::{Purpose, SetupMode};
 use crate::workspace::Workspace;
-use crate::{check, setup};
+use crate::{check, demo, setup};
 
 #[derive(Parser)]
 #[command(bin_name = "cargo xtask", about = "Set-up, demo and test of the Hearth workspace")]
@@ -38,6 +38,14 @@ enum Task {
         #[command(flatten)]
         setup: SetupArgs,
     },
+    /// Set-up, then a cluster with real guests on this machine, and what it measured
+    Demo {
+        #[command(flatten)]
+        setup: SetupArgs,
+        /// Without the dashboard: progress on stderr, one line of JSON on stdout at the end
+        #[arg(long)]
+        headless: bool,
+    },
     /// Set-up, then format, lints, docs and all tests
     Test {
         #[command(flatten)]
@@ -58,6 +66,10 @@ pub fn run() -> Result<()> {
     let workspace = Workspace::find()?;
     match Cli::parse().task {
         Task::Setup { setup: args } => setup::run(&workspace, Purpose::Test, args.mode()).map(drop),
+        Task::Demo { setup: args, headless } => {
+            let machine = setup::run(&workspace, Purpose::Demo, args.mode())?;
+            demo::run(&workspace, &machine, headless)
+        }
         Task::Test {
             setup: args,
             tests_only,

@@ -7,6 +7,7 @@
 pub mod check;
 pub mod cli;
 pub mod cluster;
+pub mod demo;
 pub mod guest;
 pub mod process;
 pub mod setup;

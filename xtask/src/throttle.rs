@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
+use crate::step::note;
+
 /// A control group whose processes read a device at a limited rate; removed when dropped.
 #[derive(Debug)]
 pub struct Throttle {
@@ -84,7 +86,7 @@ impl Drop for Throttle {
             }
         }
         if let Err(error) = fs::remove_dir(&self.group) {
-            eprintln!("    left behind: {}: {error}", self.group.display());
+            note(format!("left behind: {}: {error}", self.group.display()));
         }
     }
 }

@@ -18,7 +18,10 @@ fn runs() -> bool {
         .into_iter()
         .find(|tool| Command::new(tool).arg("--version").output().is_err());
     let Some(tool) = missing else { return true };
-    assert!(std::env::var("REQUIRE_E2E").as_deref() != Ok("1"), "must run, but {tool} is not installed");
+    assert!(
+        std::env::var("REQUIRE_E2E").as_deref() != Ok("1"),
+        "must run, but {tool} is not installed"
+    );
     println!("SKIP: {tool} is not installed");
     false
 }
@@ -46,7 +49,13 @@ fn a_guest_boots_from_the_golden_image_and_sees_every_wrong_byte() {
     let mut guest = Guest::boot(&options).unwrap();
     let ready = guest.wait_ready(BOOT_WITHIN).unwrap();
     println!("{ready:?} after {} ms", guest.age().as_millis());
-    let phase = Phase { name: "first".into(), seconds: 2.0, depth: 4, write_permille: 300, ..Phase::default() };
+    let phase = Phase {
+        name: "first".into(),
+        seconds: 2.0,
+        depth: 4,
+        write_permille: 300,
+        ..Phase::default()
+    };
     guest.start_phase(&phase).unwrap();
     let first = guest.finish_phase(PHASE_WITHIN).unwrap();
     println!("{first:?}");
@@ -69,9 +78,17 @@ fn a_guest_boots_from_the_golden_image_and_sees_every_wrong_byte() {
     // now: the check is real.
     let mut guest = Guest::boot(&options).unwrap();
     guest.wait_ready(BOOT_WITHIN).unwrap();
-    guest.start_phase(&Phase { write_permille: 0, ..phase }).unwrap();
+    guest
+        .start_phase(&Phase {
+            write_permille: 0,
+            ..phase
+        })
+        .unwrap();
     let second = guest.finish_phase(PHASE_WITHIN).unwrap();
-    assert!(second.corrupt > 0 && second.first_failure.contains("does not hold its write"), "{second:?}");
+    assert!(
+        second.corrupt > 0 && second.first_failure.contains("does not hold its write"),
+        "{second:?}"
+    );
     guest.stop(PHASE_WITHIN).unwrap();
 }
 
@@ -96,5 +113,8 @@ fn a_disk_that_does_not_boot_is_reported_with_the_console() {
     })
     .unwrap();
     let error = guest.wait_ready(Duration::from_millis(1500)).unwrap_err().to_string();
-    assert!(error.contains("guest guest-2 did not say HEARTH-GUEST-READY"), "{error}");
+    assert!(
+        error.contains("guest guest-2 did not say HEARTH-GUEST-READY"),
+        "{error}"
+    );
 }

