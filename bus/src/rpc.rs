@@ -9,10 +9,13 @@ use serde::de::DeserializeOwned;
 use tokio::sync::Semaphore;
 
 use crate::error::RequestError;
-use crate::{Bus, BusError, FRAME_BYTES_MAX};
+use crate::{Bus, BusError};
 
 /// Requests of one subject that are answered at the same time; more wait in the connection.
 const CONCURRENT_MAX: usize = 32;
+
+/// Longest answer, in bytes; it travels in several messages. A view of 50,000 images is some 30 MiB.
+const ANSWER_BYTES_MAX: usize = 64 << 20;
 
 /// Asks and waits for the answer.
 ///
@@ -111,9 +114,9 @@ fn encode<Rep: Serialize>(answer: &Answer<Rep>) -> Vec<u8> {
         serde_json::to_vec(&failure).expect("a failure always encodes")
     };
     match serde_json::to_vec(answer) {
-        Ok(bytes) if bytes.len() <= FRAME_BYTES_MAX => bytes,
+        Ok(bytes) if bytes.len() <= ANSWER_BYTES_MAX => bytes,
         Ok(bytes) => failure(format!(
-            "the answer is {} bytes long, a message holds {FRAME_BYTES_MAX}",
+            "the answer is {} bytes long, the limit is {ANSWER_BYTES_MAX}",
             bytes.len()
         )),
         Err(error) => failure(format!("the answer cannot be written as JSON: {error}")),

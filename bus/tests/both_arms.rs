@@ -169,7 +169,7 @@ async fn filtered_and_durable_readers_read_and_acknowledge(cluster: Cluster) {
         one.publish(subject::node(&n1), &left(&n1)).await.unwrap();
         two.publish(subject::node(&n2), &left(&n2)).await.unwrap();
     }
-    let mut filtered = bus.log_reader(Seq(3), subject::node_filters(&n1));
+    let mut filtered = bus.log_reader(Seq(3), vec![subject::LEAD_ALL.into(), subject::node(&n1)]);
     let seqs: Vec<_> = read(&mut filtered, 4).await.iter().map(|f| f.seq.0).collect();
     assert_eq!(seqs, [3, 5, 7, 9]);
 
@@ -252,5 +252,23 @@ async fn requests_are_answered_or_fail_by_kind(cluster: Cluster) {
     assert_eq!(ask(13).await.unwrap_err().kind, FailureKind::Refused);
     let nonsense = rpc::request::<&str, u64>(bus, "hearth.rpc.test", &"four", SOON).await;
     assert_eq!(nonsense.unwrap_err().kind, FailureKind::Usage);
+    server.abort();
+
+    // An answer of several messages.
+    let serving = bus.clone();
+    let server = tokio::spawn(async move {
+        rpc::serve(&serving, "hearth.rpc.long", |n: usize| async move {
+            let answer: Answer<String> = Ok("ö".repeat(n));
+            answer
+        })
+        .await
+    });
+    let long = loop {
+        match rpc::request::<usize, String>(bus, "hearth.rpc.long", &3_000_000, SOON).await {
+            Err(failure) if failure.kind == FailureKind::CannotConnect => {}
+            answer => break answer.unwrap(),
+        }
+    };
+    assert!(long == "ö".repeat(3_000_000));
     server.abort();
 }

@@ -4,6 +4,7 @@ mod reader;
 mod streams;
 mod varz;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -11,13 +12,14 @@ use async_nats::client::RequestErrorKind;
 use async_nats::connection::State;
 use async_nats::jetstream::stream::LastRawMessageErrorKind;
 use async_nats::jetstream::{self, Context};
-use async_nats::{Client, ConnectOptions, HeaderMap, Request, ServerAddr};
+use async_nats::{Client, ConnectOptions, HeaderMap, Request, ServerAddr, StatusCode};
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt};
 use hearth_protocol::{Seq, subject};
 use serde::Deserialize;
 
+use crate::FRAME_BYTES_MAX;
 use crate::arm::{Arm, Bounds, Incoming, Outgoing, Reader, ReaderSpec, Requests};
 use crate::error::{BusError, PublishError, RequestError};
 use crate::fetched::Fetched;
@@ -35,6 +37,9 @@ const WRONG_LAST_SEQUENCE: [u64; 2] = [10071, 10164];
 
 /// JetStream's codes for "busy or not ready": nothing was stored, trying again helps.
 const NOT_READY: [u64; 4] = [10008, 10023, 10041, 10118];
+
+/// Which part of an answer a message is, as `1/3`.
+const PART: &str = "Hearth-Part";
 
 const MESSAGE_ID: &str = "Nats-Msg-Id";
 const EXPECTED_LAST: &str = "Nats-Expected-Last-Subject-Sequence";
@@ -197,19 +202,35 @@ impl NatsArm {
         }
     }
 
+    /// Asks and gathers the answer's parts. A subscription of its own, because the client's own request takes one
+    /// message only.
     async fn ask(&self, subject: String, payload: Bytes, timeout: Duration) -> Result<Bytes, RequestError> {
+        let broken = |error: &dyn std::fmt::Display| RequestError::Connection(error.to_string());
         if self.client.connection_state() != State::Connected {
-            return Err(RequestError::Connection("it is down, reconnecting".into()));
+            return Err(broken(&"it is down, reconnecting"));
         }
-        let request = Request::new().payload(payload).timeout(Some(timeout));
-        match self.client.send_request(subject, request).await {
-            Ok(message) => Ok(message.payload),
-            Err(error) => Err(match error.kind() {
-                RequestErrorKind::NoResponders => RequestError::NoResponders,
-                RequestErrorKind::TimedOut => RequestError::TimedOut,
-                _ => RequestError::Connection(error.to_string()),
-            }),
-        }
+        let inbox = self.client.new_inbox();
+        let mut answers = self.client.subscribe(inbox.clone()).await.map_err(|e| broken(&e))?;
+        self.client
+            .publish_with_reply(subject, inbox, payload)
+            .await
+            .map_err(|e| broken(&e))?;
+        let gather = async {
+            let mut parts = Parts::default();
+            while let Some(message) = answers.next().await {
+                if message.status == Some(StatusCode::NO_RESPONDERS) {
+                    return Err(RequestError::NoResponders);
+                }
+                let place = message.headers.as_ref().and_then(|h| h.get(PART));
+                if let Some(whole) = parts.take(place.map(|p| p.as_str()), message.payload) {
+                    return Ok(whole);
+                }
+            }
+            Err(broken(&"it was closed"))
+        };
+        tokio::time::timeout(timeout, gather)
+            .await
+            .unwrap_or(Err(RequestError::TimedOut))
     }
 
     async fn subscribe(&self, subject: String) -> Result<Requests, BusError> {
@@ -233,8 +254,12 @@ impl NatsArm {
                         payload: message.payload,
                         reply: Box::new(move |answer| {
                             async move {
-                                if let Err(error) = client.publish(reply, answer).await {
-                                    tracing::warn!(%error, "an answer could not be sent");
+                                for (headers, part) in split(answer) {
+                                    let sent = client.publish_with_headers(reply.clone(), headers, part).await;
+                                    if let Err(error) = sent {
+                                        tracing::warn!(%error, "an answer could not be sent");
+                                        return;
+                                    }
                                 }
                             }
                             .boxed()
@@ -244,6 +269,39 @@ impl NatsArm {
             })
             .boxed();
         Ok(Requests { incoming })
+    }
+}
+
+/// Cuts an answer into messages; the header of each says which part of how many it is.
+fn split(answer: Bytes) -> Vec<(HeaderMap, Bytes)> {
+    let count = answer.len().div_ceil(FRAME_BYTES_MAX).max(1);
+    (0..count)
+        .map(|index| {
+            let start = index * FRAME_BYTES_MAX;
+            let part = answer.slice(start..answer.len().min(start + FRAME_BYTES_MAX));
+            let mut headers = HeaderMap::new();
+            headers.insert(PART, format!("{}/{count}", index + 1).as_str());
+            (headers, part)
+        })
+        .collect()
+}
+
+/// The parts of an answer that came so far.
+#[derive(Default)]
+struct Parts(BTreeMap<usize, Bytes>);
+
+impl Parts {
+    /// Takes the part `n/count` in; returns the whole once it is complete. Without a place it is whole by itself.
+    fn take(&mut self, place: Option<&str>, part: Bytes) -> Option<Bytes> {
+        let place = place.and_then(|p| p.split_once('/'));
+        let Some((index, count)) = place.and_then(|(i, n)| Some((i.parse().ok()?, n.parse::<usize>().ok()?))) else {
+            return Some(part);
+        };
+        self.0.insert(index, part);
+        (self.0.len() >= count).then(|| match count {
+            1 => std::mem::take(&mut self.0).into_values().next().unwrap_or_default(),
+            _ => self.0.values().flatten().copied().collect(),
+        })
     }
 }
 
@@ -321,5 +379,33 @@ impl Arm for NatsArm {
             }
         }
         .boxed()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(len: usize, count: usize) {
+        let answer: Bytes = (0..len).map(|i| i as u8).collect();
+        let mut messages = split(answer.clone());
+        assert_eq!(messages.len(), count);
+        assert!(messages.iter().all(|(_, part)| part.len() <= FRAME_BYTES_MAX));
+        messages.reverse();
+        let mut parts = Parts::default();
+        let whole = messages.into_iter().find_map(|(headers, part)| {
+            let place = headers.get(PART).map(|p| p.as_str().to_owned());
+            parts.take(place.as_deref(), part)
+        });
+        assert!(whole.as_ref() == Some(&answer));
+    }
+
+    #[test]
+    fn answers_of_any_length_come_whole() {
+        check(0, 1);
+        check(1, 1);
+        check(FRAME_BYTES_MAX, 1);
+        check(FRAME_BYTES_MAX + 1, 2);
+        check(3 * FRAME_BYTES_MAX, 3);
     }
 }
