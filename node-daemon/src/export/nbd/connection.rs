@@ -28,7 +28,7 @@ const INPUT_BYTES: usize = 128 << 10;
 /// Longest read answered from RAM straight into the output arena.
 const ARENA_READ_BYTES_MAX: u64 = 64 << 10;
 /// Longest read answered from RAM in line; copying more would hold up the other connections of this thread.
-const INLINE_READ_BYTES_MAX: u64 = 1 << 20;
+const INLINE_READ_BYTES_MAX: u64 = 256 << 10;
 /// Batches after which the task lets others of its thread run.
 const ROUNDS_PER_TURN: u32 = 16;
 /// Largest payload that is read and thrown away, so that its request can be refused politely.

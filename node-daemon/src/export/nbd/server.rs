@@ -21,7 +21,7 @@ use super::connection::{Connection, Control, End, shake_hands};
 use super::limits::NbdLimits;
 use super::stream::{Accepted, Listener};
 use super::workers::Workers;
-use super::{ExportTable, NbdError};
+use super::{ExportEntry, ExportTable, NbdError};
 
 /// A connection as an operator sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,6 +36,8 @@ pub struct ConnectionInfo {
 
 struct Held {
     info: ConnectionInfo,
+    /// It uses an entry that is served read-only, such as a sealed layer of the image.
+    is_view: bool,
     control: Arc<Control>,
 }
 
@@ -78,6 +80,7 @@ impl Registered {
             id,
             Held {
                 info,
+                is_view: false,
                 control: Arc::clone(&control),
             },
         );
@@ -88,10 +91,11 @@ impl Registered {
         })
     }
 
-    fn chose(&self, export: &str, image: ImageId) {
+    fn chose(&self, export: &str, entry: &ExportEntry) {
         if let Some(held) = self.registry.lock().get_mut(&self.id) {
             held.info.export = export.to_owned();
-            held.info.image = Some(image);
+            held.info.image = Some(entry.disk.image());
+            held.is_view = entry.read_only;
         }
     }
 }
@@ -123,8 +127,9 @@ impl NbdHandle {
     }
 
     /// Ends every connection that uses `image`: requests in flight finish and are answered, later ones get
-    /// `ESHUTDOWN`, then the server hangs up. Returns when no connection uses the image any more. Take the image out
-    /// of the export table first, so that nobody comes back.
+    /// `ESHUTDOWN`, then the server hangs up. Returns when none is left. Take the image out of the export table first,
+    /// so that nobody comes back. Connections to entries served [`ExportEntry::read_only`], such as peers that read
+    /// the image's sealed layers, go on.
     pub async fn close_export(&self, image: ImageId) {
         loop {
             let mut ended = pin!(self.registry.ended.notified());
@@ -134,7 +139,7 @@ impl NbdHandle {
                 .registry
                 .lock()
                 .values()
-                .filter(|held| held.info.image == Some(image))
+                .filter(|held| held.info.image == Some(image) && !held.is_view)
             {
                 held.control.refuse();
                 left += 1;
@@ -375,7 +380,7 @@ async fn serve(context: &Context, registered: &Registered, socket: Accepted) -> 
         Ok(Err(end)) => return end,
         Err(_) => return End::HandshakeTimeout,
     };
-    registered.chose(&chosen.name, chosen.entry.disk.image());
+    registered.chose(&chosen.name, &chosen.entry);
     let budget = Budget::new(
         Arc::clone(&context.pool),
         limits.connection_bytes_granted,
