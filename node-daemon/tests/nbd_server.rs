@@ -102,6 +102,8 @@ impl ExportTable for Two {
         match name {
             "p/one" => Some(ExportEntry::new(self.0.clone())),
             "p/two" => Some(ExportEntry::new(self.1.clone())),
+            // What peers see of the first image: its sealed layers.
+            "p/one-sealed" => Some(ExportEntry::new(self.0.clone()).read_only()),
             _ => None,
         }
     }
@@ -117,7 +119,7 @@ fn detach_finishes_what_is_in_flight_refuses_the_rest_and_spares_others() {
     let one = two.0.clone();
     let served = Served::with(Arc::new(two), NbdLimits::default());
     let mut client = Raw::transmitting(&served.socket, "p/one");
-    let mut bystander = Raw::transmitting(&served.socket, "p/two");
+    let mut bystanders = ["p/two", "p/one-sealed"].map(|name| Raw::transmitting(&served.socket, name));
     client.request(command::WRITE, 0, 1, 0, 4);
     client.send(b"four");
     one.wait_reached();
@@ -150,9 +152,11 @@ fn detach_finishes_what_is_in_flight_refuses_the_rest_and_spares_others() {
     client.hung_up();
     closing.join().unwrap();
     assert_eq!(one.peek(0, 4), b"four");
-    bystander.request(command::READ, 0, 7, IN_RAM_FROM, 4);
-    assert_eq!(bystander.simple_reply(), (7, 0));
-    assert_eq!(served.handle.connections().len(), 1);
+    for bystander in &mut bystanders {
+        bystander.request(command::READ, 0, 7, IN_RAM_FROM, 4);
+        assert_eq!(bystander.simple_reply(), (7, 0));
+    }
+    assert_eq!(served.handle.connections().len(), 2);
 }
 
 #[test]
