@@ -11,6 +11,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::LocalKey;
 
 use nix::fcntl::{FallocateFlags, fallocate};
 
@@ -37,6 +38,14 @@ impl AlignedBuf {
         let skip = self.raw.as_ptr().align_offset(ALIGN);
         &mut self.raw[skip..skip + len]
     }
+}
+
+/// Lends a thread's buffer to `f`, `len` bytes of it. It is taken out meanwhile, so that `f` may come by here again.
+pub fn with_buffer<T>(local: &'static LocalKey<RefCell<AlignedBuf>>, len: usize, f: impl FnOnce(&mut [u8]) -> T) -> T {
+    let mut buffer = local.take();
+    let result = f(buffer.get(len));
+    local.replace(buffer);
+    result
 }
 
 thread_local! {

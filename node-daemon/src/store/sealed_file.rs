@@ -36,12 +36,7 @@ pub fn replace(path: &Path, kind: Kind, body: &[u8], faults: &Faults) -> Result<
 /// [`StoreError`]; the old content is then still there.
 pub fn put(path: &Path, kind: Kind, body: &[u8], faults: &Faults) -> Result<(), StoreError> {
     let temporary = path.with_extension("new");
-    let header = format!(
-        "hearth {} {} {}\n",
-        kind.name,
-        kind.version,
-        chain::hex(&chain::part(body))
-    );
+    let header = format!("hearth {} {} {}\n", kind.name, kind.version, checksum(kind, body));
     let write = || {
         faults.at(Site::MetaWrite)?;
         let mut file = File::create(&temporary)?;
@@ -91,10 +86,17 @@ pub fn read(path: &Path, kind: Kind) -> Result<Vec<u8>, StoreError> {
     }
     let sum = words.next().unwrap_or_default().to_owned();
     bytes.drain(..=end);
-    if sum != chain::hex(&chain::part(&bytes)) {
+    if sum != checksum(Kind { version, ..kind }, &bytes) {
         return Err(damaged("its checksum does not fit"));
     }
     Ok(bytes)
+}
+
+/// Covers the header's words too.
+fn checksum(kind: Kind, body: &[u8]) -> String {
+    let mut bytes = format!("{} {} ", kind.name, kind.version).into_bytes();
+    bytes.extend_from_slice(body);
+    chain::hex(&chain::part(&bytes))
 }
 
 /// Makes names created, renamed or removed in the directory survive a power loss.

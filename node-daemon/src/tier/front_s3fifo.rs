@@ -1,7 +1,7 @@
 //! S3-FIFO (Yang et al., SOSP 2023) over the front: a small queue for newcomers, a kept queue for what was read
 //! again, one reference bit, and a ghost table of what left the small queue unread.
 
-use super::front::FrontPolicy;
+use super::front::{FrontPolicy, Marks};
 
 /// Part of the front that newcomers may fill before the first of them must leave, in percent.
 const SMALL_PERCENT: usize = 25;
@@ -41,7 +41,6 @@ pub struct S3Fifo {
     links: Vec<Link>,
     /// Per id: its queue and the logarithm of its size.
     tags: Vec<(Queue, u8)>,
-    keys: Vec<u64>,
     small: List,
     kept: List,
     small_bytes_max: usize,
@@ -54,11 +53,10 @@ impl S3Fifo {
         Self {
             links: Vec::new(),
             tags: Vec::new(),
-            keys: Vec::new(),
             small: EMPTY,
             kept: EMPTY,
             small_bytes_max: capacity / 100 * SMALL_PERCENT,
-            ghost: Ghost::new(capacity / (16 << 10)),
+            ghost: Ghost::new(),
         }
     }
 
@@ -121,12 +119,11 @@ impl FrontPolicy for S3Fifo {
             };
             self.links.resize(at + 1, none);
             self.tags.resize(at + 1, (Queue::None, 0));
-            self.keys.resize(at + 1, 0);
         }
         assert!(self.tags[at].0 == Queue::None, "unit {id} is admitted twice");
         self.tags[at].1 = bytes.ilog2() as u8;
-        self.keys[at] = key;
         let window = self.small.count + self.kept.count;
+        self.ghost.make_room(window);
         let queue = if self.ghost.take(key, window) {
             Queue::Kept
         } else {
@@ -135,7 +132,7 @@ impl FrontPolicy for S3Fifo {
         self.push(id, queue);
     }
 
-    fn victim(&mut self, touched: &mut dyn FnMut(u32) -> bool) -> Option<u32> {
+    fn victim(&mut self, marks: &mut dyn Marks) -> Option<u32> {
         // Each step clears a mark or ends; marks set meanwhile by readers are given two rounds at most.
         let mut patience = 2 * (self.small.count + self.kept.count) + 1;
         loop {
@@ -147,12 +144,12 @@ impl FrontPolicy for S3Fifo {
             }
             self.unlink(id);
             patience = patience.saturating_sub(1);
-            if touched(id) && patience > 0 {
+            if marks.take_touched(id) && patience > 0 {
                 self.push(id, Queue::Kept);
                 continue;
             }
             if from_small {
-                self.ghost.put(self.keys[id as usize]);
+                self.ghost.put(marks.key(id));
             }
             return Some(id);
         }
@@ -162,58 +159,80 @@ impl FrontPolicy for S3Fifo {
         self.unlink(id);
     }
 
-    fn overhead_bytes(&self) -> usize {
-        self.links.len() * size_of::<Link>()
-            + self.tags.len() * size_of::<(Queue, u8)>()
-            + self.keys.len() * size_of::<u64>()
-            + self.ghost.cells.len() * size_of::<u64>()
+    fn overhead_bytes(&self) -> (usize, usize) {
+        (
+            self.links.len() * size_of::<Link>() + self.tags.len() * size_of::<(Queue, u8)>(),
+            self.ghost.cells.len() * size_of::<Cell>(),
+        )
     }
 }
 
-/// Fingerprints of what left, with the time they did, counted in departures. 8 bytes each, two cells per entry.
+/// What left the small queue unread, with the time it did, counted in departures. Two cells of 8 bytes per entry.
 struct Ghost {
-    cells: Vec<u64>,
+    cells: Vec<Cell>,
     now: u32,
+}
+
+/// Fingerprint 0 marks an empty cell; a key with that fingerprint is not remembered.
+#[derive(Clone, Copy, Default)]
+struct Cell {
+    fingerprint: u32,
+    left_at: u32,
 }
 
 const BUCKET: usize = 4;
 
 impl Ghost {
-    fn new(entries: usize) -> Self {
+    fn new() -> Self {
         Self {
-            cells: vec![0; (entries * 2).next_power_of_two().max(64)],
-            now: 1,
+            cells: vec![Cell::default(); 64],
+            now: 0,
         }
     }
 
-    fn bucket(&self, key: u64) -> std::ops::Range<usize> {
-        let start = (key as usize % (self.cells.len() / BUCKET)) * BUCKET;
-        start..start + BUCKET
+    fn bucket(&mut self, fingerprint: u32) -> &mut [Cell] {
+        let start = (fingerprint as usize % (self.cells.len() / BUCKET)) * BUCKET;
+        &mut self.cells[start..start + BUCKET]
+    }
+
+    /// Keeps two cells for each of `window` entries.
+    fn make_room(&mut self, window: usize) {
+        if window * 2 <= self.cells.len() {
+            return;
+        }
+        let larger = vec![Cell::default(); self.cells.len() * 2];
+        let old = std::mem::replace(&mut self.cells, larger);
+        old.into_iter().for_each(|cell| self.insert(cell));
+    }
+
+    fn insert(&mut self, new: Cell) {
+        let now = self.now;
+        let age = |c: &Cell| {
+            if c.fingerprint == 0 {
+                u32::MAX
+            } else {
+                now.wrapping_sub(c.left_at)
+            }
+        };
+        let oldest = self.bucket(new.fingerprint).iter_mut().max_by_key(|c| age(c));
+        *oldest.expect("a bucket has cells") = new;
     }
 
     fn put(&mut self, key: u64) {
         self.now = self.now.wrapping_add(1);
-        let (now, range) = (self.now, self.bucket(key));
-        let cell = self.cells[range]
-            .iter_mut()
-            .max_by_key(|c| now.wrapping_sub(**c as u32))
-            .expect("a bucket has cells");
-        *cell = key & !0xffff_ffff | u64::from(now);
+        self.insert(Cell {
+            fingerprint: (key >> 32) as u32,
+            left_at: self.now,
+        });
     }
 
     /// Whether the key left within the last `window` departures; forgets it.
     fn take(&mut self, key: u64, window: usize) -> bool {
-        let (now, range) = (self.now, self.bucket(key));
-        let found = self.cells[range]
-            .iter_mut()
-            .find(|c| **c != 0 && **c >> 32 == key >> 32 && (now.wrapping_sub(**c as u32) as usize) <= window.max(16));
-        match found {
-            Some(cell) => {
-                *cell = 0;
-                true
-            }
-            None => false,
-        }
+        let (now, fingerprint) = (self.now, (key >> 32) as u32);
+        let found = self.bucket(fingerprint).iter_mut().find(|c| {
+            c.fingerprint == fingerprint && fingerprint != 0 && now.wrapping_sub(c.left_at) as usize <= window.max(16)
+        });
+        found.map(|cell| *cell = Cell::default()).is_some()
     }
 }
 
@@ -222,6 +241,21 @@ mod tests {
     use std::collections::HashSet;
 
     use super::*;
+
+    struct Marked<'a> {
+        keys: &'a [u64],
+        touched: &'a mut HashSet<u32>,
+    }
+
+    impl Marks for Marked<'_> {
+        fn take_touched(&mut self, id: u32) -> bool {
+            self.touched.remove(&id)
+        }
+
+        fn key(&self, id: u32) -> u64 {
+            self.keys[id as usize]
+        }
+    }
 
     /// Plays accesses to numbered units against a front of `room` units and counts hits.
     fn hits(room: usize, accesses: impl Iterator<Item = u64>) -> usize {
@@ -240,7 +274,12 @@ mod tests {
                 continue;
             }
             let id = free.pop().unwrap_or_else(|| {
-                let id = policy.victim(&mut |id| marks.remove(&id)).unwrap();
+                let id = policy
+                    .victim(&mut Marked {
+                        keys: &keys,
+                        touched: &mut marks,
+                    })
+                    .unwrap();
                 at.remove(&keys[id as usize]);
                 id
             });

@@ -44,6 +44,27 @@ impl InFlight {
         }
         None
     }
+
+    /// Takes the lead if nobody has it.
+    pub fn try_lead(&self, key: u64, hash: u64) -> Option<Lead<'_>> {
+        let shard = hash as usize % SHARDS;
+        let mut keys = self.shards[shard].0.lock().expect("in-flight lock");
+        if keys.contains(&key) {
+            return None;
+        }
+        keys.push(key);
+        Some(Lead {
+            owner: self,
+            key,
+            shard,
+        })
+    }
+
+    /// Whether somebody has the lead.
+    pub fn contains(&self, key: u64, hash: u64) -> bool {
+        let keys = &self.shards[hash as usize % SHARDS].0;
+        keys.lock().expect("in-flight lock").contains(&key)
+    }
 }
 
 impl Drop for Lead<'_> {

@@ -33,7 +33,7 @@ use guard::WriteGuards;
 pub use guard::{FillToken, mutants};
 use inflight::InFlight;
 pub(crate) use inflight::Lead;
-use resident::{Residents, key_of};
+use resident::{Arrival, Residents, key_of};
 use slots::{SLOT, Slots};
 
 /// How to build a tier.
@@ -109,8 +109,12 @@ pub struct TierCounters {
     pub demoted: u64,
     /// Fills dropped because a write began meanwhile.
     pub fills_dropped: u64,
-    /// Copies dropped because a write failed or the block became zero.
+    /// Copies dropped because a write failed, the block became zero, or its image was detached.
     pub invalidated: u64,
+    /// Units read ahead that were used.
+    pub ahead_used: u64,
+    /// Units read ahead that the front dropped unused.
+    pub ahead_wasted: u64,
 }
 
 #[derive(Default)]
@@ -121,6 +125,7 @@ struct Counters {
     demoted: AtomicU64,
     fills_dropped: AtomicU64,
     invalidated: AtomicU64,
+    ahead_wasted: AtomicU64,
 }
 
 fn count(counter: &AtomicU64) {
@@ -186,7 +191,7 @@ impl RamTier {
         }
         Ok(Arc::new(Self {
             arena,
-            residents: Residents::new(),
+            residents: Residents::new(capacity as usize),
             guards: WriteGuards::new(),
             in_flight: InFlight::new(),
             policy: Mutex::new(Policy {
@@ -254,6 +259,23 @@ impl RamTier {
 
     /// Offers a whole unit that was read after `token` was taken. The last unit of an image may be shorter.
     pub fn fill(&self, layer: LayerHandle, unit: u32, token: FillToken, data: &[u8], region: Region) -> Filled {
+        self.fill_as(layer, unit, token, data, region, false)
+    }
+
+    /// As [`Self::fill`] into the front, for a unit that nobody has asked for yet.
+    pub(crate) fn fill_ahead(&self, layer: LayerHandle, unit: u32, token: FillToken, data: &[u8]) -> Filled {
+        self.fill_as(layer, unit, token, data, Region::Front, true)
+    }
+
+    fn fill_as(
+        &self,
+        layer: LayerHandle,
+        unit: u32,
+        token: FillToken,
+        data: &[u8],
+        region: Region,
+        ahead: bool,
+    ) -> Filled {
         let key = key_of(layer, unit);
         let bytes = layer.unit_bytes();
         let mut policy = self.policy();
@@ -286,11 +308,22 @@ impl RamTier {
             }
         };
         // SAFETY: the place was free, and is published to readers only below: nobody else touches it.
-        unsafe { self.arena.write(place.offset(), data) };
+        unsafe {
+            self.arena.write(place.offset(), data);
+            // The unit was the image's last; a larger image on the same layer reads zeros behind it.
+            let end = place.offset() + data.len();
+            self.arena.zero(end, bytes as usize - data.len());
+        }
         let id = policy.free_ids.pop().unwrap_or_else(|| self.residents.new_id());
-        let published = self
-            .residents
-            .publish(key, id, place, layer.unit_log, region, || self.guards.is_fresh(token));
+        let arrival = Arrival {
+            key,
+            id,
+            place,
+            log: layer.unit_log,
+            region,
+            ahead,
+        };
+        let published = self.residents.publish(arrival, || self.guards.is_fresh(token));
         if !published {
             policy.free_ids.push(id);
             policy.slots.give(place, bytes as usize);
@@ -337,7 +370,7 @@ impl RamTier {
 
     /// Drops one unit of the front; false if it has none.
     fn evict(&self, policy: &mut Policy) -> bool {
-        let Some(id) = policy.front.victim(&mut |id| self.residents.take_touched(id)) else {
+        let Some(id) = policy.front.victim(&mut &self.residents) else {
             return false;
         };
         let gone = self.residents.remove_id(id);
@@ -345,6 +378,9 @@ impl RamTier {
         policy.slots.give(gone.place, gone.bytes);
         policy.free_ids.push(id);
         count(&self.counters.evicted);
+        if gone.unused {
+            count(&self.counters.ahead_wasted);
+        }
         true
     }
 
@@ -431,6 +467,8 @@ impl RamTier {
             demoted: get(&self.counters.demoted),
             fills_dropped: get(&self.counters.fills_dropped),
             invalidated: get(&self.counters.invalidated),
+            ahead_used: self.residents.ahead_used(),
+            ahead_wasted: get(&self.counters.ahead_wasted),
         }
     }
 
@@ -454,11 +492,31 @@ impl RamTier {
         by_layer.into_iter().collect()
     }
 
-    /// Bytes of bookkeeping per resident unit and in all, as measured now.
+    /// Bytes of bookkeeping: for each resident unit, and in all with what is remembered of units that left.
     pub fn overhead(&self) -> (u64, u64) {
-        let units = self.residents.count();
-        let bytes = self.residents.overhead_bytes() + self.policy().front.overhead_bytes() as u64;
-        (bytes.checked_div(units).unwrap_or(0), bytes)
+        let (queues, ghosts) = self.policy().front.overhead_bytes();
+        let residents = self.residents.overhead_bytes() + queues as u64;
+        let each = residents.checked_div(self.residents.count()).unwrap_or(0);
+        (each, residents + ghosts as u64)
+    }
+
+    /// Whether somebody is reading the unit below to fill it.
+    pub(crate) fn is_in_flight(&self, layer: LayerHandle, unit: u32) -> bool {
+        let key = key_of(layer, unit);
+        self.in_flight.contains(key, mix(key))
+    }
+
+    /// See [`InFlight::try_lead`].
+    pub(crate) fn try_lead(&self, layer: LayerHandle, unit: u32) -> Option<Lead<'_>> {
+        let key = key_of(layer, unit);
+        self.in_flight.try_lead(key, mix(key))
+    }
+
+    /// How far streams may be read ahead, in units: falls with the share of units read ahead that nobody used.
+    pub(crate) fn ahead_max(&self, unit_bytes: u64) -> u32 {
+        let used = self.residents.ahead_used();
+        let wasted = self.counters.ahead_wasted.load(Ordering::Relaxed);
+        prefetch::ahead_max(self.front_capacity / unit_bytes, used, wasted)
     }
 }
 

@@ -9,6 +9,7 @@ use std::sync::{OnceLock, RwLock};
 use hashbrown::HashTable;
 
 use super::arena::Arena;
+use super::front::Marks;
 use super::slots::{PAGE, Place};
 use super::{LayerHandle, Region, mix};
 
@@ -18,11 +19,10 @@ const SHARDS: usize = 256;
 /// Entries are made in chunks that never move, so that readers need no lock to reach one.
 const CHUNK: usize = 4096;
 
-/// Chunks at most: 2^28 units, a terabyte of 4 KiB blocks.
-const CHUNKS_MAX: usize = 1 << 16;
-
 const TOUCHED: u8 = 1;
 const MAIN: u8 = 2;
+/// Read ahead of its use, and not used yet.
+const AHEAD: u8 = 4;
 const LOG_SHIFT: u32 = 3;
 
 /// A unit's name: layer number and unit number.
@@ -49,6 +49,24 @@ pub struct Residents {
     shards: Box<[Shard]>,
     chunks: Box<[OnceLock<Box<[Entry]>>]>,
     ids: AtomicU32,
+    ahead_used: AtomicU64,
+}
+
+/// A filled unit that is to become visible.
+#[derive(Debug, Clone, Copy)]
+pub struct Arrival {
+    /// Its name.
+    pub key: u64,
+    /// The entry made for it.
+    pub id: u32,
+    /// Its room.
+    pub place: Place,
+    /// Logarithm of its size.
+    pub log: u8,
+    /// Where it goes.
+    pub region: Region,
+    /// Read ahead of its use.
+    pub ahead: bool,
 }
 
 /// A unit that left.
@@ -60,15 +78,18 @@ pub struct Gone {
     pub bytes: usize,
     /// Where it was.
     pub region: Region,
+    /// Read ahead and never used.
+    pub unused: bool,
 }
 
 impl Residents {
-    /// Nothing resident.
-    pub fn new() -> Self {
+    /// Nothing resident, in an arena of `bytes`.
+    pub fn new(bytes: usize) -> Self {
         Self {
             shards: (0..SHARDS).map(|_| Shard::default()).collect(),
-            chunks: (0..CHUNKS_MAX).map(|_| OnceLock::new()).collect(),
+            chunks: (0..(bytes / PAGE).div_ceil(CHUNK)).map(|_| OnceLock::new()).collect(),
             ids: AtomicU32::new(0),
+            ahead_used: AtomicU64::new(0),
         }
     }
 
@@ -109,7 +130,12 @@ impl Residents {
             within + buf.len() <= 1 << (flags >> LOG_SHIFT),
             "a read reaches past its unit"
         );
-        if flags & TOUCHED == 0 {
+        if flags & AHEAD != 0 {
+            // The first use of a unit read ahead is what its admission would have been: it sets no mark.
+            if entry.flags.fetch_and(!AHEAD, Ordering::Relaxed) & AHEAD != 0 {
+                self.ahead_used.fetch_add(1, Ordering::Relaxed);
+            }
+        } else if flags & TOUCHED == 0 {
             entry.flags.fetch_or(TOUCHED, Ordering::Relaxed);
         }
         let at = Place(entry.place.load(Ordering::Relaxed)).offset() + within;
@@ -159,15 +185,15 @@ impl Residents {
 
     /// Makes a filled unit visible, if `still` says so under the lock. The caller holds the policy lock and knows
     /// that the unit is not resident.
-    pub fn publish(
-        &self,
-        key: u64,
-        id: u32,
-        place: Place,
-        log: u8,
-        region: Region,
-        still: impl FnOnce() -> bool,
-    ) -> bool {
+    pub fn publish(&self, unit: Arrival, still: impl FnOnce() -> bool) -> bool {
+        let Arrival {
+            key,
+            id,
+            place,
+            log,
+            region,
+            ahead,
+        } = unit;
         let hash = mix(key);
         let mut table = self.shard(hash).table.write().expect("shard lock");
         if !still() {
@@ -177,7 +203,8 @@ impl Residents {
         entry.key.store(key, Ordering::Relaxed);
         entry.place.store(place.0, Ordering::Relaxed);
         let region = if region == Region::Main { MAIN } else { 0 };
-        entry.flags.store(log << LOG_SHIFT | region, Ordering::Relaxed);
+        let ahead = if ahead { AHEAD } else { 0 };
+        entry.flags.store(log << LOG_SHIFT | region | ahead, Ordering::Relaxed);
         table.insert_unique(hash, id, |id| mix(self.entry(*id).key.load(Ordering::Relaxed)));
         true
     }
@@ -211,6 +238,7 @@ impl Residents {
                 place: Place(entry.place.load(Ordering::Relaxed)),
                 bytes: 1 << (flags >> LOG_SHIFT),
                 region: region_of(flags),
+                unused: flags & AHEAD != 0,
             },
         ))
     }
@@ -223,9 +251,9 @@ impl Residents {
         gone
     }
 
-    /// Whether the unit was read since this was last asked; clears the mark.
-    pub fn take_touched(&self, id: u32) -> bool {
-        self.entry(id).flags.fetch_and(!TOUCHED, Ordering::Relaxed) & TOUCHED != 0
+    /// Units read ahead that were used.
+    pub fn ahead_used(&self) -> u64 {
+        self.ahead_used.load(Ordering::Relaxed)
     }
 
     /// All resident units of a layer.
@@ -262,6 +290,16 @@ impl Residents {
             .sum();
         let entries = self.ids.load(Ordering::Relaxed) as usize * size_of::<Entry>();
         (tables + entries) as u64
+    }
+}
+
+impl Marks for &Residents {
+    fn take_touched(&mut self, id: u32) -> bool {
+        self.entry(id).flags.fetch_and(!TOUCHED, Ordering::Relaxed) & TOUCHED != 0
+    }
+
+    fn key(&self, id: u32) -> u64 {
+        mix(self.entry(id).key.load(Ordering::Relaxed))
     }
 }
 

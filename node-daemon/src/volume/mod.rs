@@ -6,6 +6,7 @@
 //! Called from many threads. A write holds `gate` shared and its byte range alone; snapshot and detach hold `gate`
 //! alone, so they wait for writes in flight and keep later ones out.
 
+mod ahead;
 mod extents;
 mod promote;
 mod range_lock;
@@ -15,7 +16,7 @@ mod stats;
 mod write;
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::{Arc, Mutex, RwLock, Weak};
 
 use hearth_protocol::heat::LatencySummary;
 use hearth_protocol::{BlockIndex, Epoch, ImageId, LayerId, LeaseId, SetVersion, SnapshotName};
@@ -50,6 +51,9 @@ pub struct Volume {
     closed: Mutex<bool>,
     stats: Stats,
     heat: extents::HeatScale,
+    ahead: ahead::Ahead,
+    poison_noted: AtomicBool,
+    me: Weak<Volume>,
 }
 
 impl Volume {
@@ -69,7 +73,7 @@ impl Volume {
         let stack = Stack::new(opened.stack(), opened.meta.block_size, &tier);
         // Copies of a growing layer are valid for one epoch.
         tier.forget_layer(stack.handle(0));
-        Ok(Arc::new(Self {
+        Ok(Arc::new_cyclic(|me| Self {
             image,
             epoch,
             size: opened.meta.size,
@@ -83,6 +87,9 @@ impl Volume {
             closed: Mutex::new(false),
             stats: Stats::default(),
             heat: extents::HeatScale::default(),
+            ahead: ahead::Ahead::default(),
+            poison_noted: AtomicBool::new(false),
+            me: me.clone(),
             store,
             tier,
             remote,
@@ -104,7 +111,7 @@ impl Volume {
             LayerRef::Local(layer) => layer.size(),
             LayerRef::Remote(_) => return Err(StoreError::NoLayer(layer)),
         };
-        Ok(Arc::new(Self {
+        Ok(Arc::new_cyclic(|me| Self {
             image: meta.id,
             epoch: meta.record.epoch,
             size,
@@ -118,6 +125,9 @@ impl Volume {
             closed: Mutex::new(true),
             stats: Stats::default(),
             heat: extents::HeatScale::default(),
+            ahead: ahead::Ahead::default(),
+            poison_noted: AtomicBool::new(false),
+            me: me.clone(),
             store,
             tier,
             remote,

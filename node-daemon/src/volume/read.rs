@@ -8,7 +8,7 @@ use super::Volume;
 use super::stack::{Stack, Where};
 use super::stats::add;
 use crate::disk::DiskError;
-use crate::store::direct::AlignedBuf;
+use crate::store::direct::{AlignedBuf, with_buffer};
 use crate::tier::{LayerHandle, Region};
 
 /// Whole units that are read below with one request, in bytes.
@@ -30,7 +30,7 @@ struct Piece {
 }
 
 impl Volume {
-    fn unit_bytes(&self) -> u64 {
+    pub(super) fn unit_bytes(&self) -> u64 {
         self.block_size.min(64 << 10)
     }
 
@@ -44,12 +44,12 @@ impl Volume {
         }
     }
 
-    fn block_of(&self, unit: u32) -> u64 {
+    pub(super) fn block_of(&self, unit: u32) -> u64 {
         u64::from(unit) * self.unit_bytes() / self.block_size
     }
 
     /// Bytes of a unit; the image's last one may be shorter.
-    fn unit_len(&self, unit: u32) -> usize {
+    pub(super) fn unit_len(&self, unit: u32) -> usize {
         let start = u64::from(unit) * self.unit_bytes();
         self.unit_bytes().min(self.size - start) as usize
     }
@@ -79,6 +79,7 @@ impl Volume {
         }
         drop(stack);
         add(&self.stats.ram_hits, hits);
+        self.note_range(offset, buf.len());
         self.stats.reads.record(start.elapsed());
         true
     }
@@ -107,7 +108,7 @@ impl Volume {
                     if self.tier.read(handle, piece.unit, piece.within, part) {
                         add(&self.stats.ram_hits, 1);
                         piece.len
-                    } else if piece.len == self.unit_len(piece.unit) {
+                    } else if piece.len == self.unit_len(piece.unit) && !self.tier.is_in_flight(handle, piece.unit) {
                         let run = self.miss_run(&stack, found, handle, piece.unit, buf.len() - at);
                         self.read_run(&stack, found, handle, piece.unit, &mut buf[at..at + run])?;
                         run
@@ -118,8 +119,16 @@ impl Volume {
                 }
             };
         }
+        self.note_range(offset, buf.len());
         self.stats.reads.record(start.elapsed());
         Ok(())
+    }
+
+    fn note_range(&self, offset: u64, length: usize) {
+        if length > 0 {
+            let last = (offset + length as u64 - 1) / self.unit_bytes();
+            self.note_read((offset / self.unit_bytes()) as u32, last as u32);
+        }
     }
 
     /// Bytes of whole units from `unit` on that lie in the same place and are not in RAM, at most `left`.
@@ -131,6 +140,7 @@ impl Volume {
             && left - len >= self.unit_len(next)
             && stack.find(self.block_of(next), 0) == found
             && self.tier.region(handle, next).is_none()
+            && !self.tier.is_in_flight(handle, next)
         {
             len += self.unit_len(next);
             next += 1;
@@ -188,8 +198,7 @@ impl Volume {
             return Ok(());
         }
         add(&self.stats.ram_misses, 1);
-        UNIT.with_borrow_mut(|scratch| {
-            let whole = scratch.get(self.unit_len(piece.unit));
+        with_buffer(&UNIT, self.unit_len(piece.unit), |whole| {
             let token = self.tier.begin_fill(handle, piece.unit);
             self.fetch(stack, found, u64::from(piece.unit) * self.unit_bytes(), whole)?;
             buf.copy_from_slice(&whole[piece.within..piece.within + piece.len]);
@@ -262,8 +271,7 @@ impl Volume {
             }
             (None, _) => {}
         }
-        UNIT.with_borrow_mut(|scratch| {
-            let whole = scratch.get(self.unit_len(unit));
+        with_buffer(&UNIT, self.unit_len(unit), |whole| {
             let token = self.tier.begin_fill(handle, unit);
             self.fetch(stack, found, u64::from(unit) * self.unit_bytes(), whole)?;
             Ok((self.tier.fill(handle, unit, token, whole, region), whole.len() as u64))

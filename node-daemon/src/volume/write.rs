@@ -4,6 +4,7 @@
 //! the whole block: the block is recorded as held only when all of it is there.
 
 use std::cell::RefCell;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use super::Volume;
@@ -11,7 +12,7 @@ use super::range_lock::Range;
 use super::stack::{Stack, Where};
 use super::stats::add;
 use crate::disk::DiskError;
-use crate::store::direct::{ALIGN, AlignedBuf};
+use crate::store::direct::{ALIGN, AlignedBuf, with_buffer};
 use crate::store::{BlockState, Layer};
 use crate::tier::WriteTicket;
 
@@ -105,10 +106,11 @@ impl Volume {
         let durable = fua && section.plain && top.is_committed();
         let content = Content::Bytes(data);
         if section.plain {
-            self.overwrite(top, offset, content, data.len(), durable)?;
+            self.overwrite(top, offset, content, data.len(), durable)
         } else {
-            self.write_blocks(&section.stack, offset, content, data.len() as u64)?;
+            self.write_blocks(&section.stack, offset, content, data.len() as u64)
         }
+        .inspect_err(|_| self.note_poison(top))?;
         section.ticket.update(offset, data);
         if fua && !durable {
             self.flush_layer(top)?;
@@ -142,8 +144,7 @@ impl Volume {
                 let page = at / PAGE * PAGE;
                 let within = (at - page) as usize;
                 let take = ((PAGE as usize) - within).min(length - skip);
-                EDGE.with_borrow_mut(|edge| {
-                    let edge = edge.get(ALIGN);
+                with_buffer(&EDGE, ALIGN, |edge| {
                     top.read(page, edge)?;
                     content.copy_to(skip, &mut edge[within..within + take]);
                     top.write(page, edge, durable)
@@ -220,8 +221,7 @@ impl Volume {
         let top = Self::top(stack);
         let start = block * self.block_size;
         let len = self.block_size.min(self.size - start) as usize;
-        BLOCK.with_borrow_mut(|scratch| {
-            let whole = scratch.get(len);
+        with_buffer(&BLOCK, len, |whole| {
             if !self.copy_from_ram(stack, below, start, whole) {
                 self.fetch(stack, below, start, whole)?;
             }
@@ -387,15 +387,17 @@ impl Volume {
     }
 
     fn flush_layer(&self, top: &Layer) -> Result<(), DiskError> {
-        let before = top.poisoned().is_some();
-        top.flush().inspect_err(|_| {
-            if !before
-                && top.poisoned().is_some()
-                && let Err(err) = self.store.distrust(self.image)
-            {
-                tracing::error!(image = %self.image, %err, "cannot record that a flush failed");
-            }
-        })
+        top.flush().inspect_err(|_| self.note_poison(top))
+    }
+
+    /// Remembers durably that unflushed writes cannot be trusted, the first time that a layer is found poisoned.
+    fn note_poison(&self, top: &Layer) {
+        if top.poisoned().is_some()
+            && !self.poison_noted.swap(true, Ordering::AcqRel)
+            && let Err(err) = self.store.distrust(self.image)
+        {
+            tracing::error!(image = %self.image, %err, "cannot record that a flush failed");
+        }
     }
 }
 
