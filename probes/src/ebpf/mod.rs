@@ -22,6 +22,9 @@ use self::probes::Probes;
 use self::slots::DeviceNumber;
 use crate::source::{HeatError, HeatSource, Window};
 
+/// Most blocks that a window can be made for: 10 GiB of kernel memory.
+const BLOCKS_MAX: u32 = 1 << 26;
+
 /// Sizes of the kernel's maps, fixed when the programs are loaded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EbpfOptions {
@@ -94,8 +97,14 @@ impl EbpfSource {
     ///
     /// # Errors
     /// [`HeatError::Unavailable`] with what to install or change if this build or this machine cannot run them.
+    ///
+    /// # Panics
+    /// If an option is out of its range.
     pub fn load(options: EbpfOptions) -> Result<Self, HeatError> {
-        assert!(options.blocks_max > 0, "a window holds at least one block");
+        assert!(
+            (1..=BLOCKS_MAX).contains(&options.blocks_max),
+            "1 to {BLOCKS_MAX} blocks"
+        );
         assert!(
             (1..=SLOTS_MAX).contains(&options.devices_max),
             "1 to {SLOTS_MAX} devices"
@@ -136,6 +145,12 @@ impl EbpfSource {
     /// [`HeatError::Failed`] if there is no such disk, if too many are watched, or from the kernel.
     pub fn watch_disk(&self, name: &str) -> Result<(), HeatError> {
         self.probes().watch_disk(name)
+    }
+
+    /// Accesses of drained windows that are counted in the heat but not in the latencies, because too many were in
+    /// flight at once.
+    pub fn untimed_total(&self) -> u64 {
+        self.probes().untimed_total()
     }
 
     /// Has the kernel measure run times until the meter is dropped.

@@ -68,6 +68,8 @@ pub struct Probes {
     tallies: BTreeMap<u32, ImageTally>,
     events_total: u64,
     lost_total: u64,
+    /// Accesses whose latency was not measured.
+    untimed_total: u64,
     missed: u64,
 }
 
@@ -174,6 +176,7 @@ impl Probes {
             tallies: BTreeMap::new(),
             events_total: 0,
             lost_total: 0,
+            untimed_total: 0,
             missed: 0,
         })
     }
@@ -341,6 +344,7 @@ impl Probes {
                 .or_insert_with(|| ImageTally::new(slot.block_size));
             tally.events += totals.events;
             tally.lost += totals.lost;
+            self.untimed_total += totals.untimed;
             self.latencies
                 .read(number, false, &mut tally.read_latency)
                 .map_err(reading)?;
@@ -367,6 +371,11 @@ impl Probes {
             }
         }
         Ok(disks)
+    }
+
+    /// See [`super::EbpfSource::untimed_total`].
+    pub fn untimed_total(&self) -> u64 {
+        self.untimed_total
     }
 
     /// See [`crate::source::HeatSource::drain`].
