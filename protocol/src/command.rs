@@ -145,9 +145,10 @@ pub struct Alternative {
 pub enum Outcome {
     /// Done, as far as `done` says: a promote may find some blocks written meanwhile.
     Done {
-        /// Blocks now in the ordered state, ascending: a block that was there (or gone) before counts as done.
+        /// Blocks now in the ordered state, ascending. A block to promote that was there before counts as done.
         done: Vec<BlockIndex>,
-        /// Blocks that are not, each with a short reason such as `written_during_fill`; the scheduler lets them rest.
+        /// The other blocks, each with a short reason. Promote: not in the main region now, such as
+        /// `written_during_fill`; the scheduler lets them rest. Demote: there was no copy to drop.
         skipped: Vec<(BlockIndex, String)>,
         /// Bytes moved.
         bytes: ByteLen,

@@ -20,6 +20,12 @@ use crate::decay::{DecayClock, Weight, shifted};
 /// Bursts that one record may earn per report: a window has ten tenths of a second, more is a lie.
 const BURSTS_PER_REPORT_MAX: u64 = 10;
 
+/// Ticks for which a block is not ordered in again after a node skipped or refused it, or a write dropped it.
+pub const REST_TICKS: u64 = 8;
+
+/// Doublings of the rest at most: a block that never can be promoted, such as a hole, is tried every nine minutes.
+const REST_DOUBLINGS_MAX: u8 = 6;
+
 /// Where a block stands between disk and the main region.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Place {
@@ -45,6 +51,19 @@ pub(crate) struct Cell {
     /// Log position of the newest heat event *without losses* that counted it; 0 if there is none.
     pub heat_seq: Seq,
     pub place: Place,
+    /// Orders in a row that the node skipped or refused for it: each doubles the rest before the next.
+    pub skips: u8,
+}
+
+impl Default for Cell {
+    fn default() -> Self {
+        Self {
+            weight: 0,
+            heat_seq: Seq(0),
+            place: Place::Out,
+            skips: 0,
+        }
+    }
 }
 
 impl Cell {
@@ -78,7 +97,7 @@ pub(crate) struct NodeBlocks {
     pub resident_bytes: u64,
     pub arriving_bytes: u64,
     pub doubtful_bytes: u64,
-    /// When resting blocks may be ordered again, by tick.
+    /// Blocks that may be ordered again, by tick.
     pub rests: BTreeMap<u64, Vec<(LayerId, BlockIndex)>>,
     /// Least weight that stands in `hot`.
     #[serde(skip)]
@@ -177,11 +196,7 @@ impl NodeBlocks {
                 continue;
             }
             let before = layer.cells.get(&record.block).copied();
-            let mut cell = before.unwrap_or(Cell {
-                weight: 0,
-                heat_seq: Seq(0),
-                place: Place::Out,
-            });
+            let mut cell = before.unwrap_or_default();
             if let Some(before) = &before {
                 layer.unlist(record.block, before, floor);
             } else {
@@ -212,11 +227,7 @@ impl NodeBlocks {
             .entry(layer_id)
             .or_insert_with(|| LayerBlocks::new(block_bytes));
         let before = layer.cells.get(&block).copied();
-        let mut cell = before.unwrap_or(Cell {
-            weight: 0,
-            heat_seq: Seq(0),
-            place: Place::Out,
-        });
+        let mut cell = before.unwrap_or_default();
         if let Some(before) = &before {
             layer.unlist(block, before, floor);
         } else {
@@ -254,10 +265,37 @@ impl NodeBlocks {
         layer.list(block, &cell, floor);
     }
 
-    /// Puts a block out and keeps it from being ordered again before `until`.
-    pub(crate) fn rest(&mut self, layer: LayerId, block_bytes: u64, block: BlockIndex, until: u64) {
-        self.place(layer, block_bytes, block, Place::Resting);
-        self.rests.entry(until).or_default().push((layer, block));
+    /// A promotion of the block was skipped or refused: it is out, and rests, twice as long with every skip in a row.
+    pub(crate) fn skipped(&mut self, layer: LayerId, block: BlockIndex, tick: u64) {
+        let held = |p| matches!(p, Place::Arriving | Place::Doubtful);
+        if !self.place_if(layer, block, held, Place::Resting) {
+            return;
+        }
+        let cell = self.layers.get_mut(&layer).and_then(|l| l.cells.get_mut(&block));
+        let cell = cell.expect("a resting block is tracked");
+        let rest = REST_TICKS << cell.skips.min(REST_DOUBLINGS_MAX);
+        cell.skips = cell.skips.saturating_add(1);
+        self.rests
+            .entry(tick.saturating_add(rest))
+            .or_default()
+            .push((layer, block));
+    }
+
+    /// A promotion of the block is done, as the node said.
+    pub(crate) fn arrived(&mut self, layer: LayerId, block_bytes: u64, block: BlockIndex) {
+        self.place(layer, block_bytes, block, Place::Resident);
+        let cell = self.layers.get_mut(&layer).and_then(|l| l.cells.get_mut(&block));
+        cell.expect("a resident is tracked").skips = 0;
+    }
+
+    /// A demotion of the block was refused: it stays listed as leaving for a while, so that the order is not repeated
+    /// with every tick.
+    pub(crate) fn stays(&mut self, layer: LayerId, block: BlockIndex, tick: u64) {
+        let leaving = |p| p == Place::Leaving;
+        if self.place_if(layer, block, leaving, Place::Leaving) {
+            let until = tick.saturating_add(REST_TICKS);
+            self.rests.entry(until).or_default().push((layer, block));
+        }
     }
 
     /// Ends the rests that are due.
@@ -268,6 +306,7 @@ impl NodeBlocks {
             }
             for (layer, block) in entry.remove() {
                 self.place_if(layer, block, |p| p == Place::Resting, Place::Out);
+                self.place_if(layer, block, |p| p == Place::Leaving, Place::Resident);
             }
         }
     }
@@ -345,9 +384,11 @@ impl NodeBlocks {
         }
     }
 
-    /// Like [`Self::rest`], for a block that is tracked and whose place satisfies `when`.
-    pub(crate) fn rest_if(&mut self, layer: LayerId, block: BlockIndex, when: impl Fn(Place) -> bool, until: u64) {
-        if self.place_if(layer, block, when, Place::Resting) {
+    /// The node said that a write made the copy stale: it is out, and rests.
+    pub(crate) fn dropped(&mut self, layer: LayerId, block: BlockIndex, tick: u64) {
+        let held = |p| !matches!(p, Place::Out | Place::Resting);
+        if self.place_if(layer, block, held, Place::Resting) {
+            let until = tick.saturating_add(REST_TICKS);
             self.rests.entry(until).or_default().push((layer, block));
         }
     }

@@ -32,6 +32,7 @@ pub(crate) fn state(data: &Data) -> Hash {
                     Place::Doubtful => 4,
                     Place::Resting => 5,
                 });
+                buffer.push(cell.skips);
                 if buffer.len() + 32 > buffer.capacity() {
                     hasher.update(&buffer);
                     buffer.clear();

@@ -30,9 +30,8 @@ mod state;
 mod view;
 pub mod why;
 
+pub use blocks::REST_TICKS;
 pub use digest::{DigestBook, DigestCheck};
 pub use orders::COMMAND_TICKS;
-pub use state::{
-    Applied, DIGEST_EVERY_TICKS, Judged, REST_TICKS, State, TRACKED_BLOCKS_MAX, TRACKED_BLOCKS_PER_NODE_MAX,
-};
+pub use state::{Applied, DIGEST_EVERY_TICKS, Judged, State, TRACKED_BLOCKS_MAX, TRACKED_BLOCKS_PER_NODE_MAX};
 pub use view::{image_heat, view};

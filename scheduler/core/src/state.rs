@@ -3,7 +3,7 @@
 //! Invariants: equal log prefixes give equal states, on any machine; a void or repeated event changes nothing but
 //! counters and its publisher's number; nothing here fails.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use hearth_protocol::command::{Command, Outcome};
 use hearth_protocol::event::{HeatFolded, NodeJoined};
@@ -29,9 +29,6 @@ pub const TRACKED_BLOCKS_MAX: u64 = 1 << 24;
 
 /// Blocks tracked on one node at most, however few nodes there are: 64 GiB of 64 KiB blocks.
 pub const TRACKED_BLOCKS_PER_NODE_MAX: u64 = 1 << 20;
-
-/// Ticks for which a block is not ordered in again after a node skipped or refused it, or a write dropped it.
-pub const REST_TICKS: u64 = 8;
 
 /// Ticks between two recorded digests.
 pub const DIGEST_EVERY_TICKS: u64 = 10;
@@ -421,8 +418,7 @@ impl State {
         on.ensure_floor(floor);
         for (layer, dropped) in &heat.dropped {
             for block in dropped {
-                let held = |p| matches!(p, Place::Resident | Place::Arriving | Place::Doubtful | Place::Leaving);
-                on.rest_if(*layer, *block, held, tick.0.saturating_add(REST_TICKS));
+                on.dropped(*layer, *block, tick.0);
             }
         }
         let reports = (node.report_seq - heat.reports.0).saturating_add(1);
@@ -524,35 +520,30 @@ impl State {
         let Some(on) = blocks.get_mut(&given.node).filter(|_| live && given.block_bytes > 0) else {
             return;
         };
-        let until = facts.tick.0.saturating_add(REST_TICKS);
-        let done: std::collections::BTreeSet<BlockIndex> = match outcome {
-            Outcome::Done { done, .. } => done.iter().copied().collect(),
+        let tick = facts.tick.0;
+        let gone = !facts.catalog.layers.contains_key(&given.layer);
+        let (done, skipped): (BTreeSet<BlockIndex>, BTreeSet<BlockIndex>) = match outcome {
+            Outcome::Done { done, skipped, .. } => (
+                done.iter().copied().collect(),
+                skipped.iter().map(|(block, _)| *block).collect(),
+            ),
             Outcome::Refused { .. } => Default::default(),
         };
         for block in &given.blocks {
-            let place = on.cell(given.layer, *block).map_or(Place::Out, |c| c.place);
-            match (given.promote, done.contains(block)) {
-                (true, true) => {
-                    if matches!(place, Place::Arriving | Place::Out | Place::Doubtful) {
-                        on.place(given.layer, given.block_bytes, *block, Place::Resident);
-                    }
+            if given.promote {
+                let place = on.cell(given.layer, *block).map_or(Place::Out, |c| c.place);
+                if !done.contains(block) {
+                    on.skipped(given.layer, *block, tick);
+                } else if matches!(place, Place::Arriving | Place::Out | Place::Doubtful) {
+                    on.arrived(given.layer, given.block_bytes, *block);
                 }
-                (true, false) => {
-                    if place == Place::Arriving {
-                        on.rest(given.layer, given.block_bytes, *block, until);
-                    }
-                }
-                (false, true) => {
-                    on.place_if(
-                        given.layer,
-                        *block,
-                        |p| matches!(p, Place::Leaving | Place::Doubtful),
-                        Place::Out,
-                    );
-                }
-                (false, false) => {
-                    on.place_if(given.layer, *block, |p| matches!(p, Place::Leaving), Place::Resident);
-                }
+            } else if done.contains(block) || skipped.contains(block) || gone {
+                // A demotion skips what it does not find in the main region. A node that does not know the layer any
+                // more has no copy of it either.
+                let held = |p| matches!(p, Place::Leaving | Place::Doubtful | Place::Resident);
+                on.place_if(given.layer, *block, held, Place::Out);
+            } else {
+                on.stays(given.layer, *block, tick);
             }
         }
     }

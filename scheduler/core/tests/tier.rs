@@ -457,3 +457,61 @@ fn commands_are_cut_at_their_limit_and_ids_differ() {
     assert_eq!(counts, [1_024, 1_024, 452]);
     assert!(commands[0].id != commands[1].id && commands[1].id != commands[2].id);
 }
+
+#[test]
+fn a_block_that_keeps_failing_is_tried_ever_less_often() {
+    let mut sim = small(4);
+    sim.deaf.insert(node_id("n1"));
+    sim.heat("n1", 1, 1, &[reads(3, 9)]);
+    let mut tries = Vec::new();
+    for _ in 0..130 {
+        sim.alive("n1");
+        for command in sim.second() {
+            tries.push(sim.tick.0);
+            let skipped = vec![(BlockIndex(3), "not_in_layer".into())];
+            let outcome = Outcome::Done {
+                done: Vec::new(),
+                skipped,
+                bytes: ByteLen(0),
+                took_us: 1,
+            };
+            finish(&mut sim, &command, outcome);
+        }
+    }
+    assert_eq!(tries, [1, 9, 25, 57, 121]);
+    sim.state.audit().unwrap();
+}
+
+#[test]
+fn a_demotion_that_finds_nothing_or_is_refused_is_not_repeated_with_every_tick() {
+    let not_there = Outcome::Done {
+        done: Vec::new(),
+        skipped: vec![(BlockIndex(3), "not_in_main_region".into())],
+        bytes: ByteLen(0),
+        took_us: 1,
+    };
+    let refused = Outcome::Refused { why: "busy".into() };
+    for (answer, resident, orders) in [(not_there, 0, 1), (refused, BLOCK, 3)] {
+        let mut sim = small(4);
+        sim.policy(|p| p.half_life_s = 1);
+        sim.heat("n1", 1, 1, &[reads(3, 2)]);
+        sim.second();
+        sim.deaf.insert(node_id("n1"));
+        let mut given = 0;
+        for _ in 0..3 + 2 * REST_TICKS + 2 {
+            sim.alive("n1");
+            for command in sim.second() {
+                assert_eq!(command.reason.rule, "tier/cold");
+                given += 1;
+                finish(&mut sim, &command, answer.clone());
+            }
+        }
+        assert_eq!(given, orders);
+        for _ in 0..REST_TICKS {
+            sim.alive("n1");
+            sim.tick_only(1_000);
+        }
+        assert_eq!(sim.state.main_bytes(&node_id("n1")).0, ByteLen(resident));
+        sim.state.audit().unwrap();
+    }
+}
