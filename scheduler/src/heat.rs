@@ -115,3 +115,112 @@ fn event(report: &HeatReport, term: Term, gap: u64) -> HeatFolded {
         dropped: report.dropped.clone(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use hearth_protocol::event::NodeJoined;
+    use hearth_protocol::heat::TierUse;
+    use hearth_protocol::{ByteLen, Envelope, Event, Publisher, Seq, WallMs};
+
+    use super::*;
+
+    fn report(incarnation: u128, report_seq: u64) -> HeatReport {
+        HeatReport {
+            node: "n1".parse().unwrap(),
+            incarnation: Incarnation(incarnation),
+            report_seq,
+            time: WallMs(0),
+            window_ms: 1000,
+            images: Vec::new(),
+            tier: TierUse::default(),
+            disks: Vec::new(),
+            probe_events_total: 0,
+            probe_lost_total: 0,
+            dropped: Vec::new(),
+        }
+    }
+
+    fn push(buffer: &mut HeatBuffer, report: &HeatReport) {
+        buffer.push(&Fetched {
+            seq: Seq(1),
+            subject: subject::heat(&report.node),
+            message_id: None,
+            frame: report.encode().into(),
+        });
+    }
+
+    fn join(state: &mut State, incarnation: u128) {
+        let node: NodeId = "n1".parse().unwrap();
+        let envelope = Envelope {
+            codec: 1,
+            subject: subject::node(&node),
+            publisher: Publisher::Node(node.clone()),
+            incarnation: Incarnation(incarnation),
+            publisher_seq: 1,
+            time: WallMs(0),
+        };
+        let joined = NodeJoined {
+            node,
+            incarnation: Incarnation(incarnation),
+            storage_incarnation: Incarnation(1),
+            previous: None,
+            ram: ByteLen(0),
+            main: ByteLen(0),
+            fault_domain: "here".into(),
+            peer_address: "unix:/nowhere".into(),
+            layers: Vec::new(),
+            heat_source: "export".into(),
+        };
+        let next = state.seq().next();
+        state.apply(next, &envelope, &Event::NodeJoined(joined));
+    }
+
+    fn folded(buffer: &mut HeatBuffer, state: &State) -> Vec<(u64, u64)> {
+        let events = buffer.fold(state, Term(1));
+        events.iter().map(|e| (e.reports.0, e.gap)).collect()
+    }
+
+    #[test]
+    fn reports_wait_for_their_node_and_gaps_are_counted_once() {
+        let (mut buffer, mut state) = (HeatBuffer::default(), State::default());
+        push(&mut buffer, &report(7, 2));
+        push(&mut buffer, &report(7, 3));
+        assert_eq!(folded(&mut buffer, &state), [], "nobody joined");
+        join(&mut state, 7);
+        push(&mut buffer, &report(7, 6));
+        assert_eq!(folded(&mut buffer, &state), [(2, 1), (3, 0), (6, 2)]);
+        assert_eq!(folded(&mut buffer, &state), [], "they are on their way");
+        push(&mut buffer, &report(7, 6));
+        push(&mut buffer, &report(7, 7));
+        assert_eq!(folded(&mut buffer, &state), [(7, 0)]);
+    }
+
+    #[test]
+    fn a_restarted_node_starts_over_and_its_former_life_is_dropped() {
+        let (mut buffer, mut state) = (HeatBuffer::default(), State::default());
+        join(&mut state, 7);
+        push(&mut buffer, &report(7, 1));
+        push(&mut buffer, &report(8, 1));
+        join(&mut state, 8);
+        assert_eq!(folded(&mut buffer, &state), [(1, 0)]);
+    }
+
+    #[test]
+    fn another_leaders_folding_and_foreign_reports_leave_nothing_behind() {
+        let (mut buffer, mut state) = (HeatBuffer::default(), State::default());
+        join(&mut state, 7);
+        for seq in 1..=9 {
+            push(&mut buffer, &report(7, seq));
+        }
+        buffer.folded(&event(&report(7, 5), Term(1), 0));
+        buffer.push(&Fetched {
+            seq: Seq(1),
+            subject: "hearth.heat.n2".into(),
+            message_id: None,
+            frame: report(7, 10).encode().into(),
+        });
+        // The log of this state knows nothing of that folding; what is kept is what counts.
+        let kept: Vec<_> = folded(&mut buffer, &state).iter().map(|(seq, _)| *seq).collect();
+        assert_eq!(kept, [6, 7, 8, 9]);
+    }
+}
