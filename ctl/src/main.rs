@@ -1,1 +1,7 @@
-fn main() {}
+//! The `hearth` command: see `hearth --help`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    hearth_ctl::main()
+}

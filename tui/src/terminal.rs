@@ -132,3 +132,8 @@ fn run_in(
         }
     }
 }
+
+/// Columns of the terminal, 80 where it does not say.
+pub fn width() -> usize {
+    crossterm::terminal::size().map_or(80, |(columns, _)| columns.into())
+}

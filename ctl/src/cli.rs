@@ -1,0 +1,457 @@
+//! The command line: nouns, verbs and options.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use hearth_protocol::{ByteLen, ImageName, NodeId, units};
+
+use crate::moment::Moment;
+use crate::names::{BlockOf, ImageAt, Setting};
+use crate::output::Format;
+
+const AFTER: &str = "Exit codes: 0 done, 1 failed, 2 usage, 3 not found, 4 not supported, 5 refused by a safety rule, \
+6 conflict, 7 still running, 20 cannot connect, 21 no answer in time.
+
+Sizes take IEC units (64KiB or 64K, 4GiB), times are RFC 3339, `-5m` for five minutes ago, or a log position.";
+
+/// Hearth keeps VMs' hot blocks in RAM and says why
+#[derive(Debug, Parser)]
+#[command(name = "hearth", version, after_help = AFTER, propagate_version = true, max_term_width = 100)]
+pub struct Cli {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub noun: Noun,
+}
+
+/// Options of every command
+#[derive(Debug, Clone, Args)]
+pub struct Global {
+    /// NATS servers, separated by commas
+    #[arg(
+        long,
+        global = true,
+        env = "HEARTH_NATS",
+        default_value = "nats://127.0.0.1:4222",
+        value_name = "URL",
+        help_heading = "Options of every command"
+    )]
+    pub nats: String,
+    /// NATS credentials file
+    #[arg(
+        long,
+        global = true,
+        env = "HEARTH_NATS_CREDENTIALS",
+        value_name = "FILE",
+        help_heading = "Options of every command"
+    )]
+    pub nats_credentials: Option<PathBuf>,
+    /// Longest wait for an answer
+    #[arg(long, global = true, default_value = "10s", value_parser = humantime::parse_duration, value_name = "TIME", help_heading = "Options of every command")]
+    pub timeout: Duration,
+    /// How to print
+    #[arg(short, long, global = true, value_enum, default_value_t = Format::Table, value_name = "FORMAT", help_heading = "Options of every command")]
+    pub output: Format,
+    /// Print only ASCII characters
+    #[arg(long, global = true, help_heading = "Options of every command")]
+    pub ascii: bool,
+}
+
+/// What a command is about
+#[derive(Debug, Subcommand)]
+pub enum Noun {
+    /// Virtual disks
+    #[command(subcommand, visible_alias = "img")]
+    Image(Image),
+    /// The machines that serve them
+    #[command(subcommand)]
+    Node(Node),
+    /// Long operations on a node
+    #[command(subcommand)]
+    Job(Job),
+    /// The cluster at a glance
+    #[command(visible_alias = "st")]
+    Status(Status),
+    /// What is wrong, and what to do
+    Health(Health),
+    /// The event log
+    #[command(subcommand)]
+    Log(Log),
+    /// Why a block is where it is: heat, rule and numbers, command, result, what lost
+    Why(Why),
+    /// The cluster as of a time, folded anew from the log, with its digest
+    Replay(Replay),
+    /// The rules that decide
+    #[command(subcommand)]
+    Policy(Policy),
+    /// The dashboard
+    Top(Top),
+    /// Completions for a shell, to be sourced
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// The manual page, or all pages into a folder
+    Man {
+        /// Writes one page per command here
+        #[arg(long, value_name = "DIR")]
+        dir: Option<PathBuf>,
+    },
+}
+
+/// Which node
+#[derive(Debug, Clone, Args)]
+pub struct OnNode {
+    /// The node [default: the image's node, or the only one]
+    #[arg(long, value_name = "NODE")]
+    pub node: Option<NodeId>,
+}
+
+/// Options of every change
+#[derive(Debug, Clone, Copy, Args)]
+pub struct Change {
+    /// Prints what would be asked of whom, and does nothing
+    #[arg(short = 'n', long)]
+    pub dry_run: bool,
+}
+
+fn block_size(text: &str) -> Result<ByteLen, String> {
+    let len: ByteLen = text
+        .parse()
+        .map_err(|e: hearth_protocol::size::SizeError| e.to_string())?;
+    if units::is_block_size(len.0) {
+        Ok(len)
+    } else {
+        Err("use a power of two from 4KiB to 4MiB".into())
+    }
+}
+
+fn image_size(text: &str) -> Result<ByteLen, String> {
+    let len: ByteLen = text
+        .parse()
+        .map_err(|e: hearth_protocol::size::SizeError| e.to_string())?;
+    let max = hearth_protocol::limits::IMAGE_BYTES_MAX;
+    if len.0 > 0 && len.0.is_multiple_of(4096) && len.0 <= max {
+        Ok(len)
+    } else {
+        Err(format!("use a multiple of 4KiB up to {}", ByteLen(max).iec()))
+    }
+}
+
+/// Operations on images
+#[derive(Debug, Subcommand)]
+pub enum Image {
+    /// Makes an empty image
+    #[command(visible_alias = "new")]
+    Create {
+        /// Its name, project/name
+        image: ImageName,
+        /// Its size, such as 4GiB
+        #[arg(value_name = "SIZE", value_parser = image_size, required_unless_present = "size")]
+        size_at: Option<ByteLen>,
+        /// Its size, such as 4GiB
+        #[arg(long, value_parser = image_size, conflicts_with = "size_at")]
+        size: Option<ByteLen>,
+        /// Its block size
+        #[arg(long, default_value = "64KiB", value_parser = block_size, value_name = "SIZE")]
+        block_size: ByteLen,
+        #[command(flatten)]
+        on: OnNode,
+        #[command(flatten)]
+        change: Change,
+    },
+    /// Makes an image from a raw file on the node
+    Import {
+        /// The raw file, as the node sees it
+        file: String,
+        /// The image's name, project/name
+        image: String,
+        /// Its block size
+        #[arg(long, default_value = "64KiB", value_parser = block_size, value_name = "SIZE")]
+        block_size: ByteLen,
+        /// Does not wait for the end
+        #[arg(long)]
+        detach: bool,
+        #[command(flatten)]
+        on: OnNode,
+        #[command(flatten)]
+        change: Change,
+    },
+    /// Makes an image on top of a snapshot; takes no space
+    Clone {
+        /// The snapshot, project/name@snapshot
+        source: ImageAt,
+        /// The clone's name, project/name
+        image: ImageName,
+        #[command(flatten)]
+        on: OnNode,
+        #[command(flatten)]
+        change: Change,
+    },
+    /// Seals what an image holds under a name
+    #[command(visible_alias = "snap")]
+    Snapshot {
+        /// The image and the snapshot's name, project/name@snapshot
+        snapshot: ImageAt,
+        #[command(flatten)]
+        on: OnNode,
+        #[command(flatten)]
+        change: Change,
+    },
+    /// Deletes an image for ever; refused while it is attached or has clones
+    #[command(visible_alias = "rm")]
+    Delete {
+        /// The image
+        image: ImageName,
+        /// Does not ask
+        #[arg(short, long)]
+        yes: bool,
+        #[command(flatten)]
+        on: OnNode,
+        #[command(flatten)]
+        change: Change,
+    },
+    /// All images
+    #[command(visible_alias = "ls")]
+    List {
+        /// Only of this node, asked of the node itself
+        #[arg(long, value_name = "NODE")]
+        node: Option<NodeId>,
+    },
+    /// Everything about one image
+    #[command(visible_alias = "info")]
+    Show {
+        /// The image
+        image: ImageName,
+        #[command(flatten)]
+        on: OnNode,
+    },
+    /// Starts serving an image on its node
+    Attach {
+        /// The image
+        image: ImageName,
+        /// `socket` for NBD only, `device` for a kernel block device as well
+        #[arg(long, value_enum, default_value_t = Export::Socket, value_name = "KIND")]
+        export: Export,
+        /// The same as --export device
+        #[arg(long, conflicts_with = "export")]
+        device: bool,
+        #[command(flatten)]
+        on: OnNode,
+        #[command(flatten)]
+        change: Change,
+    },
+    /// Stops serving it
+    Detach {
+        /// The image
+        image: ImageName,
+        #[command(flatten)]
+        on: OnNode,
+        #[command(flatten)]
+        change: Change,
+    },
+    /// Where its blocks are: runs of layer and tier
+    Map {
+        /// The image
+        image: ImageName,
+        #[command(flatten)]
+        on: OnNode,
+    },
+    /// How a guest gets the disk: a snippet for its configuration
+    AttachInfo {
+        /// The image
+        image: ImageName,
+        /// For whom
+        #[arg(long, value_enum, default_value_t = Guest::Qemu, value_name = "GUEST")]
+        format: Guest,
+        #[command(flatten)]
+        on: OnNode,
+    },
+}
+
+/// How an image is served
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Export {
+    /// NBD on the node's unix socket
+    Socket,
+    /// NBD and a kernel block device
+    Device,
+}
+
+/// Who uses the disk
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Guest {
+    /// QEMU's command line
+    Qemu,
+    /// A libvirt domain
+    Libvirt,
+    /// Proxmox VE
+    Pve,
+}
+
+/// Operations on nodes
+#[derive(Debug, Subcommand)]
+pub enum Node {
+    /// All nodes
+    #[command(visible_alias = "ls")]
+    List,
+    /// Everything about one node
+    #[command(visible_alias = "info")]
+    Show {
+        /// The node [default: the only one]
+        node: Option<NodeId>,
+    },
+}
+
+/// Operations on jobs
+#[derive(Debug, Subcommand)]
+pub enum Job {
+    /// How far a job is; exit code 7 while it runs
+    Show {
+        /// Its number, printed when it started
+        job: u64,
+        /// Waits for the end and shows progress
+        #[arg(short, long)]
+        follow: bool,
+        #[command(flatten)]
+        on: OnNode,
+    },
+}
+
+/// Options of `status`
+#[derive(Debug, Args)]
+pub struct Status {
+    /// Prints again and again, each time after this long [default: 2s]
+    #[arg(short, long, value_parser = humantime::parse_duration, value_name = "TIME", num_args = 0..=1, default_missing_value = "2s")]
+    pub watch: Option<Duration>,
+}
+
+/// Options of `health`
+#[derive(Debug, Args)]
+pub struct Health {
+    /// Says what to do as well
+    #[arg(long)]
+    pub detail: bool,
+}
+
+/// Where the log is read
+#[derive(Debug, Clone, Args)]
+pub struct From {
+    /// Reads a scheduler's event log in this folder (also while it runs) instead of the stream
+    #[arg(long, value_name = "DIR")]
+    pub log_dir: Option<PathBuf>,
+}
+
+/// Operations on the log
+#[derive(Debug, Subcommand)]
+pub enum Log {
+    /// The newest events, and those to come
+    Tail {
+        /// How many of the newest
+        #[arg(short = 'n', long, default_value_t = 20, value_name = "COUNT")]
+        lines: u64,
+        /// Stops there, does not wait for more
+        #[arg(long)]
+        no_follow: bool,
+        #[command(flatten)]
+        only: Only,
+    },
+    /// Events between two moments
+    #[command(visible_alias = "ls")]
+    List {
+        /// From here on [default: the newest 50]
+        #[arg(long, value_name = "MOMENT", allow_hyphen_values = true)]
+        since: Option<Moment>,
+        /// Up to here
+        #[arg(long, value_name = "MOMENT", allow_hyphen_values = true)]
+        until: Option<Moment>,
+        /// At most so many
+        #[arg(long, value_name = "COUNT")]
+        limit: Option<usize>,
+        #[command(flatten)]
+        only: Only,
+        #[command(flatten)]
+        from: From,
+    },
+    /// Everything in one event
+    Show {
+        /// Its log position
+        seq: u64,
+        #[command(flatten)]
+        from: From,
+    },
+    /// Checks contiguity and the hash chain, and derives every decision and digest again
+    Verify {
+        #[command(flatten)]
+        from: From,
+    },
+}
+
+/// Which events
+#[derive(Debug, Clone, Default, Args)]
+pub struct Only {
+    /// Of these kinds, such as command_given
+    #[arg(long, value_name = "KIND", value_delimiter = ',')]
+    pub kind: Vec<String>,
+    /// About this image
+    #[arg(long, value_name = "IMAGE")]
+    pub image: Option<ImageName>,
+    /// By or for this node
+    #[arg(long, value_name = "NODE")]
+    pub node: Option<NodeId>,
+}
+
+/// Options of `why`
+#[derive(Debug, Args)]
+pub struct Why {
+    /// The image and the block's number, project/name:block
+    pub block: BlockOf,
+    /// As of this time or log position
+    #[arg(long, value_name = "MOMENT", allow_hyphen_values = true)]
+    pub at: Option<Moment>,
+    #[command(flatten)]
+    pub from: From,
+}
+
+/// Options of `replay`
+#[derive(Debug, Args)]
+pub struct Replay {
+    /// As of this time or log position [default: the end of the log]
+    #[arg(long, value_name = "MOMENT", allow_hyphen_values = true)]
+    pub at: Option<Moment>,
+    #[command(flatten)]
+    pub from: From,
+}
+
+/// Operations on policies
+#[derive(Debug, Subcommand)]
+pub enum Policy {
+    /// The policy in force
+    Show,
+    /// Changes the tier policy
+    Set {
+        /// What to change, such as threshold_bursts=3; sizes take IEC units
+        #[arg(required = true, value_name = "NAME=VALUE")]
+        settings: Vec<Setting>,
+        /// Why, for the log
+        #[arg(long, default_value = "", value_name = "TEXT")]
+        reason: String,
+        #[command(flatten)]
+        change: Change,
+    },
+}
+
+/// Options of `top`
+#[derive(Debug, Args)]
+pub struct Top {
+    /// Prints text instead of using the terminal
+    #[arg(short, long)]
+    pub batch: bool,
+    /// Prints so many times, then ends [default: for ever]
+    #[arg(short = 'n', long, value_name = "COUNT", requires = "batch")]
+    pub iterations: Option<u64>,
+    /// Time between two looks
+    #[arg(short, long, default_value = "1s", value_parser = humantime::parse_duration, value_name = "TIME")]
+    pub delay: Duration,
+}

@@ -1,0 +1,61 @@
+//! The `hearth` command: every operation on the cluster, and `hearth top` for the dashboard.
+//!
+//! Data goes to stdout, everything else to stderr. A failure is one line that says what failed, one that says what to
+//! do next, and an exit code that scripts can rely on ([`hearth_protocol::rpc::FailureKind`]). Nothing here decides
+//! anything: nodes and the scheduler do, and the log says what they did.
+
+mod cli;
+mod cluster;
+mod history;
+mod moment;
+mod names;
+mod output;
+mod run;
+mod snippets;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser};
+use hearth_protocol::rpc::{Failure, FailureKind};
+
+/// What every operation returns.
+type Outcome<T = ()> = Result<T, Failure>;
+
+/// The command line as clap knows it, for completions and manual pages.
+pub fn command() -> clap::Command {
+    cli::Cli::command()
+}
+
+/// Reads the command line, does what it says, and reports.
+pub fn main() -> ExitCode {
+    // Usage errors leave here with exit code 2, help and version with 0.
+    let cli = cli::Cli::parse();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build();
+    let outcome = match runtime {
+        Ok(runtime) => {
+            let outcome = runtime.block_on(run::run(cli));
+            // A blocked read of a terminal must not hold up the end.
+            runtime.shutdown_background();
+            outcome
+        }
+        Err(error) => Err(Failure::new(FailureKind::Failed, format!("cannot start: {error}"), "")),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            output::report(&failure);
+            ExitCode::from(failure.kind.exit_code())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::command().debug_assert();
+    }
+}

@@ -1,0 +1,101 @@
+//! `hearth job`.
+
+use std::time::Duration;
+
+use hearth_protocol::NodeId;
+use hearth_protocol::rpc::{Failure, FailureKind, JobInfo, NodeReply, NodeRequest};
+use hearth_tui::fmt;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use super::Context;
+use crate::Outcome;
+use crate::cli::Job;
+use crate::cluster::{Cluster, unexpected};
+use crate::output;
+
+/// Time between two looks at a job.
+const LOOK: Duration = Duration::from_millis(200);
+
+pub async fn run(context: &Context, verb: Job) -> Outcome {
+    let Job::Show { job, follow: wait, on } = verb;
+    let cluster = context.cluster().await?;
+    let node = cluster.some_node(on.node).await?;
+    let info = look(&cluster, &node, job).await?;
+    if wait {
+        return follow(context, &cluster, &node, info).await;
+    }
+    context.out.one(&info, || text(&info, &node));
+    match info.ended {
+        Some(ended) => ended,
+        None => Err(running(&info, &node)),
+    }
+}
+
+async fn look(cluster: &Cluster, node: &NodeId, job: u64) -> Outcome<JobInfo> {
+    match cluster.node(node, &NodeRequest::JobShow { job }).await? {
+        NodeReply::Job(info) => Ok(info),
+        other => Err(unexpected(&format!("node {node}"), &other)),
+    }
+}
+
+/// The command that goes on with a job.
+pub fn resume(job: u64, node: &NodeId) -> String {
+    format!("hearth job show {job} --node {node} --follow")
+}
+
+fn running(info: &JobInfo, node: &NodeId) -> Failure {
+    Failure::new(
+        FailureKind::Running,
+        format!("job {} on {node} is still running: {}", info.id, info.what),
+        resume(info.id, node),
+    )
+}
+
+/// Waits for the end of a job and shows how far it is. Ctrl-C leaves it running.
+///
+/// # Errors
+/// The job's failure; exit code 7 when it was left running.
+pub async fn follow(context: &Context, cluster: &Cluster, node: &NodeId, mut info: JobInfo) -> Outcome {
+    let bar = ProgressBar::with_draw_target(Some(info.total.0), ProgressDrawTarget::stderr());
+    let style = "{msg} {wide_bar} {percent:>3} %  {binary_bytes}/{binary_total_bytes}  {binary_bytes_per_sec}  {eta}";
+    if let Ok(style) = ProgressStyle::with_template(style) {
+        bar.set_style(if context.out.ascii {
+            style.progress_chars("#>-")
+        } else {
+            style
+        });
+    }
+    bar.set_message(info.what.clone());
+    let mut interrupted = std::pin::pin!(tokio::signal::ctrl_c());
+    while info.ended.is_none() {
+        bar.set_length(info.total.0);
+        bar.set_position(info.done.0);
+        tokio::select! {
+            _ = &mut interrupted => {
+                bar.abandon();
+                output::note("detached, the job goes on");
+                return Err(running(&info, node));
+            }
+            () = tokio::time::sleep(LOOK) => {}
+        }
+        info = look(cluster, node, info.id).await?;
+    }
+    bar.finish_and_clear();
+    context.out.one(&info, || text(&info, node));
+    info.ended.unwrap_or(Ok(()))
+}
+
+fn text(info: &JobInfo, node: &NodeId) -> String {
+    let state = match &info.ended {
+        None => "running".into(),
+        Some(Ok(())) => "done".into(),
+        Some(Err(failure)) => format!("failed: {}", failure.message),
+    };
+    format!(
+        "job {} on {node}: {}\n{state}, {} of {}\n",
+        info.id,
+        info.what,
+        fmt::bytes(info.done),
+        fmt::bytes(info.total)
+    )
+}
