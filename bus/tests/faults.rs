@@ -5,6 +5,7 @@ use std::time::Duration;
 use hearth_bus::settings::Wanted;
 use hearth_bus::testing::{NatsServer, ServerSetup};
 use hearth_bus::{Bus, BusError, LogPublisher, MemoryCluster, NatsOptions, PublishError, new_incarnation};
+use hearth_protocol::heat::{HeatReport, TierUse};
 use hearth_protocol::{Event, Publisher, Seq, Term, TickNo, WallMs, subject};
 
 const SOON: Duration = Duration::from_secs(20);
@@ -119,6 +120,48 @@ async fn publishers_and_readers_survive_kills_of_the_server() {
                 next += 1;
             }
         }
+    }
+}
+
+/// A lone server keeps nothing of a stream in memory: the reader makes it anew, and reports arrive again.
+#[tokio::test(flavor = "multi_thread")]
+async fn heat_flows_again_after_a_kill_of_the_server() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut server = NatsServer::start(dir.path());
+    let bus = Bus::connect(&NatsOptions::new(server.url(), "heat")).await.unwrap();
+    bus.ensure_streams(&wanted(true, Vec::new())).await.unwrap();
+    let mut reader = bus.heat_reader();
+    let mut report = HeatReport {
+        node: "n1".parse().unwrap(),
+        incarnation: new_incarnation(),
+        report_seq: 0,
+        time: WallMs(0),
+        window_ms: 1000,
+        images: Vec::new(),
+        tier: TierUse::default(),
+        disks: Vec::new(),
+        probe_events_total: 0,
+        probe_lost_total: 0,
+        dropped: Vec::new(),
+    };
+    for _ in 0..2 {
+        let first_seq = report.report_seq + 1;
+        // Sent at most once: those before the stream is there again are lost, as gaps say.
+        let arrived = tokio::time::timeout(SOON, async {
+            loop {
+                report.report_seq += 1;
+                let _ = bus.publish_heat(&report).await;
+                let Ok(got) = reader.fetch(10, Duration::from_millis(100)).await else {
+                    continue;
+                };
+                if let Some(last) = got.last() {
+                    return HeatReport::decode(&last.frame).unwrap().report_seq;
+                }
+            }
+        });
+        assert!(arrived.await.expect("heat arrives within 20 s") >= first_seq);
+        server.kill();
+        server.restart();
     }
 }
 

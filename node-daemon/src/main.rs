@@ -1,5 +1,6 @@
 //! `hearth-node`: the daemon of one node.
 
+use std::io::IsTerminal as _;
 use std::path::PathBuf;
 
 use clap::Parser;

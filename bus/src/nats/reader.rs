@@ -10,7 +10,7 @@ use async_nats::jetstream::consumer::{AckPolicy, Consumer, DeliverPolicy, pull};
 use async_nats::jetstream::message::Message;
 use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt};
-use hearth_protocol::Seq;
+use hearth_protocol::{Seq, subject};
 use tokio::time::{Instant, sleep_until};
 
 use super::{MESSAGE_ID, streams, unavailable};
@@ -76,9 +76,15 @@ impl NatsReader {
     async fn open(&self) -> Result<Open, BusError> {
         let connects = self.connects();
         let doubt = |error: &dyn std::fmt::Display| unavailable("opening a reader", error);
-        let bounds = streams::bounds(&self.jetstream, self.spec.stream).await?;
+        let bounds = match streams::bounds(&self.jetstream, self.spec.stream).await {
+            Err(BusError::NoStream(subject::HEAT_STREAM)) => {
+                streams::restore_heat(&self.jetstream).await?;
+                streams::bounds(&self.jetstream, self.spec.stream).await?
+            }
+            other => other?,
+        };
         // The heat stream is memory only and numbers from 1 again after a restart: starting over is right there.
-        if bounds.last.next() < self.next && self.spec.stream == hearth_protocol::subject::LOG_STREAM {
+        if bounds.last.next() < self.next && self.spec.stream == subject::LOG_STREAM {
             return Err(BusError::RolledBack {
                 seen: Seq(self.next.0 - 1),
                 last: bounds.last,
@@ -149,7 +155,7 @@ impl NatsReader {
             ));
         }
         open.delivered = info.consumer_sequence;
-        let is_log = self.spec.stream == hearth_protocol::subject::LOG_STREAM;
+        let is_log = self.spec.stream == subject::LOG_STREAM;
         if is_log && seq < self.next {
             return Ok(None);
         }

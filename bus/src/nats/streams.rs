@@ -37,6 +37,17 @@ pub(super) async fn ensure(client: &Client, jetstream: &Context, wanted: &Wanted
     }
 }
 
+/// Creates the heat stream again after its server forgot it: a lone server keeps nothing of a stream in memory. As
+/// many copies as the log has; the log itself is never made anew here.
+pub(super) async fn restore_heat(jetstream: &Context) -> Result<(), BusError> {
+    let log = find(jetstream, subject::LOG_STREAM)
+        .await?
+        .ok_or(BusError::NoStream(subject::LOG_STREAM))?;
+    ensure_one(jetstream, settings::heat_stream(log.config.num_replicas)).await?;
+    tracing::info!("the heat stream was gone with its server's memory; it is made anew");
+    Ok(())
+}
+
 fn peers(info: &Info) -> Vec<String> {
     let Some(cluster) = &info.cluster else {
         return Vec::new();
