@@ -35,7 +35,7 @@ pub enum BusError {
     /// The stream ends behind what was already read from it.
     #[error(
         "the stream HEARTH ends at {last}, but {seen} was already read from it: it was rolled back or replaced. \
-         Nothing is decided until an operator restores it or acts with `hearth log recover`"
+         Nothing is decided until an operator restores it from a backup"
     )]
     RolledBack {
         /// The highest position read.

@@ -187,8 +187,8 @@ impl Ingest {
             Ok(Some(_)) => {
                 let why = format!(
                     "the stream HEARTH holds another message at {head} than this scheduler has read there: it was \
-                     rolled back and went on, or was replaced. Nothing is decided until an operator restores it or \
-                     acts with `hearth log recover`"
+                     rolled back and went on, or was replaced. Nothing is decided until an operator restores it \
+                     from a backup"
                 );
                 self.freeze(why).await;
             }
