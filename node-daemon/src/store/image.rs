@@ -252,7 +252,10 @@ impl Store {
             storage_incarnation: None,
             clean: true,
         };
-        self.put_image(&meta)?;
+        self.put_image(&meta).inspect_err(|_| {
+            // Best effort: the caller removes the layers, so no metadata should go on naming them.
+            let _ = fs::remove_dir_all(self.image_dir(meta.id));
+        })?;
         Ok(meta)
     }
 
@@ -298,7 +301,7 @@ impl Store {
     /// [`StoreError::Attached`], [`StoreError::Exists`], [`StoreError`].
     pub fn snapshot(&self, id: ImageId, name: &SnapshotName) -> Result<ImageMeta, StoreError> {
         self.while_detached(id, |store| {
-            let (meta, _) = store.push_layer(id, Some(name), None)?;
+            let (meta, _) = store.push_layer(id, Some(name), None, None)?;
             Ok(meta)
         })
     }
@@ -319,7 +322,7 @@ impl Store {
         if size == meta.size {
             return Ok(meta);
         }
-        self.while_detached(id, |store| Ok(store.push_layer(id, None, Some(size))?.0))
+        self.while_detached(id, |store| Ok(store.push_layer(id, None, Some(size), None)?.0))
     }
 
     /// Recovers and seals the top layer of a detached image, runs `f`, and keeps attach out meanwhile.
@@ -347,18 +350,21 @@ impl Store {
         result
     }
 
-    /// Puts an empty layer on top of an image whose old top is durable and takes no more writes; its metadata file is
-    /// the commit point. Returns the new metadata and the new top, open for writing.
+    /// Puts an empty layer on top of an image whose old top is durable and takes no writes meanwhile; its metadata
+    /// file is the commit point. Returns the new metadata and the new top, open for writing.
     ///
     /// # Errors
-    /// [`StoreError::Exists`], [`StoreError::Unfit`], [`StoreError`]; the stack is then as before.
+    /// [`StoreError::Exists`], [`StoreError::Unfit`], [`StoreError`]. The stack is then as before; if not even that
+    /// can be made sure, `old_top` is poisoned.
     pub(crate) fn push_layer(
         &self,
         id: ImageId,
         snapshot: Option<&SnapshotName>,
         size: Option<u64>,
+        old_top: Option<&Layer>,
     ) -> Result<(ImageMeta, Arc<Layer>), StoreError> {
-        let mut meta = self.image(id)?;
+        let old = self.image(id)?;
+        let mut meta = old.clone();
         self.check_snapshot(&meta, snapshot)?;
         let top = self.create_layer(size.unwrap_or(meta.size), meta.block_size)?;
         if let Some(name) = snapshot {
@@ -370,10 +376,28 @@ impl Store {
         }
         meta.stack.insert(0, top.id());
         meta.size = size.unwrap_or(meta.size);
-        if let Err(err) = self.put_image(&meta) {
+        if let Err(err) = self.put_image_file(&meta) {
             let _ = self.remove_layer(top.id());
             return Err(err);
         }
+        if let Err(err) = self.sync_image_dir(id) {
+            // The new metadata is visible and may not be durable. Writes to the old top would be lost under it, so
+            // either the old metadata comes back, durably, or there are no more writes.
+            match self.put_image(&old) {
+                Ok(()) => {
+                    let _ = self.remove_layer(top.id());
+                }
+                Err(again) => {
+                    if let Some(layer) = old_top {
+                        layer.poison(format!(
+                            "a snapshot failed half-way: {err}; undoing it failed too: {again}"
+                        ));
+                    }
+                }
+            }
+            return Err(err);
+        }
+        self.state().images.insert(id, meta.clone());
         let top = Arc::new(top);
         self.state().open.insert(top.id(), Arc::downgrade(&top));
         Ok((meta, top))
@@ -425,15 +449,14 @@ impl Store {
                     clones: names,
                 });
             }
-            let dir = self.root().join("images").join(id.to_string());
-            let path = dir.join("meta");
+            let path = self.image_dir(id).join("meta");
             fs::remove_file(&path).map_err(StoreError::at("remove", &path))?;
             state.images.remove(&id);
             let used = |layer: &LayerId| state.images.values().any(|i| i.stack.contains(layer));
             let unused: Vec<_> = meta.stack.iter().copied().filter(|l| !used(l)).collect();
             (meta, unused)
         };
-        let dir = self.root().join("images").join(meta.id.to_string());
+        let dir = self.image_dir(meta.id);
         sealed_file::sync_dir(&dir, self.faults())?;
         fs::remove_dir_all(&dir).map_err(StoreError::at("remove", &dir))?;
         for layer in &unused {

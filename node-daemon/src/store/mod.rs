@@ -394,16 +394,31 @@ impl Store {
         self.put_image(&meta)
     }
 
-    /// Writes the image's metadata and then remembers it.
+    /// Writes the image's metadata durably and then remembers it.
     fn put_image(&self, meta: &ImageMeta) -> Result<(), StoreError> {
-        let dir = self.root.join("images").join(meta.id.to_string());
+        self.put_image_file(meta)?;
+        self.sync_image_dir(meta.id)?;
+        self.state().images.insert(meta.id, meta.clone());
+        Ok(())
+    }
+
+    /// Replaces the image's metadata file. After an error the old one is still in place.
+    fn put_image_file(&self, meta: &ImageMeta) -> Result<(), StoreError> {
+        let dir = self.image_dir(meta.id);
         if !dir.exists() {
             fs::create_dir(&dir).map_err(StoreError::at("create", &dir))?;
             sealed_file::sync_dir(&self.root.join("images"), &self.faults)?;
         }
-        sealed_file::replace(&dir.join("meta"), IMAGE_META, &meta.encode(), &self.faults)?;
-        self.state().images.insert(meta.id, meta.clone());
-        Ok(())
+        sealed_file::put(&dir.join("meta"), IMAGE_META, &meta.encode(), &self.faults)
+    }
+
+    /// Makes the last replacement survive a power loss.
+    fn sync_image_dir(&self, id: ImageId) -> Result<(), StoreError> {
+        sealed_file::sync_dir(&self.image_dir(id), &self.faults)
+    }
+
+    fn image_dir(&self, id: ImageId) -> PathBuf {
+        self.root.join("images").join(id.to_string())
     }
 
     fn remove_layer(&self, id: LayerId) -> Result<(), StoreError> {

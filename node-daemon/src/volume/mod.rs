@@ -221,7 +221,7 @@ impl Volume {
         self.store.check_snapshot(&self.store.image(self.image)?, Some(name))?;
         let top = Self::top(&old);
         top.checkpoint().map_err(|err| from_disk(&err))?;
-        let (meta, new_top) = self.store.push_layer(self.image, Some(name), None)?;
+        let (meta, new_top) = self.store.push_layer(self.image, Some(name), None, Some(top))?;
         top.retire();
         let mut layers = vec![LayerRef::Local(new_top)];
         layers.extend(old.levels.iter().map(|l| l.layer.clone()));
