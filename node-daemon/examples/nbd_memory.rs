@@ -1,15 +1,32 @@
 //! Serves a disk in memory over NBD until it is interrupted: the server alone, for measurements against other servers.
 //!
-//! `cargo run --release --example nbd_memory -- SOCKET [MIB] [miss]`. The disk is full of data; with `miss` no read is
-//! answered in line, so that the way through the workers is measured.
+//! `cargo run --release --example nbd_memory -- SOCKET [MIB] [miss]`. The disk is full of data and its requests are
+//! counted as heat; with `miss` no read is answered in line, so that the way through the workers is measured.
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use hearth_node::disk::Disk;
-use hearth_node::export::nbd::memory::{MemoryDisk, OneExport};
-use hearth_node::export::nbd::{NbdLimits, NbdServer, SOCKET_MODE};
+use hearth_node::export::nbd::memory::MemoryDisk;
+use hearth_node::export::nbd::{ExportEntry, ExportTable, NbdLimits, NbdServer, SOCKET_MODE};
+use hearth_probes::export::{ExportCounter, ExportSource};
+use hearth_probes::source::HeatSource;
+use hearth_protocol::ByteLen;
+
+/// One counted export under every name.
+struct Table(ExportEntry);
+
+impl ExportTable for Table {
+    fn find(&self, _: &str) -> Option<ExportEntry> {
+        Some(self.0.clone())
+    }
+
+    fn list(&self) -> Vec<String> {
+        vec![String::new()]
+    }
+}
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<()> {
@@ -35,6 +52,18 @@ async fn main() -> Result<()> {
         io_threads: 1,
         ..NbdLimits::default()
     };
-    server.run(Arc::new(OneExport::new("", disk)), limits, shutdown).await?;
+    let counter = ExportCounter::new(disk.image(), ByteLen(disk.block_size_bytes()));
+    let mut source = ExportSource::new();
+    source.register(Arc::clone(&counter));
+    tokio::spawn(async move {
+        loop {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            if let Err(error) = source.drain() {
+                tracing::warn!(%error, "cannot drain the counters");
+            }
+        }
+    });
+    let entry = ExportEntry::new(Arc::new(disk)).counted(counter);
+    server.run(Arc::new(Table(entry)), limits, shutdown).await?;
     Ok(())
 }
