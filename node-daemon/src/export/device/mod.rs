@@ -132,7 +132,7 @@ pub struct DeviceOptions {
     pub link_root: PathBuf,
     /// Directory of the mount points, owned by this daemon alone: what it finds there at start it cleans up.
     pub mount_root: PathBuf,
-    /// Threads per image that read requests at the same time. 0: half the processors, 1 to 4.
+    /// Threads per image that read requests at the same time. 0: half the processors, 2 to 4.
     pub readers: usize,
     /// Threads per image, hence requests that wait for a disk at the same time. 0: 64.
     pub threads_max: usize,
@@ -154,7 +154,7 @@ impl DeviceOptions {
 
     fn threads(&self) -> session::Threads {
         let readers = match self.readers {
-            0 => (std::thread::available_parallelism().map_or(1, usize::from) / 2).clamp(1, 4),
+            0 => (std::thread::available_parallelism().map_or(1, usize::from) / 2).clamp(2, 4),
             n => n,
         };
         let max = if self.threads_max == 0 { 64 } else { self.threads_max };
