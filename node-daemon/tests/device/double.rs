@@ -66,15 +66,9 @@ impl Double {
         Self::new(Bytes::Memory(Mutex::new(vec![0; size_bytes as usize])), size_bytes)
     }
 
-    pub fn in_file(path: &Path, size_bytes: u64) -> Self {
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(path)
-            .unwrap();
-        file.set_len(size_bytes).unwrap();
+    pub fn in_file(path: &Path) -> Self {
+        let file = File::options().read(true).write(true).open(path).unwrap();
+        let size_bytes = file.metadata().unwrap().len();
         Self::new(Bytes::File(file), size_bytes)
     }
 

@@ -14,6 +14,7 @@ use hearth_protocol::ImageName;
 use tempfile::TempDir;
 
 mod double;
+mod guest;
 mod restart;
 
 use double::Double;

@@ -17,7 +17,6 @@ use super::{MIB, aligned, name, open_direct, options, runs};
 const CHILD_FOLDER: &str = "HEARTH_TEST_DEVICE_CHILD";
 /// Whether the child leaves its connections with a holder.
 const CHILD_HOLDS: &str = "HEARTH_TEST_DEVICE_HOLDS";
-const SIZE: u64 = 64 * MIB;
 
 fn holder_options(folder: &Path) -> DeviceOptions {
     let holder = Path::new(env!("CARGO_BIN_EXE_hearth-fd-holder"));
@@ -41,7 +40,7 @@ fn child_daemon() {
     };
     let exports = DeviceExports::new(options).unwrap();
     let waiting = exports.waiting().len();
-    let disk = Arc::new(Double::in_file(&folder.join("disk"), SIZE).half_in_ram());
+    let disk = Arc::new(Double::in_file(&folder.join("disk")).half_in_ram());
     let info = exports.attach(&name(), disk).unwrap();
     println!("\nserving {waiting} {} {}", info.survives_restart, info.node.display());
     // Until killed, or until the parent is gone.
@@ -50,17 +49,24 @@ fn child_daemon() {
     println!("\ndetached");
 }
 
-struct Daemon {
+/// A daemon of its own process, killed when dropped.
+pub struct Daemon {
     child: Child,
     output: BufReader<ChildStdout>,
     /// Devices that it took over.
-    waiting: usize,
-    survives: bool,
-    node: PathBuf,
+    pub waiting: usize,
+    pub survives: bool,
+    /// The device.
+    pub node: PathBuf,
 }
 
 impl Daemon {
-    fn start(folder: &Path, holds: bool) -> Self {
+    /// Serves the file `disk` in `folder`, which is made if it is missing.
+    pub fn start(folder: &Path, holds: bool) -> Self {
+        let disk = folder.join("disk");
+        if !disk.exists() {
+            File::create(&disk).unwrap().set_len(64 * MIB).unwrap();
+        }
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["--exact", "restart::child_daemon", "--nocapture"]);
         command
@@ -83,13 +89,13 @@ impl Daemon {
         }
     }
 
-    fn kill(&mut self) {
+    pub fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
 
     /// Lets it detach and end by itself.
-    fn finish(mut self) {
+    pub fn finish(mut self) {
         drop(self.child.stdin.take());
         wait_for(&mut self.output, "detached");
         assert!(self.child.wait().unwrap().success());
@@ -218,7 +224,7 @@ fn a_device_nobody_wants_any_more_is_given_up() {
     let waiting = exports.waiting();
     assert_eq!(
         (waiting.len(), &waiting[0].name, waiting[0].size_bytes),
-        (1, &name(), SIZE)
+        (1, &name(), 64 * MIB)
     );
     assert_eq!(exports.give_up_waiting().unwrap(), [name()]);
     assert!(
