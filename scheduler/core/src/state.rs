@@ -125,6 +125,8 @@ pub(crate) struct Facts {
     pub orders: Orders,
     pub totals: Totals,
     pub odd: Odd,
+    /// The node that the newest command was given to: the next decision begins after it.
+    pub commanded_last: Option<NodeId>,
     /// blake3 chain over all valid commands.
     #[serde(with = "serde_bytes")]
     pub decisions: [u8; 32],
@@ -163,6 +165,7 @@ impl Default for State {
                     orders: Orders::default(),
                     totals: Totals::default(),
                     odd: Odd::default(),
+                    commanded_last: None,
                     decisions: [0; 32],
                 },
                 blocks: BTreeMap::new(),
@@ -483,6 +486,7 @@ impl State {
             .map(|b| b.block_bytes)
             .or_else(|| facts.catalog.layers.get(&layer).map(|l| l.block_size.0));
         facts.decisions = crate::digest::chain_decision(&facts.decisions, command);
+        facts.commanded_last = Some(command.node.clone());
         let new = facts.orders.give(seq, facts.time, command, block_bytes.unwrap_or(0));
         let Some(block_bytes) = block_bytes.filter(|_| new && facts.nodes.contains_key(&command.node)) else {
             return;

@@ -190,7 +190,7 @@ fn health(facts: &Facts) -> Vec<HealthItem> {
             "NO_LEADER",
             true,
             "no scheduler has won a term: nothing is promoted or demoted; images are served on".into(),
-            "hearth-scheduler run".into(),
+            "start hearth-scheduler, or look into its output if it runs; it says why it does not lead".into(),
         );
     }
     if !facts.policy.enabled {
@@ -207,7 +207,7 @@ fn health(facts: &Facts) -> Vec<HealthItem> {
                 "NODE_LEFT",
                 false,
                 format!("node {id} stopped in order; it gets no commands"),
-                format!("systemctl start hearth-node   # on {id}"),
+                format!("start hearth-node on {id} if it is to come back"),
             );
         } else if !facts.present(node) {
             add(
@@ -217,7 +217,9 @@ fn health(facts: &Facts) -> Vec<HealthItem> {
                     "node {id} has not reported since tick {} (now {}, absent after {ABSENT_AFTER_TICKS})",
                     node.last_report, facts.tick
                 ),
-                format!("systemctl status hearth-node   # on {id}"),
+                format!(
+                    "hearth node show {id}; if it does not answer, start hearth-node on {id} or look into its output"
+                ),
             );
         }
         if let Some(at) = node.lost_at
@@ -231,7 +233,7 @@ fn health(facts: &Facts) -> Vec<HealthItem> {
                      nothing by itself",
                     node.probe_lost_total
                 ),
-                format!("hearth node show {id}   # then restart its daemon with a larger heat map"),
+                format!("hearth node show {id}; start its daemon with a larger heat map"),
             );
         }
     }
@@ -243,7 +245,7 @@ fn health(facts: &Facts) -> Vec<HealthItem> {
                 "{} heat packs could not be read and were left out",
                 facts.odd.damaged_packs
             ),
-            "hearth log list --kind heat_folded   # upgrade the scheduler if the nodes are newer".into(),
+            "hearth log list --kind heat_folded; upgrade the scheduler if the nodes are newer".into(),
         );
     }
     if facts.odd.publisher_gaps > 0 {

@@ -6,6 +6,7 @@ use hearth_protocol::command::{Order, Outcome};
 use hearth_protocol::event::HeatFolded;
 use hearth_protocol::heat::{BlockHeat, PackedHeat, TierUse};
 use hearth_protocol::{BlockIndex, ByteLen, Command, Event, ImageId, LayerId, NodeId, SnapshotName};
+use scheduler_core::policy::tier::COMMANDS_PER_TICK_MAX;
 use scheduler_core::{COMMAND_TICKS, REST_TICKS, State};
 use sim::{BLOCK, Sim, node_id, reads, writes};
 
@@ -514,4 +515,23 @@ fn a_demotion_that_finds_nothing_or_is_refused_is_not_repeated_with_every_tick()
         assert_eq!(sim.state.main_bytes(&node_id("n1")).0, ByteLen(resident));
         sim.state.audit().unwrap();
     }
+}
+
+#[test]
+fn nodes_left_out_of_a_full_tick_come_first_at_the_next() {
+    // 100 nodes, each with 60 layers of one hot block: 60 commands a node, 6,000 in all.
+    let mut sim = Sim::default();
+    let names: Vec<String> = (0..100).map(|n| format!("n{n:03}")).collect();
+    for (n, name) in names.iter().enumerate() {
+        sim.join(name, 100);
+        for image in 0..60 {
+            let number = (n * 60 + image + 1) as u128;
+            sim.image(name, number, 10);
+            sim.heat(name, number, number, &[reads(1, 5)]);
+        }
+    }
+    let first = sim.second().len();
+    assert!((COMMANDS_PER_TICK_MAX..COMMANDS_PER_TICK_MAX + 60).contains(&first));
+    assert_eq!(first + sim.second().len(), 6_000);
+    assert!(sim.nodes.values().all(|n| n.ram.len() == 60));
 }
