@@ -20,6 +20,7 @@ fn main() -> anyhow::Result<()> {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .init();
     let config = hearth_node::config::NodeConfig::load(&args.config)?;
     hearth_node::agent::run(config)

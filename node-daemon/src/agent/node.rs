@@ -246,13 +246,16 @@ impl Node {
                 "see hearth image list",
             ));
         };
-        self.end_device(image, &served)?;
+        tokio::task::block_in_place(|| self.end_device(image, &served))?;
         connections.close_export(image).await;
-        let _changing = self.change();
-        let result = self.end(image, &served);
-        self.keep()
-            .map_err(|error| failed(format!("forgetting that {} was served: {error}", served.name)))?;
-        result.map(|()| served)
+        tokio::task::block_in_place(|| {
+            let _changing = self.change();
+            let result = self.end(image, &served);
+            self.keep()
+                .map_err(|error| failed(format!("forgetting that {} was served: {error}", served.name)))?;
+            result
+        })?;
+        Ok(served)
     }
 
     fn end_device(&self, image: ImageId, served: &Served) -> Result<(), Failure> {

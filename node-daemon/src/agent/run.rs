@@ -90,7 +90,7 @@ async fn serve(node: Arc<Node>, listeners: Vec<Listener>) -> anyhow::Result<()> 
         workers_max: node.config.io_threads,
         ..NbdLimits::default()
     };
-    let nbd = {
+    let mut nbd = {
         let (stop, table) = (Arc::clone(&stop), Arc::clone(&node.served));
         tokio::spawn(server.run(table, limits, async move { stop.notified().await }))
     };
@@ -98,6 +98,8 @@ async fn serve(node: Arc<Node>, listeners: Vec<Listener>) -> anyhow::Result<()> 
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tokio::select! {
         () = agent(Arc::clone(&node), connections) => unreachable!("the agent runs for ever"),
+        // Without its sockets the daemon serves nobody: better started again than alive and deaf.
+        ended = &mut nbd => return ended?.context("the NBD server ended by itself"),
         _ = term.recv() => {}
         _ = int.recv() => {}
     }
