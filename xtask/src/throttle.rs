@@ -3,17 +3,16 @@
 
 use std::fs;
 use std::os::linux::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
-use crate::step::note;
+use crate::cgroup::ControlGroup;
 
 /// A control group whose processes read a device at a limited rate; removed when dropped.
 #[derive(Debug)]
 pub struct Throttle {
-    group: PathBuf,
-    unified: bool,
+    group: ControlGroup,
     /// Whole disk under the store, `major:minor`.
     device: String,
     /// Reads per second allowed.
@@ -27,23 +26,18 @@ impl Throttle {
     /// There is no blkio controller that we may use, or no disk under `path`; the text says which.
     pub fn new(path: &Path, read_iops_max: u64) -> Result<Self> {
         let device = disk_under(path)?;
-        let name = format!("hearth-{}", std::process::id());
-        let (root, unified) = controller()?;
-        let group = root.join(name);
-        fs::create_dir_all(&group).with_context(|| format!("cannot make the control group {}", group.display()))?;
-        let throttle = Self {
+        let group = ControlGroup::new("blkio", "io")?;
+        if group.is_unified() {
+            group.write("io.max", &format!("{device} riops={read_iops_max}"))?;
+        } else {
+            let value = format!("{device} {read_iops_max}");
+            group.write("blkio.throttle.read_iops_device", &value)?;
+        }
+        Ok(Self {
             group,
-            unified,
             device,
             read_iops_max,
-        };
-        if unified {
-            throttle.write("io.max", &format!("{} riops={read_iops_max}", throttle.device))?;
-        } else {
-            let value = format!("{} {read_iops_max}", throttle.device);
-            throttle.write("blkio.throttle.read_iops_device", &value)?;
-        }
-        Ok(throttle)
+        })
     }
 
     /// Puts a process with all its threads under the limit.
@@ -51,7 +45,7 @@ impl Throttle {
     /// # Errors
     /// It has ended.
     pub fn add(&self, pid: u32) -> Result<()> {
-        self.write("cgroup.procs", &pid.to_string())
+        self.group.add(pid)
     }
 
     /// Reads that reached the device from the processes under the limit, counted by the kernel.
@@ -59,50 +53,13 @@ impl Throttle {
     /// # Errors
     /// The control group is gone.
     pub fn device_reads(&self) -> Result<u64> {
-        let file = if self.unified {
+        let file = if self.group.is_unified() {
             "io.stat"
         } else {
             "blkio.throttle.io_serviced"
         };
-        let path = self.group.join(file);
-        let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        Ok(reads_of(&text, &self.device))
+        Ok(reads_of(&self.group.read(file)?, &self.device))
     }
-
-    fn write(&self, file: &str, value: &str) -> Result<()> {
-        let path = self.group.join(file);
-        fs::write(&path, value).with_context(|| format!("cannot write {value:?} to {}", path.display()))
-    }
-}
-
-impl Drop for Throttle {
-    fn drop(&mut self) {
-        // A group with a process in it cannot be removed: what still runs goes back to the parent.
-        let still = fs::read_to_string(self.group.join("cgroup.procs")).unwrap_or_default();
-        for pid in still.lines() {
-            if let Some(parent) = self.group.parent() {
-                // A process that ended meanwhile is out as well.
-                let _ = fs::write(parent.join("cgroup.procs"), pid);
-            }
-        }
-        if let Err(error) = fs::remove_dir(&self.group) {
-            note(format!("left behind: {}: {error}", self.group.display()));
-        }
-    }
-}
-
-/// The controller's root, and whether it is the unified hierarchy.
-fn controller() -> Result<(PathBuf, bool)> {
-    let old = Path::new("/sys/fs/cgroup/blkio");
-    if old.join("cgroup.procs").exists() {
-        return Ok((old.into(), false));
-    }
-    let unified = Path::new("/sys/fs/cgroup");
-    let controllers = fs::read_to_string(unified.join("cgroup.subtree_control")).unwrap_or_default();
-    if controllers.split_whitespace().any(|name| name == "io") {
-        return Ok((unified.into(), true));
-    }
-    bail!("there is no blkio controller in /sys/fs/cgroup, and no io in its cgroup.subtree_control")
 }
 
 /// The whole disk that the file system of `path` lies on, as `major:minor`; limits are set on disks only.
