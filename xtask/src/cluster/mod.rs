@@ -29,6 +29,10 @@ use crate::wait;
 /// Time in which all parts of a fresh cluster must have found each other.
 const READY_WITHIN: Duration = Duration::from_secs(60);
 
+/// Enters the control groups named before `--` and runs what follows.
+const ENTER_GROUPS: &str =
+    r#"while [ "$1" != -- ]; do echo 0 > "$1/cgroup.procs" || exit 1; shift; done; shift; exec "$@""#;
+
 /// The programs that a cluster is made of.
 #[derive(Debug, Clone)]
 pub struct Programs {
@@ -91,6 +95,8 @@ pub struct ClusterSpec {
     pub heat: &'static str,
     /// Folder to put everything under; the system's temporary folder without.
     pub under: Option<PathBuf>,
+    /// Folders of control groups that the nodes start in, so that the groups' accounts hold them whole.
+    pub node_groups: Vec<PathBuf>,
 }
 
 impl Default for ClusterSpec {
@@ -101,6 +107,7 @@ impl Default for ClusterSpec {
             front_percent: 25,
             heat: "auto",
             under: None,
+            node_groups: Vec::new(),
         }
     }
 }
@@ -116,6 +123,7 @@ pub struct Cluster {
     _leftovers: leftovers::Leftovers,
     dir: TempDir,
     programs: Programs,
+    node_groups: Vec<PathBuf>,
     hearth: Hearth,
 }
 
@@ -140,6 +148,7 @@ impl Cluster {
             _leftovers: leftovers::Leftovers::under(dir.path()),
             dir,
             programs,
+            node_groups: spec.node_groups.clone(),
             hearth,
         };
         cluster.start_fd_holder()?;
@@ -350,7 +359,16 @@ impl Cluster {
     }
 
     fn launch_node(&self, index: usize, config: &Path) -> Result<Daemon> {
-        let mut command = Command::new(self.programs.path("hearth-node"));
+        let program = self.programs.path("hearth-node");
+        let mut command = if self.node_groups.is_empty() {
+            Command::new(program)
+        } else {
+            // The shell moves itself into the groups and becomes the daemon: the same process.
+            let mut shell = Command::new("sh");
+            shell.args(["-c", ENTER_GROUPS, "sh"]).args(&self.node_groups);
+            shell.arg("--").arg(program);
+            shell
+        };
         command.arg("--config").arg(config);
         Daemon::start(
             format!("hearth-node {}", Self::node_id(index)),
