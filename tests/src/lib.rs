@@ -1,7 +1,9 @@
-//! What the end-to-end tests in `tests/` share: skipping with a reason, and load from stock clients. The cluster that
-//! they start is [`xtask::cluster`], the same as the demo's.
+//! What the end-to-end tests in `tests/` share: skipping with a reason, load from stock clients, and limits that the
+//! kernel holds processes to. The cluster that they start is [`xtask::cluster`], the same as the demo's.
 
+pub mod fio;
 pub mod load;
+pub mod memory;
 
 /// Says why a test cannot run here. With `REQUIRE_E2E=1` that is a failure.
 ///
