@@ -114,7 +114,7 @@ impl History {
     ///
     /// # Errors
     /// Exit code 4.
-    pub async fn from_start(&self) -> Outcome<Seq> {
+    pub async fn check_whole(&self) -> Outcome<Seq> {
         let (first, last) = self.bounds().await?;
         if first > Seq(1) && last >= first {
             return Err(Failure::new(

@@ -209,7 +209,7 @@ struct Verified {
 
 async fn verify(context: &Context, from: &From) -> Outcome {
     let history = History::open(&context.global, from).await?;
-    let last = history.from_start().await?;
+    let last = history.check_whole().await?;
     let mut chain = Chain::new();
     let mut replayer = Replayer::new(Until::End);
     let mut events = 0;

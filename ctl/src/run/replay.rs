@@ -50,7 +50,7 @@ struct Replayed {
 
 pub async fn run(context: &Context, options: &Replay) -> Outcome {
     let history = History::open(&context.global, &options.from).await?;
-    let last = history.from_start().await?;
+    let last = history.check_whole().await?;
     let until = match options.at {
         None => Until::End,
         Some(Moment::Seq(seq)) => Until::Seq(seq),

@@ -25,7 +25,7 @@ pub async fn run(context: &Context, options: cli::Why) -> Outcome {
 /// # Errors
 /// Exit code 3 if image or block did not exist then, 4 if the log does not begin at its beginning.
 pub async fn ask(history: &History, image: ImageName, block: BlockIndex, at: Option<Moment>) -> Outcome<WhyReport> {
-    let last = history.from_start().await?;
+    let last = history.check_whole().await?;
     let last = match at {
         Some(Moment::Seq(seq)) => last.min(seq),
         _ => last,

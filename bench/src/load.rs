@@ -1,9 +1,7 @@
 //! Random 4 KiB reads against any NBD server on a unix socket, from a client that costs as little as can be.
 //!
-//! `cargo run --release --example nbd_load -- SOCKET DEPTH SECONDS [SERVER-PID] [EXPORT]`. One connection, simple
-//! replies, requests sent in batches as replies come in. Prints one JSON line: operations per second, latencies, and
-//! with the server's process id its CPU time per operation. The client may saturate first: then the server's CPU time
-//! is the number to look at.
+//! One connection, simple replies, requests sent in batches as replies come in. The client may saturate first: then
+//! the server's CPU time is the number to look at.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -53,20 +51,30 @@ fn cpu_time(pid: &str) -> Result<Duration> {
     Ok(Duration::from_millis(ticks * 10))
 }
 
-fn main() -> Result<()> {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let usage = "usage: nbd_load SOCKET DEPTH SECONDS [SERVER-PID] [EXPORT]";
-    let [path, depth, seconds, rest @ ..] = arguments.as_slice() else {
-        anyhow::bail!(usage)
-    };
-    let depth: usize = depth.parse().context(usage)?;
-    let length = Duration::from_secs_f64(seconds.parse().context(usage)?);
-    let pid = rest.first().filter(|pid| !pid.is_empty());
-    let (mut socket, size) = connect(path, rest.get(1).map_or("", String::as_str))?;
+/// What one run showed.
+#[derive(Debug, Clone, Copy)]
+pub struct Figures {
+    /// Operations per second.
+    pub ops_per_s: f64,
+    /// Median latency, microseconds.
+    pub p50_us: f64,
+    /// 99th percentile, microseconds.
+    pub p99_us: f64,
+    /// User and system time of the server per operation, microseconds.
+    pub server_cpu_us: f64,
+}
+
+/// Reads for `length` at `depth` from `export` on the unix socket `path`; `pid` is the server's process.
+///
+/// # Errors
+/// What the server or the socket said.
+pub fn run(path: &str, export: &str, depth: usize, length: Duration, pid: u32) -> Result<Figures> {
+    let pid = pid.to_string();
+    let (mut socket, size) = connect(path, export)?;
     let pages = size / READ_BYTES as u64;
     ensure!(pages > 0, "the export is empty");
 
-    let cpu_before = pid.map(|pid| cpu_time(pid)).transpose()?;
+    let cpu_before = cpu_time(&pid)?;
     let start = Instant::now();
     let mut sent_at = vec![start; depth];
     let mut latencies = Histogram::<u64>::new_with_bounds(1, 60_000_000, 3)?;
@@ -110,18 +118,12 @@ fn main() -> Result<()> {
         socket.write_all(&requests)?;
     }
     let took = start.elapsed();
-    let cpu = match (pid, cpu_before) {
-        (Some(pid), Some(before)) => Some((cpu_time(pid)? - before).as_secs_f64() * 1e6 / done as f64),
-        _ => None,
-    };
+    let cpu = cpu_time(&pid)? - cpu_before;
     let us = |quantile: f64| latencies.value_at_quantile(quantile) as f64 / 10.0;
-    let line = serde_json::json!({
-        "depth": depth,
-        "ops_per_s": (done as f64 / took.as_secs_f64()).round(),
-        "p50_us": us(0.5),
-        "p99_us": us(0.99),
-        "server_cpu_us_per_op": cpu.map(|us| (us * 100.0).round() / 100.0),
-    });
-    println!("{line}");
-    Ok(())
+    Ok(Figures {
+        ops_per_s: done as f64 / took.as_secs_f64(),
+        p50_us: us(0.5),
+        p99_us: us(0.99),
+        server_cpu_us: cpu.as_secs_f64() * 1e6 / done as f64,
+    })
 }

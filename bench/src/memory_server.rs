@@ -1,13 +1,12 @@
-//! Serves a disk in memory over NBD until it is interrupted: the server alone, for measurements against other servers.
+//! Serves a disk in memory over NBD until it is interrupted: the server alone, without store and log.
 //!
-//! `cargo run --release --example nbd_memory -- SOCKET [MIB] [miss]`. The disk is full of data and its requests are
-//! counted as heat; with `miss` no read is answered in line, so that the way through the workers is measured.
+//! The disk is full of data, every read is answered in line, and requests are counted as heat, as in service.
 
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use hearth_node::disk::Disk;
 use hearth_node::export::nbd::memory::MemoryDisk;
 use hearth_node::export::nbd::{ExportEntry, ExportTable, NbdLimits, NbdServer, SOCKET_MODE};
@@ -28,25 +27,18 @@ impl ExportTable for Table {
     }
 }
 
+/// Serves `size` bytes on the unix socket `path`.
+///
+/// # Errors
+/// When the socket cannot be had.
 #[tokio::main(flavor = "current_thread")]
-async fn main() -> Result<()> {
-    tracing_subscriber::fmt().with_writer(std::io::stderr).init();
-    let mut arguments = std::env::args().skip(1);
-    let path: PathBuf = arguments
-        .next()
-        .context("usage: nbd_memory SOCKET [MIB] [miss]")?
-        .into();
-    let mib: u64 = arguments
-        .next()
-        .map_or(Ok(256), |text| text.parse())
-        .context("MIB is a number")?;
-    let miss = arguments.next().is_some_and(|word| word == "miss");
-    let disk = MemoryDisk::new(mib << 20);
+pub async fn run(path: &Path, size: u64) -> Result<()> {
+    let disk = MemoryDisk::new(size);
     for block in 0..disk.blocks() {
         disk.write((block as u64) << 16, &[block as u8; 64 << 10], false)?;
-        disk.set_in_ram(block, !miss);
+        disk.set_in_ram(block, true);
     }
-    let server = NbdServer::bind_unix(&path, SOCKET_MODE)?;
+    let server = NbdServer::bind_unix(path, SOCKET_MODE)?;
     let shutdown = async { drop(tokio::signal::ctrl_c().await) };
     let limits = NbdLimits {
         io_threads: 1,
@@ -59,7 +51,7 @@ async fn main() -> Result<()> {
         loop {
             tokio::time::sleep(Duration::from_secs(1)).await;
             if let Err(error) = source.drain() {
-                tracing::warn!(%error, "cannot drain the counters");
+                eprintln!("cannot drain the counters: {error}");
             }
         }
     });
