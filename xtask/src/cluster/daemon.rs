@@ -44,6 +44,8 @@ impl Daemon {
             .stdin(Stdio::null())
             .stdout(open()?)
             .stderr(open()?)
+            // A daemon's last words are its error, not where in its code that was made.
+            .env("RUST_BACKTRACE", "0")
             // Ctrl-C reaches only us; we then end the children in their order.
             .process_group(0);
         // SAFETY: prctl is async-signal-safe and touches no memory of the parent.

@@ -27,7 +27,7 @@ pub use nats::Nats;
 use crate::wait;
 
 /// Time in which all parts of a fresh cluster must have found each other.
-const READY_WITHIN: Duration = Duration::from_secs(60);
+const READY_WITHIN: Duration = Duration::from_secs(120);
 
 /// Enters the control groups named before `--` and runs what follows.
 const ENTER_GROUPS: &str =
@@ -117,7 +117,7 @@ impl Default for ClusterSpec {
 pub struct Cluster {
     // Fields are dropped in this order: nodes before what they talk to, leftovers when no process is left.
     nodes: Vec<Daemon>,
-    fd_holder: Option<Daemon>,
+    fd_holders: Vec<Daemon>,
     scheduler: Option<Daemon>,
     nats: Nats,
     _leftovers: leftovers::Leftovers,
@@ -142,7 +142,7 @@ impl Cluster {
         let hearth = Hearth::new(&programs.path("hearth"), nats.url());
         let mut cluster = Self {
             nodes: Vec::new(),
-            fd_holder: None,
+            fd_holders: Vec::new(),
             scheduler: None,
             nats,
             _leftovers: leftovers::Leftovers::under(dir.path()),
@@ -151,10 +151,11 @@ impl Cluster {
             node_groups: spec.node_groups.clone(),
             hearth,
         };
-        cluster.start_fd_holder()?;
         cluster.start_scheduler()?;
         for index in 0..spec.nodes {
             let config = cluster.write_node_config(index, spec)?;
+            let holder = cluster.start_fd_holder(index)?;
+            cluster.fd_holders.push(holder);
             let daemon = cluster.launch_node(index, &config)?;
             cluster.nodes.push(daemon);
         }
@@ -279,7 +280,7 @@ impl Cluster {
     /// Names the process, with the end of its log.
     pub fn check_running(&mut self) -> Result<()> {
         self.nats.daemon().check_running()?;
-        for daemon in self.scheduler.iter_mut().chain(&mut self.fd_holder) {
+        for daemon in self.scheduler.iter_mut().chain(&mut self.fd_holders) {
             daemon.check_running()?;
         }
         self.nodes.iter_mut().try_for_each(Daemon::check_running)
@@ -298,8 +299,11 @@ impl Cluster {
     /// # Errors
     /// A process ended, or the deadline came.
     pub fn wait_ready(&mut self) -> Result<()> {
-        wait::until("a leader and all nodes", READY_WITHIN, || {
-            self.check_running()?;
+        let all_running = wait::until("a leader and all nodes", READY_WITHIN, || {
+            if let Err(ended) = self.check_running() {
+                // Waiting longer brings nothing back.
+                return Ok(Some(Err(ended)));
+            }
             let view = self.view()?;
             let present = view["nodes"]
                 .as_array()
@@ -307,24 +311,25 @@ impl Cluster {
                 .flatten()
                 .filter(|node| node["present"] == true)
                 .count();
-            Ok((!view["leader"].is_null() && present == self.nodes.len()).then_some(()))
-        })
+            Ok((!view["leader"].is_null() && present == self.nodes.len()).then_some(Ok(())))
+        });
+        all_running?
     }
 
-    /// Keeps kernel devices and listening sockets open while node daemons restart.
-    fn start_fd_holder(&mut self) -> Result<()> {
+    /// Keeps a node's kernel devices and listening socket open while its daemon restarts.
+    fn start_fd_holder(&self, index: usize) -> Result<Daemon> {
+        let (socket, log) = (self.fd_socket(index), self.node_dir(index).join("fd-holder.log"));
         let mut command = Command::new(self.programs.path("hearth-fd-holder"));
-        command.arg("--socket").arg(self.fd_socket());
-        let log = self.dir.path().join("fd-holder.log");
-        self.fd_holder = Some(Daemon::start("hearth-fd-holder", &mut command, &log)?);
-        let socket = self.fd_socket();
+        command.arg("--socket").arg(&socket);
+        let holder = Daemon::start("hearth-fd-holder", &mut command, &log)?;
         wait::until("the descriptor holder to listen", READY_WITHIN, || {
             Ok(socket.exists().then_some(()))
-        })
+        })?;
+        Ok(holder)
     }
 
-    fn fd_socket(&self) -> PathBuf {
-        self.dir.path().join("fds.sock")
+    fn fd_socket(&self, index: usize) -> PathBuf {
+        self.node_dir(index).join("fds.sock")
     }
 
     fn node_dir(&self, index: usize) -> PathBuf {
@@ -347,7 +352,7 @@ impl Cluster {
             ram = spec.ram_bytes,
             front = spec.front_percent,
             socket = dir.join("nbd.sock"),
-            fds = self.fd_socket(),
+            fds = self.fd_socket(index),
             links = dir.join("links"),
             mounts = dir.join("mounts"),
             heat = spec.heat,

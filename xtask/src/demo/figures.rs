@@ -19,8 +19,8 @@ impl Reads {
     /// Sums the heat events among `lines` of the log, for the images with these ids.
     pub fn of(lines: &[Value], images: &BTreeSet<String>) -> Self {
         let mut sum = Self::default();
-        for heat in lines.iter().filter_map(|line| find(line, "HeatFolded")) {
-            for image in heat["images"].as_array().into_iter().flatten() {
+        for line in lines.iter().filter(|line| line["kind"] == "heat_folded") {
+            for image in line["event"]["images"].as_array().into_iter().flatten() {
                 if image["image"].as_str().is_some_and(|id| images.contains(id)) {
                     sum.hits += image["ram_hits"].as_u64().unwrap_or(0);
                     sum.misses += image["ram_misses"].as_u64().unwrap_or(0);
@@ -90,6 +90,8 @@ pub struct Figures {
     pub events_logged: u64,
     /// Whether chain, contiguity and every decision were derived again.
     pub log_verified: bool,
+    /// Whether a replay from nothing came to every digest that the leader recorded.
+    pub replay_same: bool,
     /// Seconds from start to end.
     pub wall_s: f64,
 }
@@ -137,6 +139,7 @@ impl Figures {
             "disk_read_iops_set": self.disk_read_iops_set,
             "events_logged": self.events_logged,
             "log_verified": self.log_verified,
+            "replay_same": self.replay_same,
             "wall_s": rounded(self.wall_s),
         }))
     }
@@ -146,19 +149,27 @@ fn rounded(value: f64) -> f64 {
     (value * 1_000.0).round() / 1_000.0
 }
 
-/// The block that a command in a line of the log promotes first.
-pub fn first_promoted(line: &Value) -> Option<u64> {
-    find(line, "Promote")?["blocks"][0]["block"].as_u64()
+/// Bytes of the blocks that these images' guests touched, by the heat events among `lines` of the log. A block that
+/// two guests touch counts twice: each node keeps its own.
+pub fn touched_bytes(lines: &[Value], images: &BTreeSet<String>, block_bytes: u64) -> u64 {
+    let mut touched = BTreeSet::new();
+    for line in lines.iter().filter(|line| line["kind"] == "heat_folded") {
+        for image in line["event"]["images"].as_array().into_iter().flatten() {
+            let Some(id) = image["image"].as_str().filter(|id| images.contains(*id)) else {
+                continue;
+            };
+            for layer in image["layers"].as_array().into_iter().flatten() {
+                let blocks = layer["blocks"].as_array().into_iter().flatten();
+                touched.extend(blocks.filter_map(|heat| Some((id, heat["block"].as_u64()?))));
+            }
+        }
+    }
+    touched.len() as u64 * block_bytes
 }
 
-/// The first value under `key`, at any depth: where the event stands in a line of `hearth log` is the command's
-/// business.
-fn find<'a>(value: &'a Value, key: &str) -> Option<&'a Value> {
-    match value {
-        Value::Object(map) => map.get(key).or_else(|| map.values().find_map(|inner| find(inner, key))),
-        Value::Array(items) => items.iter().find_map(|inner| find(inner, key)),
-        _ => None,
-    }
+/// The block that a command in a line of the log promotes first.
+pub fn first_promoted(line: &Value) -> Option<u64> {
+    line["event"]["order"]["Promote"]["blocks"][0]["block"].as_u64()
 }
 
 #[cfg(test)]
@@ -168,13 +179,13 @@ mod tests {
     #[test]
     fn hits_are_summed_over_the_images_asked_for() {
         let heat = |image: &str, hits: u64, misses: u64| {
-            json!({ "seq": 7, "event": { "HeatFolded": { "images": [
+            json!({ "seq": 7, "kind": "heat_folded", "event": { "images": [
                 { "image": image, "ram_hits": hits, "ram_misses": misses },
-            ] } } })
+            ] } })
         };
         let lines = [
             heat("a", 3, 1),
-            json!({ "event": { "Ticked": {} } }),
+            json!({ "kind": "ticked", "event": {} }),
             heat("b", 5, 5),
             heat("c", 100, 0),
         ];
@@ -183,5 +194,19 @@ mod tests {
         assert_eq!(reads, Reads { hits: 8, misses: 6 });
         assert!((reads.hit_ratio().unwrap() - 8.0 / 14.0).abs() < 1e-9);
         assert!(Reads::default().hit_ratio().is_err());
+    }
+
+    #[test]
+    fn a_touched_block_counts_once_per_image() {
+        let heat = |image: &str, blocks: &[u64]| {
+            let blocks: Vec<_> = blocks
+                .iter()
+                .map(|block| json!({ "block": block, "reads": 1 }))
+                .collect();
+            json!({ "kind": "heat_folded", "event": { "images": [{ "image": image, "layers": [{ "blocks": blocks }] }] } })
+        };
+        let lines = [heat("a", &[1, 2]), heat("a", &[2, 3]), heat("b", &[1]), heat("c", &[9])];
+        let images = BTreeSet::from(["a".to_owned(), "b".to_owned()]);
+        assert_eq!(touched_bytes(&lines, &images, 10), 40);
     }
 }

@@ -8,7 +8,7 @@ mod figures;
 mod fleet;
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -35,6 +35,9 @@ const RAM_TIER_BYTES: u64 = 16 << 20;
 /// Reads per second that the store's disk allows, all nodes together.
 const DISK_READ_IOPS: u64 = 1_000;
 
+/// Block size of the golden image, and so of its clones.
+const BLOCK_BYTES: u64 = 64 << 10;
+
 /// Length of each measured phase.
 const PHASE: Duration = Duration::from_secs(30);
 
@@ -43,6 +46,9 @@ const SETTLE_WITHIN: Duration = Duration::from_secs(90);
 
 /// Time in which an import, a promotion or a demotion must be done.
 const DONE_WITHIN: Duration = Duration::from_secs(120);
+
+/// Heat events of a block that are shown; a hot block has one for each second.
+const HEAT_LINES_SHOWN: usize = 3;
 
 const MASTER: &str = "masters/debian";
 
@@ -53,22 +59,12 @@ const MASTER: &str = "masters/debian";
 pub fn run(workspace: &Workspace, machine: &Machine, headless: bool) -> Result<()> {
     let start = Instant::now();
     wait::catch_interrupts();
-    step(
-        "build Hearth (the first time compiles RocksDB: some ten minutes)",
-        || {
-            let mut cargo = workspace.command("cargo");
-            cargo.args(["build", "--workspace", "--bins"]);
-            if machine.ebpf_build.is_ok() {
-                cargo.env("HEARTH_REQUIRE_EBPF", "1");
-            }
-            process::passthrough(&mut cargo)
-        },
-    )?;
+    let bin_dir = build(workspace, machine)?;
     let golden = step("make the golden image", || guest::build_golden(&workspace.cache))?;
     let (accelerator, why) = step("find out how guests can run", guest::choose)?;
     note(format!("{}: {why}", accelerator.name()));
     let programs = Programs {
-        bin_dir: workspace.bin_dir(),
+        bin_dir,
         nats_server: setup::nats_server(workspace)?,
     }
     .checked()?;
@@ -98,6 +94,28 @@ pub fn run(workspace: &Workspace, machine: &Machine, headless: bool) -> Result<(
     })?;
     println!("{}", line?);
     Ok(())
+}
+
+/// Builds Hearth's programs, unless `HEARTH_BIN_DIR` names some, and returns their folder.
+fn build(workspace: &Workspace, machine: &Machine) -> Result<PathBuf> {
+    if let Some(dir) = std::env::var_os("HEARTH_BIN_DIR") {
+        let dir = PathBuf::from(dir);
+        note(format!(
+            "running the programs in {}, as HEARTH_BIN_DIR says",
+            dir.display()
+        ));
+        return Ok(dir);
+    }
+    let what = "build Hearth (the first time compiles RocksDB: some ten minutes)";
+    step(what, || {
+        let mut cargo = workspace.command("cargo");
+        cargo.args(["build", "--workspace", "--bins"]);
+        if machine.ebpf_build.is_ok() {
+            cargo.env("HEARTH_REQUIRE_EBPF", "1");
+        }
+        process::passthrough(&mut cargo)
+    })?;
+    Ok(workspace.bin_dir())
 }
 
 fn measure(
@@ -150,7 +168,7 @@ fn measure(
     })?;
     let after = phase("measure with the scheduler's policy on", "after", &mut fleet)?;
     let guests_booted = fleet.count();
-    let guests_touch_bytes = touched(&hearth, &images)?;
+    let guests_touch_bytes = figures::touched_bytes(&heat(&hearth, 1, position(&hearth)?)?, &images, BLOCK_BYTES);
     step("shut the guests down", || fleet.shut_down())?;
 
     // With nobody reading, heat decays; a short half-life lets it happen before your eyes.
@@ -161,14 +179,18 @@ fn measure(
             Ok((view["totals"]["blocks_demoted"].as_u64() > Some(0)).then_some(()))
         })
     })?;
-    let log_verified = step("verify the log: chain, contiguity and every decision again", || {
-        hearth.text(&["log", "verify"]).map(note)
-    })
-    .map(|()| true)?;
+    let verified = step("verify the log: chain, contiguity and every decision again", || {
+        hearth.json(&["log", "verify"])
+    })?;
+    let replayed = step("replay the log from nothing", || hearth.json(&["replay"]))?;
+    let recorded = &replayed["recorded"];
+    note(format!(
+        "digest {} recorded at #{}, replay {}",
+        recorded["state"], recorded["at"], recorded["same"]
+    ));
     explain(&hearth, &disks)?;
     cluster.check_running()?;
     let view = hearth.json(&["status"])?;
-    let events_logged = view["totals"]["events"].as_u64().context("the view counts no events")?;
     Figures {
         view,
         guests_booted,
@@ -179,8 +201,11 @@ fn measure(
         ram_tier_bytes_set: RAM_TIER_BYTES * NODES as u64,
         guests_touch_bytes,
         disk_read_iops_set: throttle.as_ref().map(|throttle| throttle.read_iops_max),
-        events_logged,
-        log_verified,
+        events_logged: verified["events"]
+            .as_u64()
+            .context("`hearth log verify` counts no events")?,
+        log_verified: verified["verified"] == true,
+        replay_same: recorded["same"] == true && replayed["differences"] == 0,
         wall_s: start.elapsed().as_secs_f64(),
     }
     .line()
@@ -212,7 +237,17 @@ fn throttle(cluster: &mut Cluster) -> Option<Throttle> {
 
 fn import(hearth: &Hearth, golden: &Path) -> Result<()> {
     let path = golden.to_str().context("the golden image's path is not UTF-8")?;
-    hearth.text(&["image", "import", path, MASTER, "--node", &Cluster::node_id(0)])?;
+    let (node, block_size) = (Cluster::node_id(0), BLOCK_BYTES.to_string());
+    hearth.text(&[
+        "image",
+        "import",
+        path,
+        MASTER,
+        "--node",
+        &node,
+        "--block-size",
+        &block_size,
+    ])?;
     hearth.text(&["image", "snapshot", &format!("{MASTER}@v1")]).map(drop)
 }
 
@@ -246,19 +281,6 @@ fn set_policy(hearth: &Hearth, setting: &str, reason: &str) -> Result<()> {
     hearth.text(&["policy", "set", setting, "--reason", reason]).map(drop)
 }
 
-/// Bytes of the images' blocks that were touched so far, by the scheduler's count.
-fn touched(hearth: &Hearth, images: &BTreeSet<String>) -> Result<u64> {
-    let view = hearth.json(&["status"])?;
-    let of = |image: &Value| Some(image["tracked_blocks"].as_u64()? * image["block_size"].as_u64()?);
-    view["images"]
-        .as_array()
-        .context("the view lists no images")?
-        .iter()
-        .filter(|image| image["id"].as_str().is_some_and(|id| images.contains(id)))
-        .map(|image| of(image).context("an image's view lacks its blocks"))
-        .sum()
-}
-
 /// The log's end as the scheduler has folded it.
 fn position(hearth: &Hearth) -> Result<u64> {
     let view = hearth.json(&["status"])?;
@@ -280,7 +302,16 @@ fn settled(hearth: &Hearth) -> Result<bool> {
 
 /// Shows why one block was promoted, from the log alone.
 fn explain(hearth: &Hearth, disks: &[Disk]) -> Result<()> {
-    let commands = hearth.json_lines(&["log", "list", "--kind", "command_given", "--since", "1"])?;
+    let commands = hearth.json_lines(&[
+        "log",
+        "list",
+        "--kind",
+        "command_given",
+        "--node",
+        &Cluster::node_id(0),
+        "--since",
+        "1",
+    ])?;
     let block = commands
         .iter()
         .find_map(figures::first_promoted)
@@ -289,7 +320,9 @@ fn explain(hearth: &Hearth, disks: &[Disk]) -> Result<()> {
     step(&format!("ask why block {block} of {image} is where it is"), || {
         let said = hearth.text(&["why", &format!("{image}:{block}")])?;
         ensure!(!said.is_empty(), "`hearth why` said nothing");
-        said.lines().for_each(note);
+        let (heat, rest): (Vec<_>, Vec<_>) = said.lines().partition(|line| line.starts_with("heat "));
+        rest.iter().chain(heat.iter().take(HEAT_LINES_SHOWN)).for_each(note);
+        note(format!("... {} heat events in all", heat.len()));
         Ok(())
     })
 }
