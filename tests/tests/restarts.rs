@@ -1,0 +1,144 @@
+//! Scheduler, nats-server and node daemon crash in every order under load: the system carries on, the client on the
+//! socket export sees no error, the log is contiguous, and the state equals a replay from nothing.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use hearth_tests::load::Load;
+use xtask::cluster::{Cluster, ClusterSpec, Programs};
+use xtask::wait;
+
+const WITHIN: Duration = Duration::from_secs(90);
+const IMAGE: &str = "appl/vm-1";
+const IMAGE_BYTES: u64 = 32 << 20;
+
+#[derive(Debug, Clone, Copy)]
+enum Part {
+    Nats,
+    Scheduler,
+    Node,
+}
+
+const ORDERS: [[Part; 3]; 6] = {
+    use Part::{Nats, Node, Scheduler};
+    [
+        [Nats, Scheduler, Node],
+        [Nats, Node, Scheduler],
+        [Scheduler, Nats, Node],
+        [Scheduler, Node, Nats],
+        [Node, Nats, Scheduler],
+        [Node, Scheduler, Nats],
+    ]
+};
+
+fn start() -> Result<Option<Cluster>> {
+    match Programs::for_tests() {
+        Ok(programs) => Cluster::start(
+            programs,
+            &ClusterSpec {
+                heat: "export",
+                ..ClusterSpec::default()
+            },
+        )
+        .map(Some),
+        Err(error) => {
+            hearth_tests::skip(&format!("{error:#}"));
+            Ok(None)
+        }
+    }
+}
+
+/// Makes an image, attaches it to the socket, and starts load on it.
+fn start_load(cluster: &Cluster) -> Result<Load> {
+    let hearth = cluster.hearth();
+    let size = IMAGE_BYTES.to_string();
+    hearth.text(&[
+        "image",
+        "create",
+        IMAGE,
+        "--size",
+        &size,
+        "--node",
+        &Cluster::node_id(0),
+    ])?;
+    let info = hearth.json(&["image", "attach", IMAGE])?;
+    let export = info["attached"]["export"]
+        .as_str()
+        .context("attached without an export name")?;
+    Load::start(&cluster.socket(0), export, IMAGE_BYTES)
+}
+
+fn wait_for_requests(load: &mut Load, more: u64) -> Result<()> {
+    let before = load.done();
+    wait::until("requests to go on", WITHIN, || {
+        load.check()?;
+        Ok((load.done() >= before + more).then_some(()))
+    })
+}
+
+/// The scheduler's state and a replay from nothing agree, at the position that the scheduler has reached.
+fn check_log(cluster: &Cluster) -> Result<()> {
+    let hearth = cluster.hearth();
+    hearth.text(&["log", "verify"])?;
+    let view = hearth.json(&["status"])?;
+    let (seq, digest) = (view["seq"].as_u64().context("no position")?, &view["digest"]);
+    let replayed = hearth.json(&["replay", "--at", &seq.to_string()])?;
+    ensure!(
+        &replayed["state_digest"] == digest,
+        "at {seq} the scheduler has {digest}, a replay {}",
+        replayed["state_digest"]
+    );
+    ensure!(replayed["differences"] == 0, "decisions or digests differ: {replayed}");
+    Ok(())
+}
+
+#[test]
+fn every_part_may_crash_in_any_order_under_load() -> Result<()> {
+    let Some(mut cluster) = start()? else { return Ok(()) };
+    let mut load = start_load(&cluster)?;
+    wait_for_requests(&mut load, 100)?;
+    for order in ORDERS {
+        for part in order {
+            match part {
+                Part::Nats => cluster.nats().crash_and_restart()?,
+                Part::Scheduler => cluster.crash_and_restart_scheduler()?,
+                Part::Node => cluster.crash_and_restart_node(0)?,
+            }
+        }
+        cluster
+            .wait_ready()
+            .with_context(|| format!("after crashes in the order {order:?}"))?;
+        wait_for_requests(&mut load, 100).with_context(|| format!("after crashes in the order {order:?}"))?;
+    }
+    check_log(&cluster)?;
+    load.stop()?;
+    Ok(())
+}
+
+#[test]
+fn a_scheduler_with_an_empty_directory_refills_to_the_same_state() -> Result<()> {
+    let Some(mut cluster) = start()? else { return Ok(()) };
+    let mut load = start_load(&cluster)?;
+    wait_for_requests(&mut load, 100)?;
+    cluster.wait_ready()?;
+    let view = cluster.view()?;
+    let (seq, digest) = (view["seq"].as_u64().context("no position")?, view["digest"].clone());
+
+    cluster.stop_scheduler()?;
+    std::fs::remove_dir_all(cluster.scheduler_dir())?;
+    cluster.start_scheduler()?;
+    cluster.wait_ready()?;
+    let dir = cluster.scheduler_dir();
+    let dir = dir.to_str().context("the scheduler's folder is not UTF-8")?;
+    let again = cluster
+        .hearth()
+        .json(&["replay", "--at", &seq.to_string(), "--log-dir", dir])?;
+    ensure!(
+        again["state_digest"] == digest,
+        "at {seq} it was {digest}, refilled it is {}",
+        again["state_digest"]
+    );
+    check_log(&cluster)?;
+    load.stop()?;
+    Ok(())
+}
