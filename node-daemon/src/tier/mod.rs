@@ -5,7 +5,7 @@
 //! region holds what the scheduler promoted, until it demotes it.
 //!
 //! Invariants: bytes held never exceed the regions' sizes; a copy never outlives the bytes it was read from
-//! ([`guard`]); a hit takes one shared lock of one shard and allocates nothing.
+//! (`guard`); a hit takes one shared lock of one shard and allocates nothing.
 //!
 //! Locks, in this order: `policy` (room, queues; never on a hit), then one shard (which units are resident, and who
 //! may touch their bytes).

@@ -1,6 +1,6 @@
 //! Sequential prefetch: finds streams in one image's reads and says which units to read ahead of them.
 //!
-//! Pure: knows no disk and no clock. The distance doubles while a stream goes on, from [`DISTANCE_MIN`] up to what
+//! Pure: knows no disk and no clock. The distance doubles while a stream goes on, from `DISTANCE_MIN` up to what
 //! [`ahead_max`] allows; half of it is read ahead at a time, so that requests below are large and the reader never
 //! catches up with them.
 
