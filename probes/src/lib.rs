@@ -7,6 +7,8 @@ pub mod ebpf;
 pub mod export;
 pub mod source;
 pub mod tally;
+#[cfg(feature = "testing")]
+pub mod testing;
 pub mod trace;
 
 pub use ebpf::{EbpfOptions, EbpfSource};

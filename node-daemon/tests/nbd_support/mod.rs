@@ -129,9 +129,17 @@ pub fn skip(reason: &str) {
     );
 }
 
+/// A stock client. Debian's Python modules belong to Debian's Python, whichever else comes first in the path.
+fn client(program: &str) -> Command {
+    let mut command = Command::new(program);
+    let path = std::env::var("PATH").unwrap_or_default();
+    command.env("PATH", format!("/usr/bin:/bin:{path}"));
+    command
+}
+
 fn runs(tool: &str) -> bool {
     let mut words = tool.split(' ');
-    let mut command = Command::new(words.next().expect("a tool has a name"));
+    let mut command = client(words.next().expect("a tool has a name"));
     let arguments: Vec<_> = words.collect();
     if arguments.is_empty() {
         command.arg("--version");
@@ -146,7 +154,7 @@ fn runs(tool: &str) -> bool {
 
 /// Runs a command to its end.
 pub fn run(program: &str, arguments: &[&str]) -> Output {
-    Command::new(program)
+    client(program)
         .args(arguments)
         .output()
         .unwrap_or_else(|error| panic!("run {program}: {error}"))

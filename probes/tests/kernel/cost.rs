@@ -3,8 +3,8 @@
 //! `cargo test -p hearth-probes --release --test kernel -- --ignored --nocapture`
 
 use crate::device::Device;
-use crate::generator::{Load, Order, run};
 use crate::skip;
+use hearth_probes::testing::{Load, Order, run};
 use hearth_probes::{EbpfOptions, EbpfSource, HeatSource};
 use hearth_protocol::{ByteLen, ImageId};
 
@@ -52,7 +52,7 @@ fn measure(source: &EbpfSource, device: &Device, completion: &str, count: u64, h
             count,
         };
         let before = source.cost().unwrap();
-        let log = run(device, &[load], 1).unwrap();
+        let log = run(device.file(), device.size, &[load], 1).unwrap();
         let after = source.cost().unwrap();
         source.detach_device(device.major, device.minor).unwrap();
         let window = source.clone().drain().unwrap();

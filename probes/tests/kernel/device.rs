@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use hearth_probes::testing::Target;
 use nix::fcntl::{Flock, FlockArg};
 use tempfile::NamedTempFile;
 
@@ -57,6 +58,17 @@ impl Device {
     /// Open for direct reads and writes; locked, so that udev does not look into it.
     pub fn file(&self) -> &File {
         self.file.as_ref().expect("the device is in use")
+    }
+
+    /// As the comparison wants it.
+    pub fn target(&self) -> Target<'_> {
+        Target {
+            file: self.file(),
+            size_bytes: self.size,
+            major: self.major,
+            minor: self.minor,
+            unmeasured_permille_max: 0,
+        }
     }
 
     /// A new zram device.

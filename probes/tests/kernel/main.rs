@@ -2,7 +2,6 @@
 
 mod cost;
 mod device;
-mod generator;
 mod truth;
 
 /// Says why a test cannot run here, which fails where everything has to run.

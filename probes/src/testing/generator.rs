@@ -2,13 +2,11 @@
 //! plainest way, so that the test shares no arithmetic with what it tests.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::thread;
 use std::time::{Duration, Instant};
-
-use anyhow::{Result, ensure};
-
-use crate::device::Device;
 
 /// Requests one after the other, or anywhere.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -95,8 +93,8 @@ fn random(state: &mut u64) -> u64 {
     state.wrapping_mul(0x2545_f491_4f6c_dd1d)
 }
 
-fn run_one(device: &Device, load: Load, mut seed: u64) -> Result<Vec<Request>> {
-    let places = (device.size - load.length - load.shift) / load.align;
+fn run_one(device: &File, size_bytes: u64, load: Load, mut seed: u64) -> io::Result<Vec<Request>> {
+    let places = (size_bytes - load.length - load.shift) / load.align;
     let requests: Vec<_> = (0..load.count)
         .map(|number| {
             let place = match load.order {
@@ -116,22 +114,32 @@ fn run_one(device: &Device, load: Load, mut seed: u64) -> Result<Vec<Request>> {
     let buffer = &mut memory[start..start + load.length as usize];
     for request in &requests {
         let done = match request.write {
-            true => device.file().write_at(buffer, request.offset)?,
-            false => device.file().read_at(buffer, request.offset)?,
+            true => device.write_at(buffer, request.offset)?,
+            false => device.read_at(buffer, request.offset)?,
         };
-        ensure!(done as u64 == load.length, "a request was cut to {done} bytes");
+        if done as u64 != load.length {
+            return Err(io::Error::other(format!("{request:?} was cut to {done} bytes")));
+        }
     }
     Ok(requests)
 }
 
-/// Runs each load in a thread of its own.
-pub fn run(device: &Device, loads: &[Load], seed: u64) -> Result<Log> {
+/// Runs each load in a thread of its own, against the first `size_bytes` of `device`, which is open for direct I/O.
+///
+/// # Errors
+/// The first request that failed, or that was cut short.
+///
+/// # Panics
+/// If a request of a load does not fit into `size_bytes`.
+pub fn run(device: &File, size_bytes: u64, loads: &[Load], seed: u64) -> io::Result<Log> {
     let started = Instant::now();
-    let parts: Vec<Result<Vec<Request>>> = thread::scope(|scope| {
+    let parts: Vec<io::Result<Vec<Request>>> = thread::scope(|scope| {
         let threads: Vec<_> = loads
             .iter()
             .enumerate()
-            .map(|(number, load)| scope.spawn(move || run_one(device, *load, seed + 1 + number as u64 * 7919)))
+            .map(|(number, load)| {
+                scope.spawn(move || run_one(device, size_bytes, *load, seed + 1 + number as u64 * 7919))
+            })
             .collect();
         threads
             .into_iter()
