@@ -1,17 +1,22 @@
 //! Buffers for payloads: aligned so that a direct-I/O file takes them without a copy, reused, and bounded in number.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::num::NonZeroUsize;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
+use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use tokio::sync::Notify;
 
 /// Alignment of every buffer: a direct-I/O file's largest usual logical block.
 pub const ALIGNMENT_BYTES: usize = 4_096;
-/// Free bytes kept per size class for the next request.
+/// Free bytes kept per size class for the next request; classes above it keep none.
 const FREE_BYTES_PER_CLASS_MAX: usize = 8 << 20;
+/// From this size on memory is mapped, not allocated: the system zeroes it page by page where it is first touched, on
+/// a worker, instead of all at once on the thread that serves sockets.
+const MAPPED_BYTES_MIN: usize = 256 << 10;
 /// Size classes: 4 KiB << 0 ..= 4 KiB << 13 (32 MiB).
 const CLASSES: usize = 14;
 
@@ -34,16 +39,32 @@ impl Block {
 
     fn new(class: usize) -> Self {
         let layout = Self::layout(class);
-        // SAFETY: the layout's size is not zero.
-        let pointer = NonNull::new(unsafe { alloc_zeroed(layout) }).unwrap_or_else(|| handle_alloc_error(layout));
+        let pointer = if layout.size() >= MAPPED_BYTES_MIN {
+            let length = NonZeroUsize::new(layout.size()).expect("no class is empty");
+            let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+            // SAFETY: a new private mapping at an address of the kernel's choice touches no other memory.
+            let mapped = unsafe { mmap_anonymous(None, length, protection, MapFlags::MAP_PRIVATE) };
+            mapped.map(NonNull::cast).ok()
+        } else {
+            // SAFETY: the layout's size is not zero.
+            NonNull::new(unsafe { alloc_zeroed(layout) })
+        };
+        let pointer = pointer.unwrap_or_else(|| handle_alloc_error(layout));
         Self { pointer, class }
     }
 }
 
 impl Drop for Block {
     fn drop(&mut self) {
-        // SAFETY: allocated in `new` with the same layout, freed once.
-        unsafe { dealloc(self.pointer.as_ptr(), Self::layout(self.class)) }
+        let layout = Self::layout(self.class);
+        if layout.size() >= MAPPED_BYTES_MIN {
+            // SAFETY: mapped in `new` with the same length, and nothing else points into it any more.
+            let unmapped = unsafe { munmap(self.pointer.cast(), layout.size()) };
+            debug_assert!(unmapped.is_ok());
+        } else {
+            // SAFETY: allocated in `new` with the same layout, freed once.
+            unsafe { dealloc(self.pointer.as_ptr(), layout) }
+        }
     }
 }
 
@@ -89,7 +110,7 @@ impl BufferPool {
     }
 
     fn give_back(&self, block: Block) {
-        let kept_max = (FREE_BYTES_PER_CLASS_MAX / (ALIGNMENT_BYTES << block.class)).max(1);
+        let kept_max = FREE_BYTES_PER_CLASS_MAX / (ALIGNMENT_BYTES << block.class);
         let mut free = self.free[block.class].lock().expect("no panic under this lock");
         if free.len() < kept_max {
             free.push(block);
@@ -268,14 +289,16 @@ mod tests {
     #[test]
     fn buffers_are_aligned_sized_and_reused() {
         let pool = BufferPool::new(0);
-        for length in [1, 4_096, 4_097, 65_536, 32 << 20] {
+        for length in [1, 4_096, 4_097, 65_536, MAPPED_BYTES_MIN, 8 << 20, 32 << 20] {
             let mut buffer = pool.take(length);
             assert_eq!(buffer.len(), length);
             assert_eq!(buffer.as_ptr() as usize % ALIGNMENT_BYTES, 0);
             buffer.fill(7);
             let address = buffer.as_ptr();
             drop(buffer);
-            assert_eq!(pool.take(length).as_ptr(), address);
+            if length <= FREE_BYTES_PER_CLASS_MAX {
+                assert_eq!(pool.take(length).as_ptr(), address);
+            }
         }
     }
 
