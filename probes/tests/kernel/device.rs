@@ -67,7 +67,8 @@ impl Device {
             size_bytes: self.size,
             major: self.major,
             minor: self.minor,
-            unmeasured_permille_max: 0,
+            // Few completions of request-based devices are not matched to their bio: a known gap of the histograms.
+            unmeasured_permille_max: u64::from(self.path.to_string_lossy().contains("loop")),
         }
     }
 
