@@ -254,7 +254,28 @@ fn body(event: &Event) -> Value {
 /// An event's document for people: JSON, but short lists of numbers stay on one line.
 pub fn text_of(logged: &Logged) -> String {
     let mut out = String::new();
-    write(&document(logged), 0, &mut out);
+    let mut document = document(logged);
+    // What an event is comes before what it says.
+    for name in [
+        "seq",
+        "time",
+        "kind",
+        "publisher",
+        "subject",
+        "incarnation",
+        "publisher_seq",
+        "chain",
+        "foreign",
+    ] {
+        if let Some(value) = document.as_object_mut().and_then(|map| map.remove(name)) {
+            let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+            out += &format!("{:<14} {text}\n", name.replace('_', " "));
+        }
+    }
+    if let Some(event) = document.get("event") {
+        out.push('\n');
+        write(event, 0, &mut out);
+    }
     out
 }
 

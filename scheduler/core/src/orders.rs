@@ -36,6 +36,12 @@ pub(crate) struct Shown {
     pub seq: Seq,
     pub time: WallMs,
     pub command: Command,
+    /// Blocks that it names in all.
+    #[serde(default)]
+    pub blocks: u64,
+    /// Blocks that the node did and skipped in all.
+    #[serde(default)]
+    pub done_skipped: (u64, u64),
     pub ended: Option<(Seq, Outcome)>,
     pub expired: bool,
 }
@@ -84,6 +90,8 @@ impl Orders {
         self.shown.push_back(Shown {
             seq,
             time,
+            blocks: command.order.block_count() as u64,
+            done_skipped: (0, 0),
             command: cut(command),
             ended: None,
             expired: false,
@@ -101,6 +109,9 @@ impl Orders {
             self.refused_total += 1;
         }
         if let Some(shown) = self.shown.iter_mut().rev().find(|s| s.command.id == id) {
+            if let Outcome::Done { done, skipped, .. } = outcome {
+                shown.done_skipped = (done.len() as u64, skipped.len() as u64);
+            }
             shown.ended = Some((seq, cut_outcome(outcome)));
             shown.expired = false;
         }
@@ -158,10 +169,18 @@ impl Orders {
 }
 
 fn cut(command: &Command) -> Command {
+    // The last one stays, so that the range of scores stays true.
+    fn ends<T>(blocks: &mut Vec<T>) {
+        if blocks.len() > SHOWN_MAX {
+            let last = blocks.pop();
+            blocks.truncate(SHOWN_MAX - 1);
+            blocks.extend(last);
+        }
+    }
     let mut command = command.clone();
     match &mut command.order {
-        Order::Promote { blocks, .. } => blocks.truncate(SHOWN_MAX),
-        Order::Demote { blocks, .. } => blocks.truncate(SHOWN_MAX),
+        Order::Promote { blocks, .. } => ends(blocks),
+        Order::Demote { blocks, .. } => ends(blocks),
     }
     let rests_on = &mut command.reason.rests_on;
     rests_on.drain(..rests_on.len().saturating_sub(SHOWN_MAX));

@@ -71,14 +71,18 @@ pub fn view(state: &State) -> ClusterView {
                     names.sort();
                     names
                 });
-            DecisionView::new(
+            let mut view = DecisionView::new(
                 shown.seq,
                 shown.time,
                 shown.command.clone(),
                 images,
                 shown.ended.clone(),
                 shown.expired,
-            )
+            );
+            // What is kept for people was cut before; its counts were not.
+            view.blocks = shown.blocks;
+            view.done_skipped = shown.done_skipped;
+            view
         })
         .collect();
     ClusterView {
