@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 /// Environment variable that names the nats-server binary.
 pub const SERVER_VARIABLE: &str = "HEARTH_NATS_SERVER";
@@ -19,6 +20,45 @@ pub fn find_nats_server() -> Option<PathBuf> {
         .map(|dir| dir.join("nats-server"));
     let tools = std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache/hearth/tools/nats-server"));
     on_path.chain(tools).find(|candidate| candidate.is_file())
+}
+
+/// Deadline of what a test waits for: generous, for loaded machines.
+pub const SOON: Duration = Duration::from_secs(60);
+
+/// Asks `look` again until it gives something, and fails the test after [`SOON`].
+///
+/// # Panics
+/// When the time is over: says what was waited for.
+pub async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, mut look: impl FnMut() -> F) -> T {
+    let asked = async {
+        loop {
+            if let Some(found) = look().await {
+                return found;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    match tokio::time::timeout(SOON, asked).await {
+        Ok(found) => found,
+        Err(_) => panic!("waited {SOON:?} for {what}"),
+    }
+}
+
+/// Copies a directory and everything below it.
+///
+/// # Panics
+/// When a file cannot be read or written.
+pub fn copy_dir(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).expect("the target can be made");
+    for entry in std::fs::read_dir(from).expect("the source can be listed") {
+        let entry = entry.expect("the source can be listed");
+        let target = to.join(entry.file_name());
+        if entry.file_type().expect("its kind is known").is_dir() {
+            copy_dir(&entry.path(), &target);
+        } else {
+            std::fs::copy(entry.path(), target).expect("a file can be copied");
+        }
+    }
 }
 
 /// How a test server is set up. The default is safe: every write synced, monitoring port open.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use hearth_bus::settings::Wanted;
 use hearth_bus::testing::NatsServer;
 use hearth_bus::{Bus, Fetched, LogPublisher, MemoryCluster, NatsOptions, PublishError, Reader, new_incarnation, rpc};
-use hearth_protocol::heat::{HeatReport, TierUse};
+use hearth_protocol::heat::HeatReport;
 use hearth_protocol::rpc::{Answer, Failure, FailureKind};
 use hearth_protocol::{Event, Incarnation, NodeId, Publisher, Seq, Term, TickNo, WallMs, subject};
 
@@ -192,19 +192,7 @@ async fn filtered_and_durable_readers_read_and_acknowledge(cluster: Cluster) {
 
 async fn heat_arrives_and_too_long_reports_are_refused(cluster: Cluster) {
     let bus = &cluster.bus;
-    let mut report = HeatReport {
-        node: "n1".parse().unwrap(),
-        incarnation: new_incarnation(),
-        report_seq: 1,
-        time: WallMs(5),
-        window_ms: 1000,
-        images: Vec::new(),
-        tier: TierUse::default(),
-        disks: Vec::new(),
-        probe_events_total: 0,
-        probe_lost_total: 0,
-        dropped: Vec::new(),
-    };
+    let mut report = HeatReport::idle("n1".parse().unwrap(), new_incarnation(), 1);
     bus.publish_heat(&report).await.unwrap();
     let mut reader = bus.heat_reader();
     let got = read(&mut reader, 1).await;

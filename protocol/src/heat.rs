@@ -298,6 +298,23 @@ pub struct HeatReport {
 }
 
 impl HeatReport {
+    /// A report of a second in which nothing happened.
+    pub fn idle(node: NodeId, incarnation: Incarnation, report_seq: u64) -> Self {
+        Self {
+            node,
+            incarnation,
+            report_seq,
+            time: WallMs(0),
+            window_ms: 1_000,
+            images: Vec::new(),
+            tier: TierUse::default(),
+            disks: Vec::new(),
+            probe_events_total: 0,
+            probe_lost_total: 0,
+            dropped: Vec::new(),
+        }
+    }
+
     /// The bytes that travel: MessagePack with field names.
     ///
     /// # Panics

@@ -79,9 +79,15 @@ impl HeatScore {
         Self(bursts << Self::FRACTION_BITS)
     }
 
+    /// The score as a rounded count of parts, of which a burst has `per_burst`. People see rounded numbers everywhere:
+    /// a score a hair below 2 is no 1.9.
+    pub const fn rounded(self, per_burst: u32) -> u128 {
+        (self.0 as u128 * per_burst as u128 + (1 << (Self::FRACTION_BITS - 1))) >> Self::FRACTION_BITS
+    }
+
     /// The score in bursts for people, rounded to two decimals: `7.25`.
     pub fn bursts_text(self) -> String {
-        let hundredths = (u128::from(self.0) * 100 + (1 << (Self::FRACTION_BITS - 1))) >> Self::FRACTION_BITS;
+        let hundredths = self.rounded(100);
         format!("{}.{:02}", hundredths / 100, hundredths % 100)
     }
 }

@@ -119,25 +119,12 @@ fn event(report: &HeatReport, term: Term, gap: u64) -> HeatFolded {
 #[cfg(test)]
 mod tests {
     use hearth_protocol::event::NodeJoined;
-    use hearth_protocol::heat::TierUse;
     use hearth_protocol::{ByteLen, Envelope, Event, Publisher, Seq, WallMs};
 
     use super::*;
 
     fn report(incarnation: u128, report_seq: u64) -> HeatReport {
-        HeatReport {
-            node: "n1".parse().unwrap(),
-            incarnation: Incarnation(incarnation),
-            report_seq,
-            time: WallMs(0),
-            window_ms: 1000,
-            images: Vec::new(),
-            tier: TierUse::default(),
-            disks: Vec::new(),
-            probe_events_total: 0,
-            probe_lost_total: 0,
-            dropped: Vec::new(),
-        }
+        HeatReport::idle("n1".parse().unwrap(), Incarnation(incarnation), report_seq)
     }
 
     fn push(buffer: &mut HeatBuffer, report: &HeatReport) {

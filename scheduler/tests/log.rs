@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use hearth_bus::Fetched;
+use hearth_bus::testing::copy_dir;
 use hearth_protocol::chain;
 use hearth_protocol::codec::CODEC_VERSION;
 use hearth_protocol::command::{Outcome, Reason};
@@ -238,6 +239,59 @@ fn a_command_and_its_end_are_found_together() {
             [Seq(3), Seq(4)]
         );
     });
+}
+
+fn golden() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
+}
+
+/// Run once for every new layout, by the build that introduces it: `cargo test -p hearth-scheduler --test log --
+/// --ignored write_golden`. A directory, once released, never changes.
+#[test]
+#[ignore = "writes a golden log directory"]
+fn write_golden() {
+    let dir = golden().join(format!("layout-{}", hearth_scheduler::log::LAYOUT));
+    assert!(!dir.exists(), "a golden log is written once");
+    let mut log = RocksLog::open(&dir).unwrap();
+    log.bind("golden").unwrap();
+    log.append(&entries(1, 30)).unwrap();
+    let head = log.head();
+    drop(log);
+    for file in std::fs::read_dir(&dir).unwrap().map(Result::unwrap) {
+        // RocksDB's own diary, its lock, and its options (which name the machine's paths) are no data.
+        let name = file.file_name().into_string().unwrap();
+        if name.starts_with("LOG") || name == "LOCK" || name.starts_with("OPTIONS") {
+            std::fs::remove_file(file.path()).unwrap();
+        }
+    }
+    std::fs::write(
+        dir.join("HEAD.expected"),
+        format!("{} {}\n", head.seq, chain::hex(&head.chain)),
+    )
+    .unwrap();
+}
+
+#[test]
+fn logs_of_every_layout_ever_released_open() {
+    let mut layouts = 0;
+    for layout in std::fs::read_dir(golden()).unwrap().map(|entry| entry.unwrap().path()) {
+        let dir = tempfile::tempdir().unwrap();
+        copy_dir(&layout, dir.path());
+        let expected = std::fs::read_to_string(layout.join("HEAD.expected")).unwrap();
+        let mut log = RocksLog::open(dir.path()).unwrap();
+        log.bind("golden").unwrap();
+        let head = log.head();
+        assert_eq!(format!("{} {}\n", head.seq, chain::hex(&head.chain)), expected);
+        assert_eq!(log.verify().unwrap().bad, None, "{}", layout.display());
+        for (entry, record) in entries(1, 30).iter().zip(log.range(Seq(1), 100).unwrap()) {
+            assert_eq!(record.event(), entry.event);
+        }
+        // It goes on as a log of this build.
+        log.append(&entries(31, 5)).unwrap();
+        assert_eq!(log.verify().unwrap().count, 35);
+        layouts += 1;
+    }
+    assert!(layouts >= 1);
 }
 
 /// A RocksDB log of 200 records in files, closed.

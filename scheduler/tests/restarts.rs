@@ -6,7 +6,7 @@ use std::path::Path;
 
 use common::{Process, TalkingNode, Watch, connect};
 use hearth_bus::settings::Wanted;
-use hearth_bus::testing::{NatsServer, ServerSetup};
+use hearth_bus::testing::{NatsServer, ServerSetup, copy_dir, eventually};
 use hearth_bus::{LogPublisher, new_incarnation};
 use hearth_protocol::{Event, Publisher, Seq, subject};
 use hearth_scheduler::log::{EventLog, RocksLog};
@@ -120,14 +120,14 @@ async fn a_rolled_back_stream_freezes_the_scheduler_until_it_is_restored() {
     let mut watch = Watch::new(&bus);
     watch.ticks(1).await;
     server.kill();
-    copy(&store, &early);
+    copy_dir(&store, &early);
     server.restart();
     watch.ticks(3).await;
     s1.kill();
     server.kill();
-    copy(&store, &whole);
+    copy_dir(&store, &whole);
     std::fs::remove_dir_all(&store).unwrap();
-    copy(&early, &store);
+    copy_dir(&early, &store);
     server.restart();
 
     // Rolled back: it says so and adds nothing.
@@ -155,7 +155,7 @@ async fn a_rolled_back_stream_freezes_the_scheduler_until_it_is_restored() {
     // Restored: it goes on by itself.
     server.kill();
     std::fs::remove_dir_all(&store).unwrap();
-    copy(&whole, &store);
+    copy_dir(&whole, &store);
     server.restart();
     let mut watch = Watch::new(&connect(&server).await);
     watch
@@ -260,26 +260,8 @@ async fn a_log_of_another_cluster_is_refused() {
 
 /// Waits until a process says something.
 async fn said(process: &Process, words: &str) {
-    let deadline = tokio::time::Instant::now() + common::SOON;
-    while !process.said().contains(words) {
-        assert!(
-            tokio::time::Instant::now() < deadline,
-            "it never said {words:?}:\n{}",
-            process.said()
-        );
-        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-    }
-}
-
-fn copy(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        let target = to.join(entry.file_name());
-        if entry.file_type().unwrap().is_dir() {
-            copy(&entry.path(), &target);
-        } else {
-            std::fs::copy(entry.path(), target).unwrap();
-        }
-    }
+    eventually(&format!("the words {words:?}"), || async {
+        process.said().contains(words).then_some(())
+    })
+    .await;
 }

@@ -82,14 +82,14 @@ pub fn us(value: u64) -> String {
     }
 }
 
-/// A fixed-point score in bursts with one decimal, two below one.
+/// A fixed-point score in bursts, rounded to one decimal, to two below one.
 pub fn score(score: HeatScore) -> String {
-    let hundredths = ((u128::from(score.0) * 100) >> HeatScore::FRACTION_BITS) as u64;
+    let (tenths, hundredths) = (score.rounded(10), score.rounded(100));
     if hundredths < 100 {
-        format!("0.{hundredths:02}")
-    } else {
-        format!("{}.{}", count(hundredths / 100), hundredths % 100 / 10)
+        return format!("0.{hundredths:02}");
     }
+    let bursts = u64::try_from(tenths / 10).unwrap_or(u64::MAX);
+    format!("{}.{}", count(bursts), tenths % 10)
 }
 
 /// Seconds as `42 s`, `3 min 5 s`, `2 h 10 min`.
@@ -186,6 +186,8 @@ mod tests {
         assert_eq!(us(3_400_000), "3.4 s");
         assert_eq!(score(HeatScore::whole(5)), "5.0");
         assert_eq!(score(HeatScore(1 << 15)), "0.50");
+        assert_eq!(score(HeatScore((2 << 16) - 1)), "2.0");
+        assert_eq!(score(HeatScore((1 << 16) - 1)), "1.0");
         assert_eq!(seconds(3_600), "1 h");
         assert_eq!(seconds(185), "3 min 5 s");
         assert_eq!(time(WallMs(0)), "-");

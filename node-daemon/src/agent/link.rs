@@ -39,6 +39,26 @@ impl Progress {
     }
 }
 
+/// What a batch of the log was about.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Batch {
+    /// Images, layers or nodes came, went or moved: not so for the ticks and orders of every second.
+    pub places: bool,
+}
+
+fn is_about_places(event: &Event) -> bool {
+    !matches!(
+        event,
+        Event::TermStarted { .. }
+            | Event::Ticked { .. }
+            | Event::CommandGiven(_)
+            | Event::CommandFinished { .. }
+            | Event::HeatFolded(_)
+            | Event::PolicySet { .. }
+            | Event::DigestRecorded { .. }
+    )
+}
+
 /// The connection. Cheap to clone.
 #[derive(Clone)]
 pub struct Link {
@@ -77,16 +97,17 @@ impl Link {
         self.progress.subscribe()
     }
 
-    /// Reads the log for ever; `applied` is called after each batch, outside all locks.
-    pub async fn follow(&self, applied: impl Fn()) {
+    /// Reads the log for ever; `applied` is called after each batch, outside all locks, and told what the batch was
+    /// about.
+    pub async fn follow(&self, applied: impl Fn(Batch)) {
         let mut reader = self.bus.log_reader(Seq(1), subject::node_filters(&self.own));
         let mut said = String::new();
         loop {
             match self.follow_once(&mut reader).await {
-                Ok(0) => {}
-                Ok(_) => {
+                Ok(None) => {}
+                Ok(Some(batch)) => {
                     said.clear();
-                    applied();
+                    applied(batch);
                 }
                 Err(error @ BusError::RolledBack { .. }) => {
                     tracing::error!(%error, "changes to images are frozen; their I/O goes on");
@@ -104,22 +125,26 @@ impl Link {
         }
     }
 
-    async fn follow_once(&self, reader: &mut Reader) -> Result<usize, BusError> {
+    async fn follow_once(&self, reader: &mut Reader) -> Result<Option<Batch>, BusError> {
         let fetched = reader.fetch(FETCH_MAX, FETCH_WAIT).await?;
         let Some(last) = fetched.last().map(|f| f.seq) else {
-            return Ok(0);
+            return Ok(None);
         };
+        let mut batch = Batch::default();
         {
             let mut facts = self.facts.write().expect("facts lock");
             for message in &fetched {
                 match message.decode() {
-                    Ok(decoded) => facts.apply(&self.own, message.seq, &decoded.envelope, &decoded.event),
+                    Ok(decoded) => {
+                        batch.places |= is_about_places(&decoded.event);
+                        facts.apply(&self.own, message.seq, &decoded.envelope, &decoded.event);
+                    }
                     Err(error) => tracing::warn!(seq = %message.seq, %error, "a message in the log counts for nothing"),
                 }
             }
         }
         self.progress.send_modify(|p| p.applied = last);
-        Ok(fetched.len())
+        Ok(Some(batch))
     }
 
     /// Publishes the event that says this process started, until it is in the log.

@@ -125,8 +125,10 @@ async fn agent(node: Arc<Node>, connections: NbdHandle) {
     let follower = {
         let (link, node, wake) = (link.clone(), Arc::clone(&node), Arc::clone(&wake));
         async move {
-            link.follow(|| {
-                remember_peers(&link, &node);
+            link.follow(|batch| {
+                if batch.places {
+                    remember_peers(&link, &node);
+                }
                 wake.notify_one();
             })
             .await;

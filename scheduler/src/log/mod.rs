@@ -19,6 +19,9 @@ pub use memory::MemoryLog;
 pub use record::{Entry, Record};
 pub use rocks::RocksLog;
 
+/// Layout of the directory that this build writes. Older ones open, newer ones are refused.
+pub const LAYOUT: u32 = 1;
+
 /// Where a log ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Head {

@@ -9,17 +9,14 @@ use hearth_bus::testing::NatsServer;
 use hearth_bus::{Bus, LogPublisher, NatsOptions, Reader, new_incarnation, wall_now};
 use hearth_protocol::command::Outcome;
 use hearth_protocol::event::{ImageAttached, ImageCreated, NodeJoined};
-use hearth_protocol::heat::{
-    BlockHeat, HeatOrigin, HeatReport, ImageHeat, LatencySummary, LayerHeat, Omitted, TierUse, pack,
-};
+use hearth_protocol::heat::{BlockHeat, HeatOrigin, HeatReport, ImageHeat, LatencySummary, LayerHeat, Omitted, pack};
 use hearth_protocol::{
     BlockIndex, ByteLen, Envelope, Epoch, Event, ImageId, Incarnation, LayerId, LeaseId, NodeId, Order, Publisher, Seq,
     SetVersion, subject,
 };
 use tokio::time::Instant;
 
-/// Deadline of every wait: generous, for loaded machines.
-pub const SOON: Duration = Duration::from_secs(60);
+pub use hearth_bus::testing::SOON;
 
 /// Everything that is published, from the beginning.
 pub struct Watch {
@@ -164,11 +161,7 @@ impl TalkingNode {
             })
             .collect();
         HeatReport {
-            node: self.id.clone(),
-            incarnation: self.incarnation,
-            report_seq: self.reports,
             time: wall_now(),
-            window_ms: 1000,
             images: vec![ImageHeat {
                 image: self.image,
                 origin: HeatOrigin::Export,
@@ -182,11 +175,7 @@ impl TalkingNode {
                 ram_hits: 0,
                 ram_misses: 80,
             }],
-            tier: TierUse::default(),
-            disks: Vec::new(),
-            probe_events_total: 0,
-            probe_lost_total: 0,
-            dropped: Vec::new(),
+            ..HeatReport::idle(self.id.clone(), self.incarnation, self.reports)
         }
     }
 
@@ -272,6 +261,11 @@ impl Process {
 
     pub fn said(&self) -> String {
         std::fs::read_to_string(self.dir.join("stderr.log")).unwrap()
+    }
+
+    /// Whether this handle has ended it.
+    pub fn is_dead(&self) -> bool {
+        self.child.is_none()
     }
 
     /// SIGKILL, and waits until it is gone.
