@@ -2,6 +2,7 @@
 
 mod load;
 mod memory_server;
+mod policy;
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -36,6 +37,8 @@ enum What {
         #[arg(long, default_value_t = 2.0)]
         seconds: f64,
     },
+    /// Hit ratios of the RAM tier over recorded block traces, beside other policies
+    Policy(policy::Options),
     /// The server that `nbd` measures
     #[command(hide = true)]
     ServeMemory {
@@ -47,6 +50,7 @@ enum What {
 fn main() -> Result<()> {
     match Arguments::parse().what {
         What::Nbd { pairs, seconds } => nbd(pairs.max(1), Duration::from_secs_f64(seconds)),
+        What::Policy(options) => policy::run(&options),
         What::ServeMemory { socket } => memory_server::run(&socket, DISK_BYTES),
     }
 }

@@ -5,7 +5,7 @@ use clap::{Parser, Subcommand};
 
 use crate::setup::{Purpose, SetupMode};
 use crate::workspace::Workspace;
-use crate::{check, demo, setup};
+use crate::{bench, check, demo, setup};
 
 #[derive(Parser)]
 #[command(bin_name = "cargo xtask", about = "Set-up, demo and test of the Hearth workspace")]
@@ -56,6 +56,11 @@ enum Task {
         /// Test names to run, as `cargo test` takes them; all without
         filters: Vec<String>,
     },
+    /// Measures Hearth beside its peers
+    Bench {
+        #[command(subcommand)]
+        what: bench::What,
+    },
 }
 
 /// Parses the command line and runs the task.
@@ -78,5 +83,6 @@ pub fn run() -> Result<()> {
             let machine = setup::run(&workspace, Purpose::Test, args.mode())?;
             check::run(&workspace, &machine, tests_only, &filters)
         }
+        Task::Bench { what } => bench::run(&workspace, what),
     }
 }

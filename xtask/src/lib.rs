@@ -4,6 +4,7 @@
 //! It is not part of Hearth: it starts Hearth's programs as a user would, and looks at them only through the `hearth`
 //! command, sockets and files. Invariant: whatever it started or mounted, it ends, also when it fails.
 
+pub mod bench;
 pub mod cgroup;
 pub mod check;
 pub mod cli;
