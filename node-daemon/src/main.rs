@@ -4,6 +4,7 @@ use std::io::IsTerminal as _;
 use std::path::PathBuf;
 
 use clap::Parser;
+use hearth_node::store::fault::Faults;
 
 /// Serves VM images from this node's store, holds their hot blocks in RAM, and carries out the scheduler's orders.
 #[derive(Parser)]
@@ -23,5 +24,5 @@ fn main() -> anyhow::Result<()> {
         .with_ansi(std::io::stderr().is_terminal())
         .init();
     let config = hearth_node::config::NodeConfig::load(&args.config)?;
-    hearth_node::agent::run(config)
+    hearth_node::agent::run(config, Faults::default())
 }

@@ -1,263 +1,402 @@
-//! Every call that the store makes to the operating system fails in turn; nothing acknowledged may be lost, and a
-//! failed flush must close the image for writes.
+//! Every call by which the store changes something on disk fails in turn, in every way: nothing is acknowledged that
+//! is not there, nothing acknowledged is lost, a failed sync is never made good by a later one, and the image says what
+//! happened.
+//!
+//! The short form goes through every call of every site with a few combinations; `HEARTH_TEST_LONG=1` takes all of
+//! them.
 
-use std::io;
-use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+mod nbd_support;
+mod store_support;
+
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 
-use hearth_node::disk::{Disk, DiskError};
-use hearth_node::store::fault::{Faults, Site};
-use hearth_node::store::{Store, StoreOptions};
-use hearth_node::tier::{RamTier, TierOptions};
-use hearth_node::volume::{NoPeers, Volume};
-use hearth_protocol::{Epoch, Incarnation, LeaseId};
+use hearth_node::export::nbd::NbdLimits;
+use hearth_node::export::nbd::memory::OneExport;
+use hearth_node::store::fault::{Arm, Failure, Faults, Site, Verb, Verdict};
+use hearth_node::store::{StoreError, os};
+use hearth_node::volume::Volume;
+use nbd_support::{EXPORT, Served, have};
+use store_support::{LibNbd, Refusal, Request, Sectors, ask, attach, die, fast_dir, long, open, read_all};
 
 const BLOCK: u64 = 8 << 10;
 const SIZE: u64 = 8 * BLOCK;
 
-/// Fails the `n`th call at one site, and all later ones if `for_good`.
-struct Plan {
+/// A fault, and what comes after it.
+#[derive(Debug, Clone, Copy)]
+struct Case {
     site: Site,
-    at: u64,
+    failure: Failure,
+    skip: u64,
     for_good: bool,
-    error: io::ErrorKind,
-    armed: AtomicU64,
-    seen: AtomicU64,
+    power_loss: bool,
 }
 
-fn faults(plan: &Arc<Plan>) -> Faults {
-    let plan = plan.clone();
-    Faults::hook(move |site| {
-        if plan.armed.load(Ordering::SeqCst) == 0 || site != plan.site {
-            return Ok(());
-        }
-        let n = plan.seen.fetch_add(1, Ordering::SeqCst);
-        if n == plan.at || (plan.for_good && n > plan.at) {
-            return Err(plan.error.into());
-        }
-        Ok(())
-    })
-}
+/// Holds an arm that can be put in place later.
+#[derive(Clone, Default)]
+struct Switch(Arc<Mutex<Option<Arc<Arm>>>>);
 
-fn open(dir: &Path, incarnation: u128, faults: Faults) -> Arc<Store> {
-    let options = StoreOptions {
-        incarnation: Some(Incarnation(incarnation)),
-        faults,
-    };
-    Arc::new(Store::open(dir, options).unwrap())
-}
-
-fn attach(store: &Arc<Store>, epoch: u64) -> Arc<Volume> {
-    let tier = RamTier::new(TierOptions {
-        capacity_bytes: 512 << 10,
-        front_percent: 50,
-        lock: false,
-    })
-    .unwrap();
-    let image = store.find(&"p/clone".parse().unwrap()).unwrap().id;
-    Volume::attach(
-        store.clone(),
-        tier,
-        image,
-        Epoch(epoch),
-        LeaseId(epoch.into()),
-        Arc::new(NoPeers),
-    )
-    .unwrap()
-}
-
-/// What each byte may be: the acknowledged value, or that of a write that failed since.
-struct Model {
-    acknowledged: Vec<u8>,
-    failed: Mutex<Vec<(std::ops::Range<usize>, u8)>>,
-    flushed: Vec<u8>,
-}
-
-impl Model {
-    fn fits(&self, base: &[u8], got: &[u8], unflushed: &[(std::ops::Range<usize>, u8)]) -> Result<(), String> {
-        let failed = self.failed.lock().unwrap();
-        let maybe: Vec<_> = failed.iter().chain(unflushed).collect();
-        (0..got.len()).try_for_each(|i| {
-            if got[i] == base[i]
-                || maybe
-                    .iter()
-                    .any(|(range, value)| range.contains(&i) && got[i] == *value)
-            {
-                Ok(())
-            } else {
-                Err(format!("byte {i} is {} and should be {}", got[i], base[i]))
-            }
+impl Switch {
+    fn faults(&self) -> Faults {
+        let switch = self.clone();
+        Faults::hook(move |call| {
+            let arm = switch.0.lock().unwrap().clone();
+            arm.map_or(Ok(Verdict::Go), |arm| arm.answer(call))
         })
     }
-}
 
-fn read_all(volume: &Volume) -> Vec<u8> {
-    let mut buf = vec![0; SIZE as usize];
-    volume.read(0, &mut buf).unwrap();
-    buf
-}
-
-fn wait_alone(store: &Arc<Store>) {
-    while Arc::strong_count(store) > 1 {
-        std::thread::yield_now();
+    fn set(&self, arm: Option<Arc<Arm>>) {
+        *self.0.lock().unwrap() = arm;
     }
 }
 
-/// Plays a fixed script with one fault. Says whether the fault was met.
-fn play(site: Site, at: u64, for_good: bool, error: io::ErrorKind, power_loss: bool) -> bool {
-    let what = format!("{site:?} call {at}, for good: {for_good}, {error:?}, power loss: {power_loss}");
-    let dir = tempfile::tempdir_in(if Path::new("/dev/shm").is_dir() {
-        Path::new("/dev/shm")
-    } else {
-        Path::new("/tmp")
-    })
-    .unwrap();
-    let plan = Arc::new(Plan {
+enum Client<'a> {
+    Volume,
+    Nbd(&'a mut LibNbd),
+}
+
+fn volume_script() -> Vec<(Request, u64, u64, u8)> {
+    let (write, fua) = (Request::Write { fua: false }, Request::Write { fua: true });
+    vec![
+        (write, 100, 50, 1),
+        (write, BLOCK + 10, 2 * BLOCK, 2),
+        (Request::Flush, 0, 0, 0),
+        (write, 4096, 4096, 3),
+        (fua, 5 * BLOCK + 5, 20, 4),
+        (Request::Trim, 2 * BLOCK, BLOCK, 0),
+        (Request::Zero, 3 * BLOCK + 100, BLOCK, 0),
+        (write, 6 * BLOCK, BLOCK, 5),
+        (write, 100, 10, 6),
+        (Request::Flush, 0, 0, 0),
+        // Into a block that is held and committed: one durable write.
+        (fua, 6 * BLOCK, 4096, 7),
+        (Request::Zero, 6 * BLOCK, BLOCK, 0),
+        (write, 50, 100, 8),
+        (Request::Flush, 0, 0, 0),
+        (write, 7 * BLOCK, 512, 9),
+    ]
+}
+
+/// Steps of the script at which a snapshot is taken as well.
+const SNAPSHOT_AT: [usize; 2] = [7, 12];
+
+/// Sites that a request itself stands on: where they fail, the request is refused.
+fn is_vital(site: Site) -> bool {
+    use Site::*;
+    matches!(
         site,
-        at,
-        for_good,
-        error,
-        armed: AtomicU64::new(0),
-        seen: AtomicU64::new(0),
-    });
-    let store = open(dir.path(), 1, faults(&plan));
+        DataWrite
+            | DataWriteDurable
+            | DataPunch
+            | DataReserve
+            | DataSync
+            | JournalReserve
+            | JournalAppend
+            | JournalCommit
+            | JournalSync
+    )
+}
+
+/// Plays the script with one fault. Says whether the fault was met.
+fn play(case: Case, client: &mut Client<'_>) -> bool {
+    let what = format!("{case:?}");
+    let dir = fast_dir();
+    let switch = Switch::default();
+    let store = open(dir.path(), 1, switch.faults());
     let parent = store.create(&"p/parent".parse().unwrap(), SIZE, BLOCK).unwrap().id;
-    let tier = RamTier::new(TierOptions {
-        capacity_bytes: 0,
-        front_percent: 0,
-        lock: false,
-    })
-    .unwrap();
-    let volume = Volume::attach(store.clone(), tier, parent, Epoch(1), LeaseId(1), Arc::new(NoPeers)).unwrap();
-    volume.write(0, &vec![0xaa; SIZE as usize], false).unwrap();
+    let volume = attach(&store, "p/parent", 1);
+    ask(&volume, Request::Write { fua: false }, 0, SIZE, 0xaa).unwrap();
     volume.detach().unwrap();
     drop(volume);
     store.snapshot(parent, &"v1".parse().unwrap()).unwrap();
-    store
-        .clone_image(parent, &"v1".parse().unwrap(), &"p/clone".parse().unwrap())
-        .unwrap();
-    let volume = attach(&store, 1);
-    let mut model = Model {
-        acknowledged: vec![0xaa; SIZE as usize],
-        failed: Mutex::default(),
-        flushed: vec![0xaa; SIZE as usize],
+    let clone: hearth_protocol::ImageName = "p/clone".parse().unwrap();
+    let clone_id = store.clone_image(parent, &"v1".parse().unwrap(), &clone).unwrap().id;
+    let volume = attach(&store, "p/clone", 1);
+    let served = match client {
+        Client::Volume => None,
+        Client::Nbd(nbd) => {
+            let table = Arc::new(OneExport::shared(EXPORT, volume.clone()));
+            let served = Served::with(table, NbdLimits::default());
+            assert!(nbd.connect(&served.socket, EXPORT));
+            Some(served)
+        }
     };
-    // Writes acknowledged since the last flush that succeeded: a power loss may keep any of them.
-    let mut unflushed: Vec<(std::ops::Range<usize>, u8)> = Vec::new();
-    plan.armed.store(1, Ordering::SeqCst);
-    let mut poisoned = false;
-    let mut step = |kind: &str, at: u64, len: u64, value: u8| {
-        let range = at as usize..(at + len) as usize;
-        let result = match kind {
-            "write" => volume.write(at, &vec![value; len as usize], false),
-            "fua" => volume.write(at, &vec![value; len as usize], true),
-            "trim" => volume.trim(at, len, false),
-            "zero" => volume.write_zeroes(at, len, true, false),
-            "flush" => volume.flush(),
-            "snapshot" => {
-                let name = format!("s{at}").parse().unwrap();
-                volume
-                    .snapshot(&name)
-                    .map(drop)
-                    .map_err(|err| DiskError::ReadOnly(Box::leak(err.to_string().into())))
+    // What reads may give now, and what may be there after a power loss.
+    let mut now = Sectors::of(&vec![0xaa; SIZE as usize]);
+    let mut durable = now.clone();
+    let arm = Arc::new(Arm::new(case.site, case.failure, case.skip, case.for_good));
+    switch.set(Some(arm.clone()));
+    let mut closed = false;
+    for (i, (request, at, len, value)) in volume_script().into_iter().enumerate() {
+        if let Some(n) = SNAPSHOT_AT.iter().position(|s| *s == i) {
+            let done = volume.snapshot(&format!("s{n}").parse().unwrap());
+            assert!(
+                !(closed && done.is_ok()),
+                "{what}: a snapshot of an image that is closed"
+            );
+            if done.is_ok() {
+                durable.clone_from(&now);
             }
-            _ => unreachable!(),
+            closed = volume.poisoned().is_some();
+        }
+        let fired = arm.fired();
+        let done = match client {
+            Client::Volume => ask(&volume, request, at, len, value),
+            Client::Nbd(nbd) => nbd.ask(request, at, len, value),
         };
+        let met = arm.fired() > fired;
+        let step = format!("{what}: step {i}, {request:?} at {at}");
         assert!(
-            !(poisoned && result.is_ok()),
-            "{what}: {kind} succeeded on a poisoned image"
+            !(closed && done.is_ok()),
+            "{step}: succeeded on an image that is closed"
         );
-        match (&result, kind) {
-            (Ok(()), "flush" | "snapshot") => {
-                model.flushed.clone_from(&model.acknowledged);
-                unflushed.clear();
+        let refused = met && case.failure != Failure::Short && is_vital(case.site);
+        assert!(
+            !(refused && done.is_ok()),
+            "{step}: acknowledged although its call failed"
+        );
+        assert!(
+            !(met && case.failure == Failure::Short && done.is_err()),
+            "{step}: refused for a short write"
+        );
+        closed = volume.poisoned().is_some();
+        if let Err(refusal) = done {
+            assert!(
+                closed || met || case.for_good,
+                "{step}: refused ({refusal:?}) although nothing failed"
+            );
+            if met && !closed && matches!(case.failure, Failure::Enospc | Failure::ShortEnospc) {
+                assert_eq!(refusal, Refusal::NoSpace, "{step}");
             }
-            (Ok(()), _) => {
-                model.acknowledged[range.clone()].fill(value);
-                // What had failed there before is overwritten now.
-                let mut failed = model.failed.lock().unwrap();
-                failed.retain(|(r, _)| !(range.start <= r.start && r.end <= range.end));
-                unflushed.push((range.clone(), value));
-                if kind == "fua" {
-                    model.flushed[range].fill(value);
+            let trouble = volume
+                .trouble()
+                .unwrap_or_else(|| panic!("{step}: refused without a word"));
+            let expect = match refusal {
+                _ if closed => "takes no more writes",
+                Refusal::NoSpace => "the store is full",
+                _ => "writes failed",
+            };
+            assert!(trouble.contains(expect), "{step}: the image says {trouble:?}");
+        }
+        match (request, &done) {
+            (Request::Flush, Ok(())) => durable.clone_from(&now),
+            (Request::Flush, Err(_)) => assert!(closed, "{step}: failed and the image takes writes"),
+            (_, Ok(())) => {
+                now.set(at..at + len, value);
+                durable.may(at..at + len, value);
+                if request == (Request::Write { fua: true }) {
+                    durable.set(at..at + len, value);
                 }
             }
-            (Err(DiskError::Poisoned(_)), _) => poisoned = true,
-            (Err(_), "flush") => poisoned = true,
-            (Err(_), "snapshot") => {}
-            (Err(err), _) => {
-                if error == io::ErrorKind::StorageFull && !poisoned {
-                    assert!(
-                        matches!(err, DiskError::NoSpace(_)) || kind == "fua",
-                        "{what}: {kind} says {err}"
-                    );
-                }
-                model.failed.lock().unwrap().push((range.clone(), value));
-                unflushed.push((range, value));
+            (_, Err(_)) => {
+                now.may(at..at + len, value);
+                durable.may(at..at + len, value);
             }
         }
-        // Whatever happened, reads give acknowledged bytes, and RAM agrees with them.
-        if site != Site::DataRead && site != Site::DataReadDone {
+        // Whatever happened, reads give what they may, and RAM agrees with the disk.
+        if case.site != Site::DataRead {
             let got = read_all(&volume);
-            model
-                .fits(&model.acknowledged, &got, &[])
-                .unwrap_or_else(|why| panic!("{what}: after {kind}: {why}"));
-            assert!(got == read_all(&volume), "{what}: two reads differ");
+            now.check(&got).unwrap_or_else(|why| panic!("{step}: {why}"));
+            assert!(got == read_all(&volume), "{step}: two reads differ");
         }
-    };
-    step("write", 100, 50, 1);
-    step("write", BLOCK + 10, 2 * BLOCK, 2);
-    step("flush", 0, 0, 0);
-    step("write", 4096, 4096, 3);
-    step("fua", 5 * BLOCK + 5, 20, 4);
-    step("trim", 2 * BLOCK, BLOCK, 0);
-    step("zero", 3 * BLOCK + 100, BLOCK, 0);
-    step("snapshot", 1, 0, 0);
-    step("write", 6 * BLOCK, BLOCK, 5);
-    step("write", 100, 10, 6);
-    step("flush", 0, 0, 0);
-    step("fua", 7 * BLOCK, 4096, 7);
-    step("snapshot", 2, 0, 0);
-    step("write", 50, 100, 8);
-    let met = plan.seen.load(Ordering::SeqCst) > at;
-    plan.armed.store(0, Ordering::SeqCst);
-    drop(volume);
-    wait_alone(&store);
-    drop(store);
+    }
+    let met = arm.fired() > 0;
+    if !met {
+        return false;
+    }
+    if let (Client::Nbd(nbd), Some(served)) = (&mut *client, served) {
+        assert_eq!(nbd.tell("close"), "ok");
+        drop(served);
+    }
+    let doubt = store.image(clone_id).unwrap().closed.is_some_and(|c| c.doubt);
+    // A disk that fails for good cannot be told that the image is closed.
+    let noted = !(case.for_good && case.site.name().starts_with("image-"));
+    switch.set(None);
+    die(volume, store);
 
-    let store = open(dir.path(), if power_loss { 2 } else { 1 }, Faults::default());
-    let volume = attach(&store, 2);
-    let got = read_all(&volume);
-    let result = if power_loss || poisoned {
-        model.fits(&model.flushed, &got, &unflushed)
+    let store = open(dir.path(), if case.power_loss { 2 } else { 1 }, Faults::default());
+    if closed && noted {
+        // The daemon serves again under the same lease: that repairs nothing.
+        let volume = attach(&store, "p/clone", 1);
+        let before = if case.power_loss { &durable } else { &now };
+        before
+            .check(&read_all(&volume))
+            .unwrap_or_else(|why| panic!("{what}: after a restart: {why}"));
+        for request in [Request::Write { fua: false }, Request::Trim, Request::Flush] {
+            assert_eq!(
+                ask(&volume, request, 0, 4096, 1),
+                Err(Refusal::Closed),
+                "{what}: {request:?}"
+            );
+        }
+        let trouble = volume.trouble().expect("it is still closed");
+        assert!(trouble.contains("detach and attach"), "{trouble}");
+        // What was closed before has said so.
+        volume.detach().unwrap();
+    }
+    let volume = attach(&store, "p/clone", 2);
+    let legal = if case.power_loss || doubt || (closed && !noted) {
+        &durable
     } else {
-        model.fits(&model.acknowledged, &got, &[])
+        &now
     };
-    result.unwrap_or_else(|why| panic!("{what}: after reopening: {why}"));
+    legal
+        .check(&read_all(&volume))
+        .unwrap_or_else(|why| panic!("{what}: after attaching anew: {why}"));
     // The image works again.
-    volume.write(0, &[9; 512], true).unwrap();
+    ask(&volume, Request::Write { fua: true }, 0, 512, 9).unwrap();
+    assert!(volume.poisoned().is_none());
     volume.detach().unwrap();
-    met
+    true
 }
 
-#[test]
-fn no_failing_call_loses_anything_acknowledged() {
-    let mut played = 0;
-    for site in Site::ALL {
-        for (for_good, error, power_loss) in [
-            (false, io::ErrorKind::Other, false),
-            (true, io::ErrorKind::Other, true),
-            (false, io::ErrorKind::StorageFull, true),
-            (true, io::ErrorKind::StorageFull, false),
-        ] {
-            let mut at = 0;
-            while play(site, at, for_good, error, power_loss) {
-                played += 1;
-                at += 1;
+/// Failures to play at a site, each with what comes with it.
+fn ways(site: Site) -> Vec<(Failure, bool, bool)> {
+    let all = Failure::ALL.iter().filter(|f| f.fits(site.verb()));
+    let mut ways = Vec::new();
+    for (i, failure) in all.enumerate() {
+        if long() {
+            ways.extend([(false, false), (false, true), (true, false), (true, true)].map(|(g, p)| (*failure, g, p)));
+        } else {
+            ways.push((*failure, i % 2 == 1, i % 2 == 0));
+            if i == 0 {
+                ways.push((*failure, true, false));
             }
         }
     }
-    println!("{played} faults played");
-    assert!(played > 200, "the script meets only {played} faults");
+    ways
+}
+
+/// Plays all cases; says how many there were, and at which sites a fault was met.
+fn play_all(client: &mut Client<'_>) -> (usize, BTreeSet<Site>) {
+    let mut met = BTreeSet::new();
+    let mut played = 0;
+    for &site in Site::ALL {
+        for (failure, for_good, power_loss) in ways(site) {
+            for skip in 0.. {
+                let case = Case {
+                    site,
+                    failure,
+                    skip,
+                    for_good,
+                    power_loss,
+                };
+                if !play(case, client) {
+                    break;
+                }
+                met.insert(site);
+                played += 1;
+            }
+        }
+    }
+    (played, met)
+}
+
+/// Creation, import, clone, growth, snapshot and deletion with one fault. Says whether it was met.
+fn administer(site: Site, failure: Failure, skip: u64, for_good: bool) -> bool {
+    let what = format!("{site}, {failure:?} after {skip}, for good: {for_good}");
+    let dir = fast_dir();
+    let raw = dir.path().join("raw");
+    std::fs::write(&raw, [7; 3 * BLOCK as usize]).unwrap();
+    let at = dir.path().join("store");
+    let arm = Arc::new(Arm::new(site, failure, skip, for_good));
+    let switch = Switch::default();
+    switch.set(Some(arm.clone()));
+    let name = |n: &str| format!("p/{n}").parse().unwrap();
+    // (image, the byte it is full of, whether its making was said to have worked).
+    let mut images: Vec<(&str, u8, bool)> = Vec::new();
+    let mut run = || -> Result<(), StoreError> {
+        let options = hearth_node::store::StoreOptions {
+            incarnation: Some(hearth_protocol::Incarnation(1)),
+            faults: switch.faults(),
+        };
+        let store = Arc::new(hearth_node::store::Store::open(&at, options)?);
+        images.push(("imported", 7, false));
+        store.import(&name("imported"), &raw, BLOCK, &mut |_, _| true)?;
+        images.last_mut().unwrap().2 = true;
+        images.push(("made", 0, false));
+        let made = store.create(&name("made"), 3 * BLOCK, BLOCK)?.id;
+        images.last_mut().unwrap().2 = true;
+        store.snapshot(made, &"v1".parse().unwrap())?;
+        images.push(("clone", 0, false));
+        let clone = store.clone_image(made, &"v1".parse().unwrap(), &name("clone"))?.id;
+        images.last_mut().unwrap().2 = true;
+        store.grow(clone, 4 * BLOCK)?;
+        images.retain(|i| i.0 != "clone");
+        store.delete(clone)?;
+        os::replace_note(&at.join("served"), b"[]", &switch.faults()).map_err(StoreError::at("replace", &at))
+    };
+    let result = run();
+    if arm.fired() == 0 {
+        result.unwrap_or_else(|err| panic!("{what}: failed although nothing did: {err}"));
+        return false;
+    }
+    let silent = failure == Failure::Short || site == Site::Discard;
+    assert_eq!(result.is_ok(), silent, "{what}: {result:?}");
+    if let (Err(err), Failure::Enospc | Failure::ShortEnospc) = (&result, failure) {
+        let text = err.to_string();
+        assert!(text.contains("no space") || text.contains("No space"), "{what}: {text}");
+    }
+
+    // After a power loss the store opens, and what was said to be there is.
+    let store = open(&at, 2, Faults::default());
+    for (image, byte, done) in &images {
+        match store.find(&name(image)) {
+            Ok(_) => {
+                let volume: Arc<Volume> = attach(&store, &format!("p/{image}"), 1);
+                assert!(read_all(&volume).iter().all(|b| b == byte), "{what}: {image}");
+                volume.detach().unwrap();
+            }
+            Err(_) => assert!(!done, "{what}: {image} is gone"),
+        }
+    }
+    for image in store.images() {
+        assert!(
+            images.iter().any(|(n, ..)| image.name == name(n)) || image.name == name("clone"),
+            "{what}: {image:?}"
+        );
+    }
+    true
+}
+
+#[test]
+fn every_site_fails_in_turn() {
+    let (played, mut met) = play_all(&mut Client::Volume);
+    let mut administered = 0;
+    for &site in Site::ALL {
+        for failure in Failure::ALL.iter().filter(|f| f.fits(site.verb())) {
+            for for_good in [false, true] {
+                for skip in 0.. {
+                    if !administer(site, *failure, skip, for_good) {
+                        break;
+                    }
+                    met.insert(site);
+                    administered += 1;
+                }
+            }
+        }
+    }
+    println!("{played} faults met by requests, {administered} by administration");
+    let missing: Vec<_> = Site::ALL
+        .iter()
+        .filter(|site| site.verb() != Verb::Moment && !met.contains(site))
+        // Only met after another fault: see `store::layer`'s own tests.
+        .filter(|site| **site != Site::JournalCut)
+        .collect();
+    assert!(missing.is_empty(), "no fault was met at {missing:?}");
+    assert!(
+        played > 300 && administered > 200,
+        "{played} and {administered} are too few"
+    );
+}
+
+#[test]
+fn a_stock_client_is_refused_at_every_site() {
+    if !have(&["nbdsh"]) {
+        return;
+    }
+    let mut nbd = LibNbd::start().expect("Debian's Python is there with nbdsh");
+    let (played, met) = play_all(&mut Client::Nbd(&mut nbd));
+    println!("{played} faults met over NBD at {} sites", met.len());
+    assert!(played > 300, "{played} are too few");
 }

@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 
 use hearth_node::disk::Disk;
-use hearth_node::store::fault::{Faults, Site};
+use hearth_node::store::fault::{Faults, Site, Verdict};
 use hearth_node::store::{Store, StoreOptions};
 use hearth_node::tier::{RamTier, TierOptions, mutants};
 use hearth_node::volume::{NoPeers, Volume};
@@ -39,14 +39,14 @@ fn scene() -> Scene {
         go_on: Mutex::new(go_on_out),
     });
     let hook = pause.clone();
-    let faults = Faults::hook(move |site| {
+    let faults = Faults::hook(move |call| {
         let mine = Some(std::thread::current().id());
-        if site == Site::DataReadDone && *hook.armed.lock().unwrap() == mine {
+        if call.site == Site::DataReadDone && *hook.armed.lock().unwrap() == mine {
             *hook.armed.lock().unwrap() = None;
             hook.reached.lock().unwrap().send(()).unwrap();
             hook.go_on.lock().unwrap().recv().unwrap();
         }
-        Ok(())
+        Ok(Verdict::Go)
     });
     let dir = tempfile::tempdir().unwrap();
     let options = StoreOptions {

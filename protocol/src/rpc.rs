@@ -204,6 +204,9 @@ pub struct ImageInfo {
     pub node: NodeId,
     /// How it is served, if it is.
     pub attached: Option<AttachInfo>,
+    /// What is wrong with it and what to do, in words; absent while all is well.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trouble: Option<String>,
 }
 
 /// How an image is served.

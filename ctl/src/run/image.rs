@@ -282,6 +282,9 @@ fn info_text(info: &ImageInfo) -> String {
             }
         }
     }
+    if let Some(trouble) = &info.trouble {
+        lines.push(format!("trouble        {trouble}"));
+    }
     lines.join("\n") + "\n"
 }
 
@@ -320,7 +323,12 @@ fn infos(images: &[ImageInfo]) -> Table {
                     id: RowId::Image(i.id),
                     cells: vec![
                         Cell::text(i.name.as_str()),
-                        Cell::text(if i.attached.is_some() { "attached" } else { "detached" }),
+                        Cell::text(match (&i.attached, &i.trouble) {
+                            (Some(_), None) => "attached",
+                            (Some(_), Some(_)) => "attached, in trouble",
+                            (None, None) => "detached",
+                            (None, Some(_)) => "detached, in trouble",
+                        }),
                         Cell::number(i.size.0, fmt::bytes(i.size)),
                         Cell::number(i.allocated.0, fmt::bytes(i.allocated)),
                         Cell::number(i.layers.len() as u64, i.layers.len().to_string()),
@@ -389,6 +397,7 @@ mod tests {
             parent: None,
             node: "n1".parse().unwrap(),
             attached: None,
+            trouble: None,
         };
         assert!(info_text(&info).contains("attached       no\n"));
     }

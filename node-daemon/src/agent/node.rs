@@ -1,5 +1,6 @@
 //! The data plane of one node, put together: store, RAM tier, exports, probes. Works without NATS.
 
+use std::collections::BTreeMap;
 use std::os::linux::fs::MetadataExt as _;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -20,6 +21,7 @@ use crate::export::device::{DeviceExports, DeviceOptions};
 use crate::export::fdstore::FdStore;
 use crate::export::nbd::NbdHandle;
 use crate::peer::{PeerLimits, PeerPool};
+use crate::store::fault::Faults;
 use crate::store::{Store, StoreError, StoreOptions};
 use crate::tier::{RamTier, TierOptions};
 use crate::volume::Volume;
@@ -46,8 +48,8 @@ pub struct Node {
     pub probes: Result<EbpfSource, String>,
     /// Reads of layers that this node does not hold.
     pub remote: Arc<PeerPool>,
-    /// Held over every change of what is served.
-    changes: Mutex<()>,
+    /// Held over every change of what is served: images that are to be served and cannot be, with the reason.
+    waiting: Mutex<BTreeMap<ImageId, (Kept, String)>>,
 }
 
 /// The one run of an image's location map: this node is its only member until images are replicated.
@@ -58,8 +60,12 @@ impl Node {
     ///
     /// # Errors
     /// What cannot be had, with what to do.
-    pub fn open(config: NodeConfig, fdstore: Option<Arc<FdStore>>) -> anyhow::Result<Arc<Self>> {
-        let store = Arc::new(Store::open(&config.store_dir, StoreOptions::default())?);
+    pub fn open(config: NodeConfig, fdstore: Option<Arc<FdStore>>, faults: Faults) -> anyhow::Result<Arc<Self>> {
+        let options = StoreOptions {
+            faults: faults.clone(),
+            ..StoreOptions::default()
+        };
+        let store = Arc::new(Store::open(&config.store_dir, options)?);
         let tier = RamTier::new(TierOptions {
             capacity_bytes: config.ram_bytes.0,
             front_percent: config.front_percent,
@@ -94,7 +100,7 @@ impl Node {
         if let Err(why) = &devices {
             tracing::warn!("no kernel devices, images are served over NBD only: {why}");
         }
-        let peers = Arc::new(Peers::open(config.store_dir.join("peers"))?);
+        let peers = Arc::new(Peers::open(config.store_dir.join("peers"), faults.clone())?);
         let remote = {
             let peers = Arc::clone(&peers);
             Arc::new(PeerPool::new(PeerLimits::default(), move |layer| {
@@ -108,7 +114,11 @@ impl Node {
                 Some(disk as Arc<dyn Disk>)
             }
         };
-        let served = Arc::new(ServedImages::new(config.store_dir.join("served"), Box::new(sealed)));
+        let served = Arc::new(ServedImages::new(
+            config.store_dir.join("served"),
+            Box::new(sealed),
+            faults,
+        ));
         Ok(Arc::new(Self {
             config,
             incarnation: hearth_bus::new_incarnation(),
@@ -120,7 +130,7 @@ impl Node {
             counters: ExportSource::new(),
             probes,
             remote,
-            changes: Mutex::new(()),
+            waiting: Mutex::default(),
         }))
     }
 
@@ -129,12 +139,17 @@ impl Node {
         if self.probes.is_ok() { "ebpf" } else { "export" }
     }
 
-    fn change(&self) -> std::sync::MutexGuard<'_, ()> {
-        self.changes.lock().unwrap_or_else(PoisonError::into_inner)
+    fn change(&self) -> std::sync::MutexGuard<'_, BTreeMap<ImageId, (Kept, String)>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Why an image that is to be served is not, if so.
+    pub fn waiting_why(&self, image: ImageId) -> Option<String> {
+        self.change().get(&image).map(|(_, why)| why.clone())
     }
 
     /// Serves again what the last process served, under the same epochs and leases: nobody else can hold them, because
-    /// this node is the only member. Images that fail are said and left out.
+    /// this node is the only member. Images that fail are said and tried again by [`Node::resume_waiting`].
     ///
     /// # Errors
     /// When the list of them cannot be read.
@@ -142,9 +157,20 @@ impl Node {
         for kept in self.served.kept()? {
             match self.serve(kept.clone()) {
                 Ok(served) => tracing::info!(image = %served.name, epoch = %kept.epoch, "serving again"),
-                Err(error) => tracing::error!(image = %kept.image, %error, "cannot serve an image again"),
+                Err(error) => {
+                    tracing::error!(image = %kept.image, %error, "cannot serve an image again; trying on");
+                    self.change().insert(kept.image, (kept, error.message));
+                }
             }
         }
+        if self.change().is_empty() {
+            self.give_up_devices()?;
+        }
+        Ok(())
+    }
+
+    /// Removes the devices of the last process that no image takes over any more.
+    fn give_up_devices(&self) -> anyhow::Result<()> {
         if let Ok(devices) = &self.devices {
             for name in devices.give_up_waiting()? {
                 tracing::error!(image = %name, "its kernel device is gone: the image is not served any more");
@@ -153,12 +179,40 @@ impl Node {
         Ok(())
     }
 
+    /// Tries again what could not be served at the start: a full disk may have room by now. Guests that reconnect wait
+    /// meanwhile.
+    pub fn resume_waiting(&self) {
+        let mut waiting = self.change();
+        if waiting.is_empty() {
+            return;
+        }
+        waiting.retain(|image, (kept, why)| match self.serve(kept.clone()) {
+            Ok(served) => {
+                tracing::info!(image = %served.name, epoch = %kept.epoch, "serving again");
+                false
+            }
+            Err(error) => {
+                if *why != error.message {
+                    tracing::error!(%image, %error, "still cannot serve an image again; trying on");
+                    *why = error.message;
+                }
+                true
+            }
+        });
+        // Guests on devices wait as well, until it is known that nobody takes theirs over.
+        if waiting.is_empty()
+            && let Err(error) = self.give_up_devices()
+        {
+            tracing::error!(%error, "devices of the last process stay behind");
+        }
+    }
+
     /// Starts serving an image under a granted lease, and remembers that it is served.
     ///
     /// # Errors
     /// What stood in the way; the image is then not served.
     pub fn attach(&self, image: ImageId, epoch: Epoch, lease: LeaseId, export: ExportKind) -> Result<Served, Failure> {
-        let _changing = self.change();
+        let mut waiting = self.change();
         let kept = Kept {
             image,
             epoch,
@@ -166,7 +220,8 @@ impl Node {
             export,
         };
         let served = self.serve(kept)?;
-        if let Err(error) = self.keep() {
+        waiting.remove(&image);
+        if let Err(error) = self.keep(&waiting) {
             let _ = self.end(image, &served);
             return Err(failed(format!("remembering that {} is served: {error}", served.name)));
         }
@@ -246,36 +301,43 @@ impl Node {
                 "see hearth image list",
             ));
         };
-        tokio::task::block_in_place(|| self.end_device(image, &served))?;
+        let said = tokio::task::block_in_place(|| self.end_device(image, &served))?;
         connections.close_export(image).await;
         tokio::task::block_in_place(|| {
-            let _changing = self.change();
+            let waiting = self.change();
             let result = self.end(image, &served);
-            self.keep()
+            self.keep(&waiting)
                 .map_err(|error| failed(format!("forgetting that {} was served: {error}", served.name)))?;
             result
         })?;
-        Ok(served)
+        said.map_or(Ok(served), Err)
     }
 
-    fn end_device(&self, image: ImageId, served: &Served) -> Result<(), Failure> {
+    /// Removes an image's device; what its last flush said, if that went wrong, comes back beside.
+    fn end_device(&self, image: ImageId, served: &Served) -> Result<Option<Failure>, Failure> {
         let (Some(device), Ok(devices)) = (&served.device, &self.devices) else {
-            return Ok(());
+            return Ok(None);
         };
-        devices.detach(&served.name).map_err(|error| {
-            Failure::new(
-                FailureKind::Refused,
-                error.to_string(),
-                "stop the guest that uses the device, then detach again",
-            )
-        })?;
+        let said = match devices.detach(&served.name) {
+            Ok(()) => None,
+            Err(error) if devices.info(&served.name).is_none() => {
+                Some(failed(format!("the device of {} is gone, but: {error}", served.name)))
+            }
+            Err(error) => {
+                return Err(Failure::new(
+                    FailureKind::Refused,
+                    error.to_string(),
+                    "stop the guest that uses the device, then detach again",
+                ));
+            }
+        };
         if let Ok(probes) = &self.probes
             && let Err(error) = probes.detach_device(device.major, device.minor)
         {
             tracing::warn!(image = %served.name, %error, "the probes still know a device that is gone");
         }
         self.served.set_device(image, None);
-        Ok(())
+        Ok(said)
     }
 
     fn end(&self, image: ImageId, served: &Served) -> Result<(), Failure> {
@@ -287,18 +349,28 @@ impl Node {
             .map_err(|error| failed(format!("closing {}: {error}", served.name)))
     }
 
-    fn keep(&self) -> std::io::Result<()> {
-        let kept: Vec<Kept> = self
-            .served
-            .all()
-            .into_iter()
-            .map(|(image, s)| Kept {
-                image,
-                epoch: s.epoch,
-                lease: s.lease,
-                export: s.export,
-            })
-            .collect();
+    /// Forgets an image that is to be served and is not; says under which epoch it was to be.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn give_up(&self, image: ImageId) -> Result<Option<Epoch>, Failure> {
+        let mut waiting = self.change();
+        let Some((kept, _)) = waiting.remove(&image) else {
+            return Ok(None);
+        };
+        self.keep(&waiting)
+            .map_err(|error| failed(format!("forgetting that {image} was served: {error}")))?;
+        Ok(Some(kept.epoch))
+    }
+
+    fn keep(&self, waiting: &BTreeMap<ImageId, (Kept, String)>) -> std::io::Result<()> {
+        let served = self.served.all().into_iter().map(|(image, s)| Kept {
+            image,
+            epoch: s.epoch,
+            lease: s.lease,
+            export: s.export,
+        });
+        let kept: Vec<Kept> = served.chain(waiting.values().map(|(kept, _)| kept.clone())).collect();
         self.served.keep(&kept)
     }
 

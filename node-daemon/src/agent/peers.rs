@@ -7,9 +7,10 @@ use std::sync::RwLock;
 
 use hearth_protocol::LayerId;
 
-use super::served::replace;
 use crate::disk::DiskError;
 use crate::peer::PeerPool;
+use crate::store::fault::Faults;
+use crate::store::os::replace_note;
 use crate::volume::BlockSource;
 
 impl BlockSource for PeerPool {
@@ -22,6 +23,7 @@ impl BlockSource for PeerPool {
 pub struct Peers {
     addresses: RwLock<BTreeMap<LayerId, Vec<String>>>,
     file: PathBuf,
+    faults: Faults,
 }
 
 impl Peers {
@@ -29,7 +31,7 @@ impl Peers {
     ///
     /// # Errors
     /// When the file cannot be read or is damaged.
-    pub fn open(file: PathBuf) -> io::Result<Self> {
+    pub fn open(file: PathBuf, faults: Faults) -> io::Result<Self> {
         let addresses = match std::fs::read(&file) {
             Ok(bytes) => serde_json::from_slice(&bytes).map_err(|error| {
                 io::Error::other(format!(
@@ -43,6 +45,7 @@ impl Peers {
         Ok(Self {
             addresses: RwLock::new(addresses),
             file,
+            faults,
         })
     }
 
@@ -68,6 +71,6 @@ impl Peers {
             }
             addresses.clone_from(&fresh);
         }
-        replace(&self.file, &serde_json::to_vec_pretty(&fresh)?)
+        replace_note(&self.file, &serde_json::to_vec_pretty(&fresh)?, &self.faults)
     }
 }

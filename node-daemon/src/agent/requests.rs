@@ -240,7 +240,7 @@ impl Requests {
     async fn delete(self, image: ImageName) -> Answer<NodeReply> {
         let meta = self.find(&image)?;
         self.link.ready()?;
-        if self.node.served.get(meta.id).is_some() {
+        if self.node.served.get(meta.id).is_some() || self.node.waiting_why(meta.id).is_some() {
             let mut failure = store_failure(&StoreError::Attached(image.to_string()));
             failure.hint = format!("hearth image detach {image}");
             return Err(failure);
@@ -326,12 +326,25 @@ impl Requests {
     async fn detach(self, image: ImageName) -> Answer<NodeReply> {
         let meta = self.find(&image)?;
         self.link.ready()?;
-        let served = self.node.detach(meta.id, &self.connections).await?;
-        let event = Event::ImageDetached {
-            image: meta.id,
-            epoch: served.epoch,
+        let (epoch, result) = match self.node.give_up(meta.id)? {
+            Some(epoch) => (epoch, Ok(())),
+            None => {
+                let served = self.node.served.get(meta.id);
+                let result = self.node.detach(meta.id, &self.connections).await;
+                match (served, self.node.served.get(meta.id)) {
+                    // What went wrong came after the end of its service, so the log must know of the end.
+                    (Some(served), None) => (served.epoch, result.map(drop)),
+                    _ => {
+                        return Err(result
+                            .err()
+                            .unwrap_or_else(|| failed(format!("{image} is still served"))));
+                    }
+                }
+            }
         };
+        let event = Event::ImageDetached { image: meta.id, epoch };
         let seq = self.link.publish_image(meta.id, &event).await?;
+        result?;
         Ok(NodeReply::Done { seq: Some(seq) })
     }
 
@@ -377,7 +390,24 @@ impl Requests {
             parent: meta.parent.as_ref().map(|p| format!("{}@{}", p.name, p.snapshot)),
             node: self.node.config.id.clone(),
             attached: self.node.served.get(meta.id).map(|served| self.attach_info(&served)),
+            trouble: self.trouble(&meta),
         }
+    }
+
+    /// What is wrong with an image, in words.
+    fn trouble(&self, meta: &ImageMeta) -> Option<String> {
+        if let Some(served) = self.node.served.get(meta.id) {
+            return served.volume.trouble();
+        }
+        let waiting = self.node.waiting_why(meta.id);
+        let waiting = waiting.map(|why| format!("is to be served and cannot be: {why}; it is tried again every 2 s"));
+        waiting.or_else(|| {
+            let closed = meta.closed.as_ref()?;
+            Some(format!(
+                "takes no more writes since {}; the next attach opens it, without what was not flushed",
+                closed.why
+            ))
+        })
     }
 
     fn attach_info(&self, served: &Served) -> AttachInfo {

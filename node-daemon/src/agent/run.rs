@@ -22,23 +22,27 @@ use super::link::Link;
 use super::node::Node;
 use super::report::{self, ImageContext};
 use super::requests::{self, Requests};
-use super::served::replace;
 use super::{commands, peers::Peers};
 use crate::config::NodeConfig;
 use crate::export::device::prepare_process;
 use crate::export::fdstore::FdStore;
 use crate::export::nbd::{Listener, NbdHandle, NbdLimits, NbdServer, SOCKET_MODE, listener_from_env};
+use crate::store::fault::Faults;
+use crate::store::os::replace_note;
 
 /// Name of the NBD listening socket with the descriptor holder.
 const LISTENER: &str = "nbd-listener";
 /// Pause before NATS is tried again.
 const RECONNECT: Duration = Duration::from_secs(1);
 
-/// Runs the daemon until SIGTERM or SIGINT.
+/// Pause before images that could not be served at the start are tried again.
+const RESUME_AGAIN: Duration = Duration::from_secs(2);
+
+/// Runs the daemon until SIGTERM or SIGINT. `faults` are for tests; a daemon in service has none.
 ///
 /// # Errors
 /// What kept it from starting, with what to do.
-pub fn run(config: NodeConfig) -> anyhow::Result<()> {
+pub fn run(config: NodeConfig, faults: Faults) -> anyhow::Result<()> {
     let fdstore = match &config.fd_holder {
         Some(socket) => Some(Arc::new(FdStore::connect(socket)?)),
         None => None,
@@ -47,7 +51,7 @@ pub fn run(config: NodeConfig) -> anyhow::Result<()> {
         tracing::warn!("{warning}");
     }
     let listeners = listeners(&config, fdstore.as_deref())?;
-    let node = Node::open(config, fdstore)?;
+    let node = Node::open(config, fdstore, faults)?;
     node.resume()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(serve(node, listeners))
@@ -94,10 +98,22 @@ async fn serve(node: Arc<Node>, listeners: Vec<Listener>) -> anyhow::Result<()> 
         let (stop, table) = (Arc::clone(&stop), Arc::clone(&node.served));
         tokio::spawn(server.run(table, limits, async move { stop.notified().await }))
     };
+    let retry = {
+        let node = Arc::clone(&node);
+        async move {
+            loop {
+                tokio::time::sleep(RESUME_AGAIN).await;
+                let node = Arc::clone(&node);
+                // A panic in there was logged; the next round tries again.
+                let _ = tokio::task::spawn_blocking(move || node.resume_waiting()).await;
+            }
+        }
+    };
     tracing::info!(node = %node.config.id, socket = %node.config.socket.display(), heat = node.heat_source(), "serving");
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tokio::select! {
         () = agent(Arc::clone(&node), connections) => unreachable!("the agent runs for ever"),
+        () = retry => unreachable!("images are waited for for ever"),
         // Without its sockets the daemon serves nobody: better started again than alive and deaf.
         ended = &mut nbd => return ended?.context("the NBD server ended by itself"),
         _ = term.recv() => {}
@@ -213,7 +229,7 @@ fn remember_incarnation(node: &Node) {
     };
     let written = serde_json::to_vec(&last)
         .map_err(std::io::Error::other)
-        .and_then(|b| replace(&last_path(node), &b));
+        .and_then(|b| replace_note(&last_path(node), &b, node.store.faults()));
     if let Err(error) = written {
         tracing::warn!(%error, "the next process will not know this one");
     }

@@ -1,9 +1,9 @@
 //! The images that this node serves now, as the NBD server looks them up, and the list that survives a restart.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{self, Write as _};
-use std::path::{Path, PathBuf};
+use std::fs;
+use std::io;
+use std::path::PathBuf;
 use std::sync::{Arc, RwLock};
 
 use hearth_probes::export::ExportCounter;
@@ -14,6 +14,8 @@ use serde::{Deserialize, Serialize};
 use crate::disk::Disk;
 use crate::export::device::DeviceInfo;
 use crate::export::nbd::{ExportEntry, ExportName, ExportTable};
+use crate::store::fault::Faults;
+use crate::store::os::replace_note;
 use crate::volume::Volume;
 
 /// One image in service.
@@ -57,15 +59,17 @@ pub struct ServedImages {
     images: RwLock<BTreeMap<ImageId, Served>>,
     sealed: Box<SealedLayers>,
     list: PathBuf,
+    faults: Faults,
 }
 
 impl ServedImages {
     /// No images yet; `list` is the file that survives a restart.
-    pub fn new(list: PathBuf, sealed: Box<SealedLayers>) -> Self {
+    pub fn new(list: PathBuf, sealed: Box<SealedLayers>, faults: Faults) -> Self {
         Self {
             images: RwLock::default(),
             sealed,
             list,
+            faults,
         }
     }
 
@@ -86,7 +90,7 @@ impl ServedImages {
     /// # Errors
     /// The file system's.
     pub fn keep(&self, kept: &[Kept]) -> io::Result<()> {
-        replace(&self.list, &serde_json::to_vec_pretty(kept)?)
+        replace_note(&self.list, &serde_json::to_vec_pretty(kept)?, &self.faults)
     }
 
     /// Adds an image.
@@ -158,17 +162,4 @@ impl ExportTable for ServedImages {
             .map(|s| s.name.to_string())
             .collect()
     }
-}
-
-/// Replaces a small file so that a crash leaves the old or the new one.
-///
-/// # Errors
-/// The file system's.
-pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let fresh = path.with_extension("new");
-    let mut file = File::create(&fresh)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    fs::rename(&fresh, path)?;
-    File::open(path.parent().expect("a file in a directory"))?.sync_all()
 }

@@ -5,17 +5,15 @@
 //! tmpfs, some FUSE file systems) the file is used through the page cache and the store says so once.
 
 use std::cell::RefCell;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::LocalKey;
 
-use nix::fcntl::{FallocateFlags, fallocate};
-
-use super::fault::{Faults, Site};
+use super::fault::{Action, Faults, Site};
+use super::os::{Range, StoreFile};
 
 /// Alignment of offsets, lengths and memory, in bytes.
 pub const ALIGN: usize = 4096;
@@ -54,9 +52,8 @@ thread_local! {
 
 /// A file opened for direct I/O.
 pub struct DirectFile {
-    file: File,
+    file: StoreFile,
     direct: bool,
-    faults: Faults,
 }
 
 static WARNED: AtomicBool = AtomicBool::new(false);
@@ -66,38 +63,25 @@ impl DirectFile {
     ///
     /// # Errors
     /// The operating system's.
-    pub fn open(path: &Path, write: bool, create: bool, faults: Faults) -> io::Result<Self> {
-        let options = |flags: i32| {
-            OpenOptions::new()
-                .read(true)
-                .write(write)
-                .create_new(create)
-                .custom_flags(flags | libc::O_CLOEXEC)
-                .open(path)
+    pub fn open(path: &Path, write: bool, create: bool, faults: &Faults) -> io::Result<Self> {
+        let open = |flags: i32| {
+            if create {
+                StoreFile::create(Site::DataCreate, path, flags, faults)
+            } else {
+                StoreFile::open(path, write, flags, faults)
+            }
         };
-        match options(libc::O_DIRECT) {
-            Ok(file) => Ok(Self {
-                file,
-                direct: true,
-                faults,
-            }),
+        match open(libc::O_DIRECT) {
+            Ok(file) => Ok(Self { file, direct: true }),
             Err(err) if err.raw_os_error() == Some(libc::EINVAL) => {
-                // open(2) may have created the file before it found O_DIRECT unsupported.
-                if create && path.exists() {
-                    std::fs::remove_file(path)?;
-                }
-                let file = options(0)?;
+                let file = open(0)?;
                 if !WARNED.swap(true, Ordering::Relaxed) {
                     tracing::warn!(
                         path = %path.display(),
                         "the file system refuses O_DIRECT: reads and writes go through the page cache, so RAM is spent twice; use ext4 or xfs for the store"
                     );
                 }
-                Ok(Self {
-                    file,
-                    direct: false,
-                    faults,
-                })
+                Ok(Self { file, direct: false })
             }
             Err(err) => Err(err),
         }
@@ -105,7 +89,7 @@ impl DirectFile {
 
     /// The file itself, for metadata.
     pub fn file(&self) -> &File {
-        &self.file
+        self.file.file()
     }
 
     fn fits(&self, buf: &[u8]) -> bool {
@@ -117,9 +101,9 @@ impl DirectFile {
     /// # Errors
     /// The operating system's; `UnexpectedEof` past the end of the file.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        self.faults.at(Site::DataRead)?;
+        self.file.pass(Site::DataRead, Action::Read)?;
         if self.fits(buf) && (!self.direct || is_aligned(offset, buf.len())) {
-            self.file.read_exact_at(buf, offset)?;
+            self.file().read_exact_at(buf, offset)?;
         } else {
             let mut at = 0;
             while at < buf.len() {
@@ -129,14 +113,14 @@ impl DirectFile {
                 let take = (buf.len() - at).min(BOUNCE - skip);
                 BOUNCE_BUF.with_borrow_mut(|bounce| {
                     let bounce = bounce.get((skip + take).next_multiple_of(ALIGN));
-                    self.file.read_exact_at(bounce, base)?;
+                    self.file().read_exact_at(bounce, base)?;
                     buf[at..at + take].copy_from_slice(&bounce[skip..skip + take]);
                     io::Result::Ok(())
                 })?;
                 at += take;
             }
         }
-        self.faults.at(Site::DataReadDone)
+        self.file.pass(Site::DataReadDone, Action::Moment)
     }
 
     /// Writes `data` at `offset`, both multiples of [`ALIGN`]. `durable`: the bytes and the metadata needed to read
@@ -153,47 +137,26 @@ impl DirectFile {
             "unaligned write of {} at {offset}",
             data.len()
         );
-        self.faults.at(Site::DataWrite)?;
         if self.fits(data) {
-            self.write_all(offset, data, durable)?;
+            self.put(offset, data, durable)?;
         } else {
             for (i, part) in data.chunks(BOUNCE).enumerate() {
                 BOUNCE_BUF.with_borrow_mut(|bounce| {
                     let bounce = bounce.get(part.len());
                     bounce.copy_from_slice(part);
-                    self.write_all(offset + (i * BOUNCE) as u64, bounce, durable)
+                    self.put(offset + (i * BOUNCE) as u64, bounce, durable)
                 })?;
             }
         }
-        self.faults.at(Site::DataWriteDone)
+        self.file.pass(Site::DataWriteDone, Action::Moment)
     }
 
-    fn write_all(&self, mut offset: u64, mut data: &[u8], durable: bool) -> io::Result<()> {
-        if !durable {
-            return self.file.write_all_at(data, offset);
+    fn put(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()> {
+        if durable {
+            self.file.write_durable(Site::DataWriteDurable, offset, data)
+        } else {
+            self.file.write(Site::DataWrite, offset, data)
         }
-        while !data.is_empty() {
-            let part = libc::iovec {
-                iov_base: data.as_ptr() as *mut libc::c_void,
-                iov_len: data.len(),
-            };
-            // SAFETY: `part` describes `data`, which outlives the call; the kernel only reads from it.
-            let n = unsafe { libc::pwritev2(self.file.as_raw_fd(), &part, 1, offset as i64, libc::RWF_DSYNC) };
-            match n {
-                0 => return Err(io::ErrorKind::WriteZero.into()),
-                n if n > 0 => {
-                    data = &data[n as usize..];
-                    offset += n as u64;
-                }
-                _ => {
-                    let err = io::Error::last_os_error();
-                    if err.kind() != io::ErrorKind::Interrupted {
-                        return Err(err);
-                    }
-                }
-            }
-        }
-        Ok(())
     }
 
     /// Gives the range back to the file system; it reads as zero. Offset and length are multiples of [`ALIGN`].
@@ -201,11 +164,7 @@ impl DirectFile {
     /// # Errors
     /// The operating system's.
     pub fn punch(&self, offset: u64, length: u64) -> io::Result<()> {
-        self.allocate(
-            FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE,
-            offset,
-            length,
-        )
+        self.change(Site::DataPunch, Range::Punch, offset, length)
     }
 
     /// Makes the range read as zero and keeps or makes it allocated. Same alignment as [`Self::punch`].
@@ -213,30 +172,22 @@ impl DirectFile {
     /// # Errors
     /// The operating system's.
     pub fn zero_allocated(&self, offset: u64, length: u64) -> io::Result<()> {
-        let flags = FallocateFlags::FALLOC_FL_ZERO_RANGE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        match self.allocate(flags, offset, length) {
+        match self.change(Site::DataZero, Range::Zero, offset, length) {
             // tmpfs has no ZERO_RANGE.
             Err(err) if err.raw_os_error() == Some(libc::EOPNOTSUPP) => {
                 self.punch(offset, length)?;
-                self.allocate(FallocateFlags::FALLOC_FL_KEEP_SIZE, offset, length)
+                self.change(Site::DataReserve, Range::Reserve, offset, length)
             }
             other => other,
         }
     }
 
-    fn allocate(&self, flags: FallocateFlags, offset: u64, length: u64) -> io::Result<()> {
+    fn change(&self, site: Site, range: Range, offset: u64, length: u64) -> io::Result<()> {
         assert!(
             is_aligned(offset, length as usize),
-            "unaligned fallocate of {length} at {offset}"
+            "unaligned change of {length} at {offset}"
         );
-        self.faults.at(Site::DataPunch)?;
-        loop {
-            match fallocate(&self.file, flags, offset as i64, length as i64) {
-                Ok(()) => return Ok(()),
-                Err(nix::errno::Errno::EINTR) => {}
-                Err(err) => return Err(err.into()),
-            }
-        }
+        self.file.change(site, range, offset, length)
     }
 
     /// Puts everything written before on stable storage.
@@ -244,16 +195,15 @@ impl DirectFile {
     /// # Errors
     /// The operating system's. After one, nothing written before can be trusted to be there.
     pub fn sync(&self) -> io::Result<()> {
-        self.faults.at(Site::DataSync)?;
-        self.file.sync_data()
+        self.file.sync(Site::DataSync)
     }
 
     /// Extends or cuts the file.
     ///
     /// # Errors
     /// The operating system's.
-    pub fn set_len(&self, len: u64) -> io::Result<()> {
-        self.file.set_len(len)
+    pub fn resize(&self, len: u64) -> io::Result<()> {
+        self.file.set_len(Site::DataSize, len)
     }
 }
 

@@ -20,6 +20,15 @@ pub enum StoreError {
         #[source]
         source: io::Error,
     },
+    /// A sync failed: what was written before may be lost, and no later sync can tell.
+    #[error("{what}: {source}; what was not flushed before may be lost: attach again to open what was")]
+    Unsynced {
+        /// What was attempted, on what.
+        what: String,
+        /// The operating system's error.
+        #[source]
+        source: io::Error,
+    },
     /// Another process has the store open.
     #[error(
         "the store {0} is open in another process: stop that node daemon first, or give this one another directory"
@@ -123,7 +132,10 @@ impl StoreError {
             StoreError::Attached(_) | StoreError::HasClones { .. } | StoreError::InUse(_) => FailureKind::Refused,
             StoreError::Unfit(_) | StoreError::NotRaw { .. } => FailureKind::Usage,
             StoreError::Newer { .. } => FailureKind::NotSupported,
-            StoreError::Io { .. } | StoreError::Damaged { .. } | StoreError::NoSpace(_) => FailureKind::Failed,
+            StoreError::Io { .. }
+            | StoreError::Unsynced { .. }
+            | StoreError::Damaged { .. }
+            | StoreError::NoSpace(_) => FailureKind::Failed,
         }
     }
 }
@@ -132,7 +144,7 @@ impl From<StoreError> for DiskError {
     fn from(err: StoreError) -> Self {
         match err {
             StoreError::NoSpace(what) => DiskError::NoSpace(what),
-            StoreError::Io { what, source } => DiskError::Io { what, source },
+            StoreError::Io { what, source } | StoreError::Unsynced { what, source } => DiskError::Io { what, source },
             other => DiskError::Io {
                 what: "the store".into(),
                 source: io::Error::other(other.to_string()),

@@ -1,6 +1,5 @@
 //! Images: what their metadata says, and create, clone, snapshot, grow and delete.
 
-use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -10,14 +9,22 @@ use hearth_protocol::{Epoch, ImageId, ImageName, Incarnation, LayerId, LeaseId, 
 use serde::{Deserialize, Serialize};
 
 use super::error::StoreError;
+use super::fault::Site;
 use super::incarnation::random_id;
-use super::layer::{Layer, LayerMeta};
+use super::layer::{Closed, Layer, LayerMeta};
+use super::os::{self, FileSites};
 use super::sealed_file::{self, Kind};
 use super::{Opened, Store};
 
 pub(super) const IMAGE_META: Kind = Kind {
     name: "image",
     version: 1,
+    sites: FileSites {
+        create: Site::ImageMetaCreate,
+        write: Site::ImageMetaWrite,
+        sync: Site::ImageMetaSync,
+        rename: Site::ImageMetaRename,
+    },
 };
 
 /// Everything a node remembers of an image.
@@ -43,6 +50,9 @@ pub struct ImageMeta {
     pub storage_incarnation: Option<Incarnation>,
     /// Whether it was detached in order since.
     pub clean: bool,
+    /// Why it takes no more writes under the lease of its record, if so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub closed: Option<Closed>,
 }
 
 /// A name for a sealed layer of an image.
@@ -251,11 +261,11 @@ impl Store {
             record: Record::default(),
             storage_incarnation: None,
             clean: true,
+            closed: None,
         };
-        self.put_image(&meta).inspect_err(|_| {
-            // Best effort: the caller removes the layers, so no metadata should go on naming them.
-            let _ = fs::remove_dir_all(self.image_dir(meta.id));
-        })?;
+        // The caller removes the layers, so no metadata should go on naming them.
+        self.put_image(&meta)
+            .inspect_err(|_| os::discard_dir(&self.image_dir(meta.id), self.faults()))?;
         Ok(meta)
     }
 
@@ -266,13 +276,10 @@ impl Store {
         let meta = LayerMeta { id, size, block_size };
         let create = || {
             let layer = Layer::create(&dir, meta, self.faults())?;
-            sealed_file::sync_dir(&self.root().join("layers"), self.faults())?;
+            sealed_file::sync_dir(Site::LayersDirSync, &self.root().join("layers"), self.faults())?;
             Ok(layer)
         };
-        create().inspect_err(|_| {
-            // Best effort: what stays is removed when the store is opened next.
-            let _ = fs::remove_dir_all(&dir);
-        })
+        create().inspect_err(|_| os::discard_dir(&dir, self.faults()))
     }
 
     /// Runs `f` while nobody else can take the name.
@@ -340,6 +347,7 @@ impl Store {
                 })?;
                 self.put_image(&ImageMeta {
                     clean: true,
+                    closed: None,
                     ..meta.clone()
                 })?;
             }
@@ -389,9 +397,10 @@ impl Store {
                 }
                 Err(again) => {
                     if let Some(layer) = old_top {
-                        layer.poison(format!(
-                            "a snapshot failed half-way: {err}; undoing it failed too: {again}"
-                        ));
+                        layer.poison(
+                            format!("a snapshot failed half-way: {err}; undoing it failed too: {again}"),
+                            false,
+                        );
                     }
                 }
             }
@@ -450,15 +459,15 @@ impl Store {
                 });
             }
             let path = self.image_dir(id).join("meta");
-            fs::remove_file(&path).map_err(StoreError::at("remove", &path))?;
+            os::remove_file(Site::ImageMetaRemove, &path, self.faults()).map_err(StoreError::at("remove", &path))?;
             state.images.remove(&id);
             let used = |layer: &LayerId| state.images.values().any(|i| i.stack.contains(layer));
             let unused: Vec<_> = meta.stack.iter().copied().filter(|l| !used(l)).collect();
             (meta, unused)
         };
         let dir = self.image_dir(meta.id);
-        sealed_file::sync_dir(&dir, self.faults())?;
-        fs::remove_dir_all(&dir).map_err(StoreError::at("remove", &dir))?;
+        sealed_file::sync_dir(Site::ImageDirSync, &dir, self.faults())?;
+        os::remove_dir_all(Site::ImageDirRemove, &dir, self.faults()).map_err(StoreError::at("remove", &dir))?;
         for layer in &unused {
             self.remove_layer(*layer)?;
         }

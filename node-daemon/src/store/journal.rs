@@ -4,17 +4,15 @@
 //! none. After the death of the machine only records before the last durable *commit* count, because a commit is
 //! written when the data of everything before it is on stable storage (docs/adr/0002).
 
-use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
 use hearth_protocol::chain;
-use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::blockmap::BlockState;
 use super::fault::{Faults, Site};
+use super::os::{self, Range, StoreFile};
 
 const RECORD: usize = 32;
 
@@ -48,12 +46,11 @@ pub enum Record {
 
 /// A journal open for appending.
 pub struct Journal {
-    file: Arc<File>,
+    file: Arc<StoreFile>,
     generation: u32,
     tail: u64,
     reserved: u64,
     committed: u64,
-    faults: Faults,
 }
 
 /// How far a journal found at open counts.
@@ -70,22 +67,16 @@ impl Journal {
     ///
     /// # Errors
     /// The operating system's.
-    pub fn create(path: &Path, generation: u32, faults: Faults) -> io::Result<Self> {
-        faults.at(Site::JournalAppend)?;
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .open(path)?;
-        file.sync_all()?;
+    pub fn create(path: &Path, generation: u32, faults: &Faults) -> io::Result<Self> {
+        let file = StoreFile::create(Site::JournalCreate, path, 0, faults)?;
+        file.sync(Site::JournalCreateSync)
+            .inspect_err(|_| os::discard_file(path, faults))?;
         Ok(Self {
             file: Arc::new(file),
             generation,
             tail: 0,
             reserved: 0,
             committed: 0,
-            faults,
         })
     }
 
@@ -126,7 +117,7 @@ impl Journal {
             BlockState::Absent => unreachable!("a block never becomes absent again"),
         };
         self.reserve()?;
-        self.append(kind, first, count)
+        self.append(Site::JournalAppend, kind, first, count)
     }
 
     /// Appends a commit for everything before `upto`.
@@ -134,13 +125,12 @@ impl Journal {
     /// # Errors
     /// The operating system's.
     pub fn append_commit(&mut self, upto: u64) -> io::Result<()> {
-        self.append(KIND_COMMIT, upto, 0)
+        self.append(Site::JournalCommit, KIND_COMMIT, upto, 0)
     }
 
-    fn append(&mut self, kind: u8, first: u64, count: u64) -> io::Result<()> {
-        self.faults.at(Site::JournalAppend)?;
+    fn append(&mut self, site: Site, kind: u8, first: u64, count: u64) -> io::Result<()> {
         let record = encode(kind, self.generation, first, count, self.tail);
-        self.file.write_all_at(&record, self.tail)?;
+        self.file.write(site, self.tail, &record)?;
         self.tail += RECORD as u64;
         Ok(())
     }
@@ -150,18 +140,25 @@ impl Journal {
         if self.tail + 3 * RECORD as u64 <= self.reserved {
             return Ok(());
         }
-        match fallocate(
-            &*self.file,
-            FallocateFlags::FALLOC_FL_KEEP_SIZE,
-            self.tail as i64,
-            RESERVE as i64,
-        ) {
-            Ok(()) | Err(nix::errno::Errno::EOPNOTSUPP) => {
+        match self
+            .file
+            .change(Site::JournalReserve, Range::Reserve, self.tail, RESERVE)
+        {
+            Err(err) if err.raw_os_error() != Some(libc::EOPNOTSUPP) => Err(err),
+            _ => {
                 self.reserved = self.tail + RESERVE;
                 Ok(())
             }
-            Err(err) => Err(err.into()),
         }
+    }
+
+    /// Takes back what a failed append may have left behind the tail: it must not count after a crash.
+    ///
+    /// # Errors
+    /// The operating system's; whether the record counts is then unknown.
+    pub fn cut(&mut self) -> io::Result<()> {
+        self.reserved = self.tail;
+        self.file.set_len(Site::JournalCut, self.tail)
     }
 
     /// Bytes written so far.
@@ -185,7 +182,7 @@ impl Journal {
     }
 
     /// The file, to be synced without holding the journal's lock.
-    pub fn file(&self) -> Arc<File> {
+    pub fn file(&self) -> Arc<StoreFile> {
         self.file.clone()
     }
 }
@@ -243,7 +240,7 @@ mod tests {
     fn only_committed_records_survive_a_power_loss_and_torn_tails_end_the_journal() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("journal");
-        let mut journal = Journal::create(&path, 7, Faults::default()).unwrap();
+        let mut journal = Journal::create(&path, 7, &Faults::default()).unwrap();
         journal.append_blocks(1, 1, BlockState::Data).unwrap();
         let upto = journal.tail();
         journal.append_blocks(2, 1, BlockState::Zero).unwrap();

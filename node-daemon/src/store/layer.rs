@@ -23,21 +23,34 @@ use super::direct::DirectFile;
 use super::error::{StoreError, disk_io};
 use super::fault::{Faults, Site};
 use super::journal::{Journal, Record, Trust};
+use super::os::{self, FileSites};
 use super::sealed_file::{self, Kind};
 use crate::disk::DiskError;
 
 const LAYER_META: Kind = Kind {
     name: "layer",
     version: 1,
+    sites: FileSites {
+        create: Site::LayerMetaCreate,
+        write: Site::LayerMetaWrite,
+        sync: Site::LayerMetaSync,
+        rename: Site::LayerMetaRename,
+    },
 };
 const BITMAP: Kind = Kind {
     name: "bitmap",
     version: 1,
+    sites: FileSites {
+        create: Site::BitmapCreate,
+        write: Site::BitmapWrite,
+        sync: Site::BitmapSync,
+        rename: Site::BitmapRename,
+    },
 };
 
 /// A journal longer than this is folded into the bitmap file at the next flush: 262,144 records, read back in well
-/// under a second.
-const JOURNAL_BYTES_MAX: u64 = 8 << 20;
+/// under a second. Short in this file's tests, so that they reach it.
+const JOURNAL_BYTES_MAX: u64 = if cfg!(test) { 1 << 10 } else { 8 << 20 };
 
 /// What a layer is, as its metadata file says it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -62,9 +75,18 @@ pub struct Layer {
     written: AtomicU64,
     /// The value of `written` that the last flush covered. Held while a flush runs, so that flushes share one sync.
     flushed: Mutex<u64>,
-    poisoned: OnceLock<String>,
+    poisoned: OnceLock<Closed>,
     writable: AtomicBool,
     faults: Faults,
+}
+
+/// Why a layer or an image takes no more writes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Closed {
+    /// What happened, in words.
+    pub why: String,
+    /// Whether acknowledged writes that were not flushed may be lost, so that none of them may count later.
+    pub doubt: bool,
 }
 
 /// What had to be done to open a layer after a crash.
@@ -88,12 +110,13 @@ impl Layer {
     /// # Errors
     /// [`StoreError`].
     pub fn create(dir: &Path, meta: LayerMeta, faults: &Faults) -> Result<Self, StoreError> {
-        fs::create_dir(dir).map_err(StoreError::at("create", dir))?;
+        os::create_dir(Site::LayerDirCreate, dir, faults).map_err(StoreError::at("create", dir))?;
         let body = serde_json::to_vec(&meta).expect("layer metadata always encodes");
-        sealed_file::replace(&dir.join("meta"), LAYER_META, &body, faults)?;
+        // Its name becomes durable with the bitmap's.
+        sealed_file::put(&dir.join("meta"), LAYER_META, &body, faults)?;
         let path = dir.join("data");
-        let data = DirectFile::open(&path, true, true, faults.clone()).map_err(StoreError::at("create", &path))?;
-        data.set_len(meta.size).map_err(StoreError::at("size", &path))?;
+        let data = DirectFile::open(&path, true, true, faults).map_err(StoreError::at("create", &path))?;
+        data.resize(meta.size).map_err(StoreError::at("size", &path))?;
         let layer = Self::assemble(
             dir,
             meta,
@@ -141,7 +164,7 @@ impl Layer {
             .ok_or_else(|| damaged(&path, "it ends early".into()))?;
         let map = BlockMap::decode(meta.size.div_ceil(meta.block_size), sets).map_err(|why| damaged(&path, why))?;
         let path = dir.join("data");
-        let data = DirectFile::open(&path, write, false, faults.clone()).map_err(StoreError::at("open", &path))?;
+        let data = DirectFile::open(&path, write, false, faults).map_err(StoreError::at("open", &path))?;
         let len = data.file().metadata().map_err(StoreError::at("look at", &path))?.len();
         if len != meta.size {
             return Err(damaged(
@@ -166,32 +189,55 @@ impl Layer {
     /// Opens a top layer for writing. With `trust`, first brings it back from a crash.
     ///
     /// # Errors
-    /// [`StoreError`].
+    /// [`StoreError::Unsynced`] if what was written before may be lost; [`StoreError`].
     pub fn open_writable(dir: &Path, trust: Option<Trust>, faults: &Faults) -> Result<(Self, Recovery), StoreError> {
         let (layer, generation) = Self::load(dir, true, faults)?;
         let mut recovery = Recovery::default();
         if let Some(trust) = trust {
-            let path = journal_path(dir, generation);
-            let (records, dropped) =
-                Journal::replay(&path, generation, trust).map_err(StoreError::at("read", &path))?;
-            recovery.replayed = records.len();
-            recovery.dropped = dropped;
-            for record in records {
-                if let Record::Blocks { first, count, state } = record {
-                    if first.checked_add(count).is_none_or(|end| end > layer.map.blocks()) {
-                        return Err(StoreError::Damaged {
-                            path,
-                            why: "a record lies past the end of the layer".into(),
-                        });
-                    }
-                    (first..first + count).for_each(|block| layer.map.set(block, state));
-                }
-            }
+            recovery = layer.replay(generation, trust)?;
             recovery.scrubbed_bytes = layer.scrub()?;
         }
         layer.next_generation(&mut layer.journal.lock().expect("journal lock"), generation)?;
         layer.writable.store(true, Ordering::Release);
         Ok((layer, recovery))
+    }
+
+    /// Opens a top layer that was closed for writes, as it was when it was closed: changes nothing on disk.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn open_closed(
+        dir: &Path,
+        trust: Trust,
+        closed: Closed,
+        faults: &Faults,
+    ) -> Result<(Self, Recovery), StoreError> {
+        let (layer, generation) = Self::load(dir, false, faults)?;
+        let recovery = layer.replay(generation, trust)?;
+        layer.poison(closed.why, closed.doubt);
+        Ok((layer, recovery))
+    }
+
+    /// Brings the map up to what the journal says.
+    fn replay(&self, generation: u32, trust: Trust) -> Result<Recovery, StoreError> {
+        let path = journal_path(&self.dir, generation);
+        let (records, dropped) = Journal::replay(&path, generation, trust).map_err(StoreError::at("read", &path))?;
+        for record in &records {
+            if let Record::Blocks { first, count, state } = *record {
+                if first.checked_add(count).is_none_or(|end| end > self.map.blocks()) {
+                    return Err(StoreError::Damaged {
+                        path,
+                        why: "a record lies past the end of the layer".into(),
+                    });
+                }
+                (first..first + count).for_each(|block| self.map.set(block, state));
+            }
+        }
+        Ok(Recovery {
+            replayed: records.len(),
+            dropped,
+            scrubbed_bytes: 0,
+        })
     }
 
     /// Punches out everything in the data file that the map does not call data.
@@ -236,23 +282,30 @@ impl Layer {
     /// Makes the map durable in a bitmap file of the next generation and continues in that generation's journal.
     ///
     /// After an error before the new bitmap took its name, the layer goes on with the old journal. After one later
-    /// it is poisoned: which of the two a power loss would leave is unknown.
+    /// it is poisoned: which of the two a power loss would leave is unknown. A failed sync poisons it in any case: a
+    /// later one that succeeds would hide what the failed one lost.
     fn next_generation(&self, slot: &mut Option<Journal>, old: u32) -> Result<(), StoreError> {
+        let closing = |err: &StoreError| self.poison(format!("shortening the journal failed: {err}"), true);
         let path = self.dir.join("data");
-        self.data.sync().map_err(StoreError::at("sync", &path))?;
+        self.data
+            .sync()
+            .map_err(|source| StoreError::Unsynced {
+                what: format!("cannot sync {}", path.display()),
+                source,
+            })
+            .inspect_err(closing)?;
         let generation = old.wrapping_add(1);
         let path = journal_path(&self.dir, generation);
-        let journal =
-            Journal::create(&path, generation, self.faults.clone()).map_err(StoreError::at("create", &path))?;
-        sealed_file::sync_dir(&self.dir, &self.faults)?;
+        let journal = Journal::create(&path, generation, &self.faults).map_err(StoreError::at("create", &path))?;
+        let sync_dir = || sealed_file::sync_dir(Site::LayerDirSync, &self.dir, &self.faults).inspect_err(closing);
+        sync_dir()?;
         let mut body = generation.to_le_bytes().to_vec();
         body.extend_from_slice(&self.map.encode());
         sealed_file::put(&self.dir.join("bitmap"), BITMAP, &body, &self.faults)?;
         *slot = Some(journal);
-        sealed_file::sync_dir(&self.dir, &self.faults)
-            .inspect_err(|err| self.poison(format!("replacing the bitmap of layer {} failed: {err}", self.id())))?;
+        sync_dir()?;
         // A journal that stays behind is never read again.
-        let _ = fs::remove_file(journal_path(&self.dir, old));
+        os::discard_file(&journal_path(&self.dir, old), &self.faults);
         Ok(())
     }
 
@@ -307,8 +360,10 @@ impl Layer {
         self.written.fetch_add(1, Ordering::AcqRel);
         result.map_err(|err| {
             let what = format!("cannot write {} bytes at {offset} of layer {}", data.len(), self.id());
-            if durable && !super::error::is_no_space(&err) {
-                self.poison(format!("{what}: {err}"));
+            // A durable write is a write and a sync. A full disk fails the write alone, and a plain write too; where
+            // that one works, it was the sync that failed. What was asked for is refused either way.
+            if durable && (!super::error::is_no_space(&err) || self.data.write(offset, data, false).is_ok()) {
+                self.poison(format!("{what}: {err}"), true);
             }
             disk_io(what, err)
         })
@@ -344,8 +399,13 @@ impl Layer {
     pub fn mark(&self, first: u64, count: u64, state: BlockState) -> Result<(), DiskError> {
         let mut journal = self.journal.lock().expect("journal lock");
         let open = journal.as_mut().expect("a sealed layer's blocks never change");
-        open.append_blocks(first, count, state)
-            .map_err(|err| disk_io(format!("cannot append to the journal of layer {}", self.id()), err))?;
+        if let Err(err) = open.append_blocks(first, count, state) {
+            let what = format!("cannot append to the journal of layer {}", self.id());
+            if let Err(again) = open.cut() {
+                self.poison(format!("{what}: {err}; cutting it off failed too: {again}"), true);
+            }
+            return Err(disk_io(what, err));
+        }
         (first..first + count).for_each(|block| self.map.set(block, state));
         self.written.fetch_add(1, Ordering::AcqRel);
         Ok(())
@@ -371,8 +431,8 @@ impl Layer {
             return Ok(());
         }
         let covers = self.written.load(Ordering::Acquire);
-        self.sync_all().map_err(|err| {
-            self.poison(format!("a flush of layer {} failed: {err}", self.id()));
+        self.sync_both().map_err(|err| {
+            self.poison(format!("a flush failed: {err}"), true);
             disk_io(format!("cannot flush layer {}", self.id()), err)
         })?;
         *flushed = covers;
@@ -387,7 +447,7 @@ impl Layer {
         Ok(())
     }
 
-    fn sync_all(&self) -> io::Result<()> {
+    fn sync_both(&self) -> io::Result<()> {
         let upto = self.with_journal(|j| j.tail());
         self.data.sync()?;
         let Some(upto) = upto else { return Ok(()) };
@@ -401,8 +461,7 @@ impl Layer {
                 _ => return Ok(()),
             }
         };
-        self.faults.at(Site::JournalSync)?;
-        file.sync_data()?;
+        file.sync(Site::JournalSync)?;
         let mut journal = self.journal.lock().expect("journal lock");
         if let Some(j) = journal.as_mut() {
             // The commit is itself a record; with nothing after it, all there is is committed.
@@ -451,8 +510,8 @@ impl Layer {
     }
 
     fn check_writable(&self) -> Result<(), DiskError> {
-        if let Some(why) = self.poisoned.get() {
-            return Err(DiskError::Poisoned(why.clone()));
+        if let Some(closed) = self.poisoned.get() {
+            return Err(DiskError::Poisoned(closed.why.clone()));
         }
         if !self.writable.load(Ordering::Acquire) {
             return Err(DiskError::ReadOnly("the layer is sealed"));
@@ -460,15 +519,23 @@ impl Layer {
         Ok(())
     }
 
-    /// Closes the layer for writes until it is opened anew.
-    pub fn poison(&self, why: String) {
-        tracing::error!(layer = %self.id(), why, "the layer takes no more writes until its image is detached and attached");
-        let _ = self.poisoned.set(why);
+    /// Closes the layer for writes until it is opened anew. `doubt`: acknowledged writes may be lost.
+    pub fn poison(&self, why: String, doubt: bool) {
+        if self
+            .poisoned
+            .set(Closed {
+                why: why.clone(),
+                doubt,
+            })
+            .is_ok()
+        {
+            tracing::error!(layer = %self.id(), why, "the layer takes no more writes until its image is detached and attached");
+        }
     }
 
     /// Why it was poisoned, if it was.
-    pub fn poisoned(&self) -> Option<&str> {
-        self.poisoned.get().map(String::as_str)
+    pub fn poisoned(&self) -> Option<&Closed> {
+        self.poisoned.get()
     }
 }
 
@@ -479,4 +546,109 @@ impl Layer {
 pub fn allocated(dir: &Path) -> Result<u64, StoreError> {
     let path = dir.join("data");
     Ok(fs::metadata(&path).map_err(StoreError::at("look at", &path))?.blocks() * 512)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::store::fault::{Arm, Failure, Verdict};
+
+    const BLOCK: u64 = 4096;
+
+    fn layer(dir: &Path, arms: Vec<Arm>) -> (Layer, Arc<Mutex<Vec<Arm>>>) {
+        let arms = Arc::new(Mutex::new(arms));
+        let hook = arms.clone();
+        let faults = Faults::hook(move |call| {
+            let arms = hook.lock().unwrap();
+            arms.iter()
+                .try_fold(Verdict::Go, |verdict, arm| match arm.answer(call)? {
+                    Verdict::Go => Ok(verdict),
+                    short => Ok(short),
+                })
+        });
+        let meta = LayerMeta {
+            id: LayerId(1),
+            size: 256 * BLOCK,
+            block_size: BLOCK,
+        };
+        let layer = Layer::create(&dir.join("layer"), meta, &Faults::default()).unwrap();
+        drop(layer);
+        let (layer, _) = Layer::open_writable(&dir.join("layer"), None, &faults).unwrap();
+        (layer, arms)
+    }
+
+    fn write(layer: &Layer, block: u64, count: u64) {
+        let bytes = vec![block as u8 + 1; (count * BLOCK) as usize];
+        layer.write(block * BLOCK, &bytes, false).unwrap();
+        for block in block..block + count {
+            layer.mark(block, 1, BlockState::Data).unwrap();
+        }
+    }
+
+    /// Folding the journal into the bitmap behind a flush fails: the flush is done all the same, but a sync that
+    /// failed must close the layer, because the next one would hide what it lost.
+    #[test]
+    fn a_sync_that_fails_while_the_journal_is_shortened_closes_the_layer() {
+        // The flush itself syncs data and journal once before.
+        for (site, skip, closes) in [
+            (Site::DataSync, 1, true),
+            (Site::JournalCreate, 0, false),
+            (Site::JournalCreateSync, 0, false),
+            (Site::LayerDirSync, 0, true),
+            (Site::BitmapCreate, 0, false),
+            (Site::BitmapWrite, 1, false),
+            (Site::BitmapSync, 0, false),
+            (Site::BitmapRename, 0, false),
+            (Site::LayerDirSync, 1, true),
+        ] {
+            for failure in [Failure::Eio, Failure::Enospc] {
+                let dir = tempfile::tempdir().unwrap();
+                let (layer, arms) = layer(dir.path(), Vec::new());
+                write(&layer, 0, 64);
+                arms.lock().unwrap().push(Arm::new(site, failure, skip, false));
+                layer.flush().unwrap();
+                assert_eq!(arms.lock().unwrap()[0].fired(), 1, "{site}");
+                assert_eq!(layer.poisoned().is_some_and(|c| c.doubt), closes, "{site}");
+                assert_eq!(layer.write(0, &[9; BLOCK as usize], false).is_err(), closes, "{site}");
+                assert_eq!(layer.flush().is_err(), closes, "{site}");
+                drop(layer);
+                let dir = dir.path().join("layer");
+                let (layer, _) = Layer::open_writable(&dir, Some(Trust::Committed), &Faults::default()).unwrap();
+                assert_eq!(layer.map().data_blocks(), 64, "{site}: flushed before");
+            }
+        }
+    }
+
+    /// A record that may have been written although its append failed must not count after a crash: its blocks were
+    /// made holes again, and would hide what is below.
+    #[test]
+    fn a_record_whose_append_failed_never_counts() {
+        let dir = tempfile::tempdir().unwrap();
+        let (layer, arms) = layer(dir.path(), Vec::new());
+        write(&layer, 0, 1);
+        arms.lock()
+            .unwrap()
+            .push(Arm::new(Site::JournalAppend, Failure::ShortEio, 0, false));
+        layer.mark(7, 1, BlockState::Data).unwrap_err();
+        let path = dir.path().join("layer");
+        let bitmap = sealed_file::read(&path.join("bitmap"), BITMAP).unwrap();
+        let generation = u32::from_le_bytes(*bitmap.first_chunk().unwrap());
+        let journal = journal_path(&path, generation);
+        let record = super::super::journal::RECORD_BYTES;
+        assert_eq!(
+            fs::metadata(&journal).unwrap().len(),
+            record,
+            "half a record stayed behind"
+        );
+        // Where it cannot be cut off, nothing more is written.
+        *arms.lock().unwrap() = vec![
+            Arm::new(Site::JournalAppend, Failure::ShortEio, 0, false),
+            Arm::new(Site::JournalCut, Failure::Eio, 0, false),
+        ];
+        layer.mark(7, 1, BlockState::Data).unwrap_err();
+        assert!(layer.poisoned().unwrap().doubt);
+        assert!(matches!(layer.flush(), Err(DiskError::Poisoned(_))));
+    }
 }

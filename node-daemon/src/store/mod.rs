@@ -22,6 +22,7 @@ mod import;
 pub mod incarnation;
 mod journal;
 mod layer;
+pub mod os;
 mod sealed_file;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -35,10 +36,11 @@ pub use blockmap::{BlockMap, BlockState};
 pub use error::StoreError;
 pub use image::{ImageMeta, LocationRun, Parent, Record, Snapshot};
 pub use journal::Trust;
-pub use layer::{Layer, LayerMeta, Recovery};
+pub use layer::{Closed, Layer, LayerMeta, Recovery};
 
-use fault::Faults;
+use fault::{Faults, Site};
 use image::IMAGE_META;
+use os::StoreFile;
 
 /// How to open a store.
 #[derive(Debug, Clone, Default)]
@@ -55,7 +57,7 @@ pub struct Store {
     incarnation: Incarnation,
     faults: Faults,
     state: Mutex<State>,
-    _lock: File,
+    _lock: StoreFile,
 }
 
 #[derive(Default)]
@@ -106,11 +108,14 @@ impl Store {
     pub fn open(dir: &Path, options: StoreOptions) -> Result<Self, StoreError> {
         for sub in ["images", "layers"] {
             let path = dir.join(sub);
-            fs::create_dir_all(&path).map_err(StoreError::at("create", &path))?;
+            os::create_dir_all(Site::StoreDirCreate, &path, &options.faults)
+                .map_err(StoreError::at("create", &path))?;
         }
+        sealed_file::sync_dir(Site::StoreDirSync, dir, &options.faults)?;
         let path = dir.join("lock");
-        let lock = File::create(&path).map_err(StoreError::at("create", &path))?;
-        match lock.try_lock() {
+        let lock =
+            StoreFile::create(Site::LockCreate, &path, 0, &options.faults).map_err(StoreError::at("create", &path))?;
+        match lock.file().try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => return Err(StoreError::InUse(dir.to_owned())),
             Err(TryLockError::Error(err)) => return Err(StoreError::at("lock", &path)(err)),
@@ -144,7 +149,8 @@ impl Store {
             if !path.exists() {
                 // A creation that did not reach its commit point, or a deletion that did.
                 let path = dir.join(&name);
-                fs::remove_dir_all(&path).map_err(StoreError::at("remove", &path))?;
+                os::remove_dir_all(Site::ImageDirRemove, &path, &self.faults)
+                    .map_err(StoreError::at("remove", &path))?;
                 continue;
             }
             let meta = ImageMeta::read(&path)?;
@@ -320,15 +326,31 @@ impl Store {
             meta
         };
         let open = || {
-            let (top, recovery) = self.open_top(&meta)?;
             let below = meta.stack[1..]
                 .iter()
                 .map(|id| self.layer_ref(*id))
                 .collect::<Result<Vec<_>, _>>()?;
+            if let (Some(closed), true) = (&meta.closed, meta.record.epoch == epoch) {
+                // The daemon died and serves again under the same lease: that repairs nothing.
+                let (layer, recovery) = Layer::open_closed(
+                    &self.layer_dir(meta.top()),
+                    self.kept(&meta),
+                    closed.clone(),
+                    &self.faults,
+                )?;
+                return Ok(Opened {
+                    top: self.remember(layer),
+                    meta,
+                    below,
+                    recovery: Some(recovery),
+                });
+            }
+            let (top, recovery) = self.open_top(&meta)?;
             meta.record.epoch = epoch;
             meta.record.lease = Some(lease);
             meta.record.set_version = set_version;
             meta.clean = false;
+            meta.closed = None;
             meta.storage_incarnation = Some(self.incarnation);
             self.put_image(&meta)?;
             Ok(Opened {
@@ -343,14 +365,42 @@ impl Store {
         })
     }
 
+    /// What is still there of writes that were not flushed, if the image is as its last attach left it.
+    fn kept(&self, meta: &ImageMeta) -> Trust {
+        if meta.storage_incarnation == Some(self.incarnation) {
+            Trust::All
+        } else {
+            Trust::Committed
+        }
+    }
+
+    fn remember(&self, layer: Layer) -> Arc<Layer> {
+        let layer = Arc::new(layer);
+        self.state().open.insert(layer.id(), Arc::downgrade(&layer));
+        layer
+    }
+
     /// Opens the top layer for writing; after a crash, recovers it first.
     fn open_top(&self, meta: &ImageMeta) -> Result<(Arc<Layer>, Option<Recovery>), StoreError> {
-        let trust = match meta.storage_incarnation {
+        let trust = match &meta.closed {
             _ if meta.clean => None,
-            Some(then) if then == self.incarnation => Some(Trust::All),
-            _ => Some(Trust::Committed),
+            Some(closed) if closed.doubt => Some(Trust::Committed),
+            _ => Some(self.kept(meta)),
         };
-        let (layer, recovery) = Layer::open_writable(&self.layer_dir(meta.top()), trust, &self.faults)?;
+        let opened = Layer::open_writable(&self.layer_dir(meta.top()), trust, &self.faults);
+        let (layer, recovery) = opened.inspect_err(|err| {
+            if let (StoreError::Unsynced { .. }, Some(_)) = (err, trust)
+                && let Err(again) = self.close_for_writes(
+                    meta.id,
+                    Closed {
+                        why: err.to_string(),
+                        doubt: true,
+                    },
+                )
+            {
+                tracing::error!(image = %meta.name, %again, "cannot record that a sync failed");
+            }
+        })?;
         if let Some(trust) = trust {
             tracing::warn!(
                 image = %meta.name,
@@ -361,9 +411,7 @@ impl Store {
                 "the image was not detached in order; its top layer is recovered"
             );
         }
-        let layer = Arc::new(layer);
-        self.state().open.insert(layer.id(), Arc::downgrade(&layer));
-        Ok((layer, trust.map(|_| recovery)))
+        Ok((self.remember(layer), trust.map(|_| recovery)))
     }
 
     /// Ends serving. `clean` says that the top layer was sealed, so that the next attach has nothing to recover.
@@ -383,14 +431,14 @@ impl Store {
         result
     }
 
-    /// Remembers that unflushed writes of the image cannot be trusted to be there, because a flush failed: the next
-    /// attach recovers the image as after a power loss.
+    /// Remembers why the image takes no more writes, over restarts of the daemon, until it is attached under another
+    /// lease. With doubt, that attach recovers it as after a power loss.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub fn distrust(&self, id: ImageId) -> Result<(), StoreError> {
+    pub fn close_for_writes(&self, id: ImageId, closed: Closed) -> Result<(), StoreError> {
         let mut meta = self.image(id)?;
-        meta.storage_incarnation = None;
+        meta.closed = Some(closed);
         self.put_image(&meta)
     }
 
@@ -406,15 +454,15 @@ impl Store {
     fn put_image_file(&self, meta: &ImageMeta) -> Result<(), StoreError> {
         let dir = self.image_dir(meta.id);
         if !dir.exists() {
-            fs::create_dir(&dir).map_err(StoreError::at("create", &dir))?;
-            sealed_file::sync_dir(&self.root.join("images"), &self.faults)?;
+            os::create_dir(Site::ImageDirCreate, &dir, &self.faults).map_err(StoreError::at("create", &dir))?;
+            sealed_file::sync_dir(Site::ImagesDirSync, &self.root.join("images"), &self.faults)?;
         }
         sealed_file::put(&dir.join("meta"), IMAGE_META, &meta.encode(), &self.faults)
     }
 
     /// Makes the last replacement survive a power loss.
     fn sync_image_dir(&self, id: ImageId) -> Result<(), StoreError> {
-        sealed_file::sync_dir(&self.image_dir(id), &self.faults)
+        sealed_file::sync_dir(Site::ImageDirSync, &self.image_dir(id), &self.faults)
     }
 
     fn image_dir(&self, id: ImageId) -> PathBuf {
@@ -425,7 +473,7 @@ impl Store {
         self.state().open.remove(&id);
         let dir = self.layer_dir(id);
         if dir.exists() {
-            fs::remove_dir_all(&dir).map_err(StoreError::at("remove", &dir))?;
+            os::remove_dir_all(Site::LayerDirRemove, &dir, &self.faults).map_err(StoreError::at("remove", &dir))?;
         }
         Ok(())
     }

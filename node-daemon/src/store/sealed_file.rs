@@ -3,14 +3,14 @@
 //! Replacement is atomic: temporary name, sync, rename, sync of the directory. A reader sees the old or the new file,
 //! and knows a damaged one.
 
-use std::fs::{self, File};
-use std::io::Write;
+use std::fs;
 use std::path::Path;
 
 use hearth_protocol::chain;
 
 use super::error::StoreError;
 use super::fault::{Faults, Site};
+use super::os::{self, FileSites};
 
 /// What kind of file, and the format version that this build writes.
 #[derive(Debug, Clone, Copy)]
@@ -19,15 +19,8 @@ pub struct Kind {
     pub name: &'static str,
     /// Highest version known.
     pub version: u32,
-}
-
-/// Replaces the file's content and makes it survive a power loss.
-///
-/// # Errors
-/// [`StoreError`]; the old content is then still there, or the new one is but may not survive a power loss.
-pub fn replace(path: &Path, kind: Kind, body: &[u8], faults: &Faults) -> Result<(), StoreError> {
-    put(path, kind, body, faults)?;
-    sync_dir(path.parent().expect("a file in the store has a directory"), faults)
+    /// Where its replacement can fail.
+    pub sites: FileSites,
 }
 
 /// Replaces the file's content; the new name is durable after [`sync_dir`].
@@ -35,22 +28,8 @@ pub fn replace(path: &Path, kind: Kind, body: &[u8], faults: &Faults) -> Result<
 /// # Errors
 /// [`StoreError`]; the old content is then still there.
 pub fn put(path: &Path, kind: Kind, body: &[u8], faults: &Faults) -> Result<(), StoreError> {
-    let temporary = path.with_extension("new");
     let header = format!("hearth {} {} {}\n", kind.name, kind.version, checksum(kind, body));
-    let write = || {
-        faults.at(Site::MetaWrite)?;
-        let mut file = File::create(&temporary)?;
-        file.write_all(header.as_bytes())?;
-        file.write_all(body)?;
-        file.sync_all()?;
-        faults.at(Site::MetaRename)?;
-        fs::rename(&temporary, path)
-    };
-    write().map_err(|source| {
-        // The old file is still in place; a temporary one left over is overwritten next time.
-        let _ = fs::remove_file(&temporary);
-        StoreError::io(format!("cannot replace {}", path.display()), source)
-    })
+    os::replace(kind.sites, path, &[header.as_bytes(), body], faults).map_err(StoreError::at("replace", path))
 }
 
 /// Reads the file and checks it.
@@ -103,20 +82,24 @@ fn checksum(kind: Kind, body: &[u8]) -> String {
 ///
 /// # Errors
 /// The operating system's.
-pub fn sync_dir(dir: &Path, faults: &Faults) -> Result<(), StoreError> {
-    faults
-        .at(Site::DirSync)
-        .and_then(|()| File::open(dir)?.sync_all())
-        .map_err(StoreError::at("sync directory", dir))
+pub fn sync_dir(site: Site, dir: &Path, faults: &Faults) -> Result<(), StoreError> {
+    os::sync_dir(site, dir, faults).map_err(StoreError::at("sync directory", dir))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::fault::{Arm, Failure};
 
     const KIND: Kind = Kind {
         name: "test",
         version: 3,
+        sites: FileSites {
+            create: Site::BitmapCreate,
+            write: Site::BitmapWrite,
+            sync: Site::BitmapSync,
+            rename: Site::BitmapRename,
+        },
     };
 
     #[test]
@@ -124,7 +107,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("meta");
         let none = Faults::default();
-        replace(&path, KIND, b"{}", &none).unwrap();
+        put(&path, KIND, b"{}", &none).unwrap();
         assert_eq!(read(&path, KIND).unwrap(), b"{}");
         let good = fs::read(&path).unwrap();
         for at in 0..good.len() {
@@ -137,26 +120,31 @@ mod tests {
             fs::write(&path, &good[..len]).unwrap();
             assert!(read(&path, KIND).is_err(), "cutting to {len} bytes went unseen");
         }
-        replace(&path, Kind { version: 4, ..KIND }, b"{}", &none).unwrap();
+        put(&path, Kind { version: 4, ..KIND }, b"{}", &none).unwrap();
         assert!(matches!(read(&path, KIND), Err(StoreError::Newer { found: 4, .. })));
     }
 
     #[test]
-    fn a_failed_replacement_leaves_the_old_content() {
+    fn a_failed_replacement_leaves_the_old_content_and_nothing_else() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("meta");
-        replace(&path, KIND, b"old", &Faults::default()).unwrap();
-        for site in [Site::MetaWrite, Site::MetaRename] {
-            let faults = Faults::hook(move |at| {
-                if at == site {
-                    Err(std::io::ErrorKind::StorageFull.into())
-                } else {
-                    Ok(())
+        put(&path, KIND, b"old", &Faults::default()).unwrap();
+        let sites = KIND.sites;
+        for site in [sites.create, sites.write, sites.sync, sites.rename] {
+            for skip in 0..2 {
+                let arm = Arm::new(site, Failure::Enospc, skip, false);
+                let faults = Faults::hook(move |call| arm.answer(call));
+                match put(&path, KIND, b"new", &faults) {
+                    // Only the body's write is a second call.
+                    Ok(()) => assert!(skip == 1 && site != sites.write),
+                    Err(err) => {
+                        assert!(matches!(err, StoreError::NoSpace(_)), "{err}");
+                        assert_eq!(read(&path, KIND).unwrap(), b"old");
+                        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+                    }
                 }
-            });
-            let err = replace(&path, KIND, b"new", &faults).unwrap_err();
-            assert!(matches!(err, StoreError::NoSpace(_)), "{err}");
-            assert_eq!(read(&path, KIND).unwrap(), b"old");
+                put(&path, KIND, b"old", &Faults::default()).unwrap();
+            }
         }
     }
 }

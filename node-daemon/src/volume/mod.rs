@@ -13,6 +13,7 @@ mod range_lock;
 mod read;
 mod stack;
 mod stats;
+mod trouble;
 mod write;
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -53,7 +54,19 @@ pub struct Volume {
     heat: extents::HeatScale,
     ahead: ahead::Ahead,
     poison_noted: AtomicBool,
+    trouble: trouble::Trouble,
     me: Weak<Volume>,
+}
+
+/// What the ways to open a volume differ in.
+struct Opening {
+    image: ImageId,
+    epoch: Epoch,
+    size: u64,
+    block_size: u64,
+    read_only: Option<&'static str>,
+    recovery: Option<Recovery>,
+    layers: Vec<LayerRef>,
 }
 
 impl Volume {
@@ -70,30 +83,45 @@ impl Volume {
         remote: Arc<dyn BlockSource>,
     ) -> Result<Arc<Self>, StoreError> {
         let opened = store.open_image(image, epoch, lease, SetVersion(1))?;
-        let stack = Stack::new(opened.stack(), opened.meta.block_size, &tier);
-        // Copies of a growing layer are valid for one epoch.
-        tier.forget_layer(stack.handle(0));
-        Ok(Arc::new_cyclic(|me| Self {
+        let opening = Opening {
             image,
             epoch,
             size: opened.meta.size,
             block_size: opened.meta.block_size,
             read_only: None,
             recovery: opened.recovery,
-            stack: RwLock::new(Arc::new(stack)),
+            layers: opened.stack(),
+        };
+        let volume = Self::assemble(store, tier, remote, opening);
+        // Copies of a growing layer are valid for one epoch.
+        volume.tier.forget_layer(volume.stack().handle(0));
+        Ok(volume)
+    }
+
+    fn assemble(store: Arc<Store>, tier: Arc<RamTier>, remote: Arc<dyn BlockSource>, opening: Opening) -> Arc<Self> {
+        Arc::new_cyclic(|me| Self {
+            image: opening.image,
+            epoch: opening.epoch,
+            size: opening.size,
+            block_size: opening.block_size,
+            read_only: opening.read_only,
+            recovery: opening.recovery,
+            stack: RwLock::new(Arc::new(Stack::new(opening.layers, opening.block_size, &tier))),
             gate: RwLock::new(()),
             ranges: RangeLock::default(),
             closing: AtomicBool::new(false),
-            closed: Mutex::new(false),
+            // What takes no writes has nothing to close.
+            closed: Mutex::new(opening.read_only.is_some()),
             stats: Stats::default(),
             heat: extents::HeatScale::default(),
             ahead: ahead::Ahead::default(),
             poison_noted: AtomicBool::new(false),
+            trouble: trouble::Trouble::default(),
             me: me.clone(),
             store,
             tier,
             remote,
-        }))
+        })
     }
 
     /// Serves a sealed layer with everything below it, read-only: what peers read.
@@ -111,27 +139,16 @@ impl Volume {
             LayerRef::Local(layer) => layer.size(),
             LayerRef::Remote(_) => return Err(StoreError::NoLayer(layer)),
         };
-        Ok(Arc::new_cyclic(|me| Self {
+        let opening = Opening {
             image: meta.id,
             epoch: meta.record.epoch,
             size,
             block_size: meta.block_size,
             read_only: Some("it is a sealed layer"),
             recovery: None,
-            stack: RwLock::new(Arc::new(Stack::new(layers, meta.block_size, &tier))),
-            gate: RwLock::new(()),
-            ranges: RangeLock::default(),
-            closing: AtomicBool::new(false),
-            closed: Mutex::new(true),
-            stats: Stats::default(),
-            heat: extents::HeatScale::default(),
-            ahead: ahead::Ahead::default(),
-            poison_noted: AtomicBool::new(false),
-            me: me.clone(),
-            store,
-            tier,
-            remote,
-        }))
+            layers,
+        };
+        Ok(Self::assemble(store, tier, remote, opening))
     }
 
     fn stack(&self) -> Arc<Stack> {
@@ -206,7 +223,7 @@ impl Volume {
 
     /// Why the image takes no more writes, if a flush failed.
     pub fn poisoned(&self) -> Option<String> {
-        Self::top(&self.stack()).poisoned().map(str::to_owned)
+        Self::top(&self.stack()).poisoned().map(|closed| closed.why.clone())
     }
 
     /// Seals the top layer under a name and puts an empty one on top, while I/O goes on: writes wait meanwhile,
@@ -220,8 +237,11 @@ impl Volume {
         self.check_open().map_err(|err| from_disk(&err))?;
         self.store.check_snapshot(&self.store.image(self.image)?, Some(name))?;
         let top = Self::top(&old);
-        top.checkpoint().map_err(|err| from_disk(&err))?;
-        let (meta, new_top) = self.store.push_layer(self.image, Some(name), None, Some(top))?;
+        let pushed = top
+            .checkpoint()
+            .map_err(|err| from_disk(&err))
+            .and_then(|()| self.store.push_layer(self.image, Some(name), None, Some(top)));
+        let (meta, new_top) = pushed.inspect_err(|_| self.note_poison(top))?;
         top.retire();
         let mut layers = vec![LayerRef::Local(new_top)];
         layers.extend(old.levels.iter().map(|l| l.layer.clone()));
@@ -231,6 +251,8 @@ impl Volume {
 
     /// Stops serving: waits for writes in flight, makes everything durable and leaves the clean mark. Requests that
     /// come later get [`DiskError::ShuttingDown`].
+    ///
+    /// An image that was closed for writes before has said so; its detach is what repairs it, and succeeds.
     ///
     /// # Errors
     /// [`DiskError`] if not everything could be made durable; the image is detached all the same, and the next
@@ -244,7 +266,13 @@ impl Volume {
         }
         *closed = true;
         let stack = self.stack();
-        let sealed = Self::top(&stack).seal();
+        let top = Self::top(&stack);
+        if top.poisoned().is_some() {
+            self.note_poison(top);
+            self.tier.forget_layer(stack.handle(0));
+            return Ok(self.store.close_image(self.image, false)?);
+        }
+        let sealed = top.seal().inspect_err(|_| self.note_poison(top));
         self.tier.forget_layer(stack.handle(0));
         let closed = self.store.close_image(self.image, sealed.is_ok());
         sealed?;
@@ -316,22 +344,26 @@ impl Disk for Volume {
 
     fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
         self.read_any(offset, buf)
+            .inspect_err(|err| self.trouble.note_read(err))
     }
 
     fn write(&self, offset: u64, data: &[u8], fua: bool) -> Result<(), DiskError> {
         self.write_any(offset, data, fua)
+            .inspect_err(|err| self.trouble.note_write(err))
     }
 
     fn flush(&self) -> Result<(), DiskError> {
-        self.flush_top()
+        self.flush_top().inspect_err(|err| self.trouble.note_write(err))
     }
 
     fn trim(&self, offset: u64, length: u64, fua: bool) -> Result<(), DiskError> {
         self.zero_any(offset, length, false, fua)
+            .inspect_err(|err| self.trouble.note_write(err))
     }
 
     fn write_zeroes(&self, offset: u64, length: u64, keep_allocated: bool, fua: bool) -> Result<(), DiskError> {
         self.zero_any(offset, length, keep_allocated, fua)
+            .inspect_err(|err| self.trouble.note_write(err))
     }
 
     fn cache(&self, offset: u64, length: u64) -> Result<(), DiskError> {

@@ -109,6 +109,7 @@ impl Volume {
             self.overwrite(top, offset, content, data.len(), durable)
         } else {
             self.write_blocks(&section.stack, offset, content, data.len() as u64)
+                .inspect(|()| self.trouble.found_room())
         }
         .inspect_err(|_| self.note_poison(top))?;
         section.ticket.update(offset, data);
@@ -282,7 +283,7 @@ impl Volume {
                 let start = at * self.block_size;
                 let length = (run * self.block_size).min(self.size - start);
                 if let Err(err) = top.zero(start, length, false) {
-                    top.poison(format!("a failed write could not be undone: {err}"));
+                    top.poison(format!("a failed write could not be undone: {err}"), false);
                     return;
                 }
             }
@@ -387,16 +388,21 @@ impl Volume {
     }
 
     fn flush_layer(&self, top: &Layer) -> Result<(), DiskError> {
-        top.flush().inspect_err(|_| self.note_poison(top))
+        let flushed = top.flush();
+        // Also after one that succeeded: shortening the journal behind it may have failed.
+        self.note_poison(top);
+        flushed
     }
 
-    /// Remembers durably that unflushed writes cannot be trusted, the first time that a layer is found poisoned.
-    fn note_poison(&self, top: &Layer) {
-        if top.poisoned().is_some()
-            && !self.poison_noted.swap(true, Ordering::AcqRel)
-            && let Err(err) = self.store.distrust(self.image)
-        {
-            tracing::error!(image = %self.image, %err, "cannot record that a flush failed");
+    /// Remembers durably that a layer was found poisoned, once: a restart of the daemon repairs nothing.
+    pub(super) fn note_poison(&self, top: &Layer) {
+        let Some(closed) = top.poisoned() else { return };
+        if self.poison_noted.load(Ordering::Acquire) {
+            return;
+        }
+        match self.store.close_for_writes(self.image, closed.clone()) {
+            Ok(()) => self.poison_noted.store(true, Ordering::Release),
+            Err(err) => tracing::error!(image = %self.image, %err, "cannot record that the image is closed for writes"),
         }
     }
 }

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use hearth_node::disk::Disk;
 use hearth_node::export::device::{DeviceError, DeviceExports, DeviceInfo, DeviceOptions};
@@ -350,6 +351,33 @@ fn detaching_a_device_in_use_is_refused_and_changes_nothing() {
     assert_eq!(back[range.start], 1);
     drop(file);
     bench.exports.detach(&bench.name).unwrap();
+}
+
+/// udev opens a device that was written to for a moment, which is no use of it.
+#[test]
+fn a_look_into_the_device_does_not_keep_it_from_being_detached() {
+    if !runs(&[]) {
+        return;
+    }
+    let bench = Bench::new();
+    let disk = Arc::new(Double::in_memory(MIB));
+    let info = bench.attach(&disk);
+    let file = open_direct(&info.path);
+    let before = Double::get(&disk.flushes);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // The detach has begun when it flushes; the look goes on over its first attempts.
+            while Double::get(&disk.flushes) == before {
+                std::thread::yield_now();
+            }
+            let began = Instant::now();
+            while began.elapsed() < Duration::from_millis(150) {
+                std::thread::yield_now();
+            }
+            drop(file);
+        });
+        bench.exports.detach(&bench.name).unwrap();
+    });
 }
 
 #[test]

@@ -350,7 +350,7 @@ impl DeviceExport for FuseLoop {
         let synced = device
             .sync()
             .map_err(|e| DeviceError::step(format!("writing {} out", node.display()), e));
-        match device.clear() {
+        match device.clear_soon() {
             Ok(Cleared::Yes) => Detach::Gone(self.remove_rest().and(synced)),
             Ok(Cleared::Busy) => {
                 let users = device.users();

@@ -8,6 +8,12 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// Time that a probe of udev may keep a device open, with much room.
+const PROBED_WITHIN: Duration = Duration::from_secs(1);
+/// Pause between looks whether it ended.
+const PROBED_POLL: Duration = Duration::from_millis(20);
 
 const LOOP_CLR_FD: libc::Ioctl = 0x4C01;
 const LOOP_SET_STATUS64: libc::Ioctl = 0x4C04;
@@ -268,6 +274,18 @@ impl LoopDevice {
             return if gone(&error) { Ok(Cleared::Yes) } else { Err(error) };
         }
         Ok(Cleared::Busy)
+    }
+
+    /// As [`Self::clear`], and waits a little for whoever has it open: udev looks into every new device and into every
+    /// device that was written to, for some milliseconds.
+    pub fn clear_soon(self) -> io::Result<Cleared> {
+        let began = Instant::now();
+        loop {
+            match self.clear()? {
+                Cleared::Busy if began.elapsed() < PROBED_WITHIN => std::thread::sleep(PROBED_POLL),
+                other => return Ok(other),
+            }
+        }
     }
 
     /// Clears the device even if it is open: it vanishes when the last user closes it.
