@@ -65,9 +65,10 @@ fn listeners(config: &NodeConfig, fdstore: Option<&FdStore>) -> anyhow::Result<V
     } else if let Some(kept) = fdstore.map(|store| store.take(LISTENER)).transpose()?.flatten() {
         listeners.push(Listener::from_fd(kept.fd)?);
     } else {
-        let listener = Listener::unix(&config.socket, SOCKET_MODE)?;
+        let mut listener = Listener::unix(&config.socket, SOCKET_MODE)?;
         if let Some(store) = fdstore {
             store.store(LISTENER, listener.duplicate_fd()?.as_fd(), "")?;
+            listener.stays();
         }
         listeners.push(listener);
     }

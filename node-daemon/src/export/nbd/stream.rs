@@ -115,13 +115,18 @@ pub struct Listener {
 struct Bound {
     path: PathBuf,
     inode: (u64, u64),
+    /// Somebody else goes on listening there.
+    stays: bool,
     _lock: Flock<File>,
 }
 
 impl Drop for Bound {
     fn drop(&mut self) {
         let still_ours = fs::symlink_metadata(&self.path).is_ok_and(|m| (m.dev(), m.ino()) == self.inode);
-        if still_ours && let Err(error) = fs::remove_file(&self.path) {
+        if still_ours
+            && !self.stays
+            && let Err(error) = fs::remove_file(&self.path)
+        {
             tracing::warn!(path = %self.path.display(), %error, "cannot remove the NBD socket");
         }
     }
@@ -175,6 +180,7 @@ impl Listener {
         let bound = Bound {
             path: path.to_owned(),
             inode: (made.dev(), made.ino()),
+            stays: false,
             _lock: lock,
         };
         Ok(Self {
@@ -182,6 +188,14 @@ impl Listener {
             place: format!("unix:{}", path.display()),
             bound: Some(bound),
         })
+    }
+
+    /// Leaves the socket in its place at the end, because a holder of descriptors keeps it open: clients that come
+    /// while no daemon runs wait for the next one.
+    pub fn stays(&mut self) {
+        if let Some(bound) = &mut self.bound {
+            bound.stays = true;
+        }
     }
 
     /// Listens on a TCP address, which must be a loopback address until the server has TLS.
