@@ -59,12 +59,6 @@ impl InFlight {
             shard,
         })
     }
-
-    /// Whether somebody has the lead.
-    pub fn contains(&self, key: u64, hash: u64) -> bool {
-        let keys = &self.shards[hash as usize % SHARDS].0;
-        keys.lock().expect("in-flight lock").contains(&key)
-    }
 }
 
 impl Drop for Lead<'_> {

@@ -500,12 +500,6 @@ impl RamTier {
         (each, residents + ghosts as u64)
     }
 
-    /// Whether somebody is reading the unit below to fill it.
-    pub(crate) fn is_in_flight(&self, layer: LayerHandle, unit: u32) -> bool {
-        let key = key_of(layer, unit);
-        self.in_flight.contains(key, mix(key))
-    }
-
     /// See [`InFlight::try_lead`].
     pub(crate) fn try_lead(&self, layer: LayerHandle, unit: u32) -> Option<Lead<'_>> {
         let key = key_of(layer, unit);

@@ -1,7 +1,7 @@
 //! Sequential prefetch: finds streams in one image's reads and says which units to read ahead of them.
 //!
 //! Pure: knows no disk and no clock. The distance doubles while a stream goes on, from `DISTANCE_MIN` up to what
-//! [`ahead_max`] allows; half of it is read ahead at a time, so that requests below are large and the reader never
+//! [`ahead_max`] and the stream's length so far allow; half of it is read ahead at a time, so that requests below are large and the reader never
 //! catches up with them.
 
 use std::ops::Range;
@@ -15,8 +15,9 @@ const DISTANCE_MIN: u32 = 2;
 /// Largest distance, in units: 4 MiB of 64 KiB units covers 5 ms of latency at 800 MB/s.
 const DISTANCE_MAX: u32 = 64;
 
-/// Units in a row after which a run of reads is a stream.
-const RUN_MIN: u32 = 2;
+/// Units that a stream must have run for each unit read ahead of it. Files end without notice: what was read past the
+/// end is at most this share of what was wanted, so that a boot storm reads little more than its boot set.
+const RUN_PER_AHEAD: u32 = 4;
 
 /// Says which units to read ahead. One implementation per file.
 pub trait Prefetch: Send {
@@ -72,8 +73,9 @@ impl Prefetch for Sequential {
 
 impl Stream {
     fn advance(&mut self, distance_max: u32) -> Range<u32> {
-        let distance = self.distance.min(distance_max).min(DISTANCE_MAX);
-        if self.run < RUN_MIN || distance == 0 {
+        let proven = self.run / RUN_PER_AHEAD;
+        let distance = self.distance.min(distance_max).min(DISTANCE_MAX).min(proven);
+        if distance == 0 {
             return 0..0;
         }
         self.ahead = self.ahead.max(self.next);
@@ -82,7 +84,7 @@ impl Stream {
         }
         let from = self.ahead;
         self.ahead = self.next.saturating_add(distance);
-        self.distance = distance * 2;
+        self.distance = (self.distance * 2).min(DISTANCE_MAX);
         from..self.ahead
     }
 }
@@ -107,7 +109,7 @@ mod tests {
             asked.extend(prefetch.observe(unit, unit, 16));
         }
         assert!(asked.windows(2).all(|w| w[1] == w[0] + 1), "{asked:?}");
-        assert_eq!(asked[0], 102, "the second read in a row starts the stream");
+        assert_eq!(asked[0], 104, "four units in a row start the stream");
         assert!((400..=416).contains(asked.last().unwrap()));
     }
 
@@ -125,6 +127,19 @@ mod tests {
             }
         }
         assert!((6 * 60..=6 * 72).contains(&asked), "{asked}");
+    }
+
+    #[test]
+    fn little_is_read_past_the_end_of_files() {
+        for length in 1..=200u32 {
+            let mut prefetch = Sequential::default();
+            let end = 1_000 + length;
+            let past: u32 = (1_000..end)
+                .flat_map(|unit| prefetch.observe(unit, unit, 64))
+                .filter(|unit| *unit >= end)
+                .count() as u32;
+            assert!(past <= length / 4, "{past} units past the end of {length}");
+        }
     }
 
     #[test]

@@ -14,6 +14,9 @@ use crate::tier::{LayerHandle, Region};
 /// Whole units that are read below with one request, in bytes.
 const RUN_BYTES_MAX: u64 = 1 << 20;
 
+/// The same in units, which have 4,096 bytes or more.
+const RUN_UNITS_MAX: usize = (RUN_BYTES_MAX / 4096) as usize;
+
 thread_local! {
     /// One unit, for misses that ask for part of it.
     static UNIT: RefCell<AlignedBuf> = RefCell::default();
@@ -108,13 +111,16 @@ impl Volume {
                     if self.tier.read(handle, piece.unit, piece.within, part) {
                         add(&self.stats.ram_hits, 1);
                         piece.len
-                    } else if piece.len == self.unit_len(piece.unit) && !self.tier.is_in_flight(handle, piece.unit) {
-                        let run = self.miss_run(&stack, found, handle, piece.unit, buf.len() - at);
-                        self.read_run(&stack, found, handle, piece.unit, &mut buf[at..at + run])?;
-                        run
                     } else {
-                        self.read_part(&stack, found, handle, &piece, part)?;
-                        piece.len
+                        let run = if piece.len == self.unit_len(piece.unit) {
+                            self.read_run(&stack, found, handle, piece.unit, &mut buf[at..])?
+                        } else {
+                            0
+                        };
+                        if run == 0 {
+                            self.read_part(&stack, found, handle, &piece, &mut buf[at..at + piece.len])?;
+                        }
+                        run.max(piece.len)
                     }
                 }
             };
@@ -131,24 +137,9 @@ impl Volume {
         }
     }
 
-    /// Bytes of whole units from `unit` on that lie in the same place and are not in RAM, at most `left`.
-    fn miss_run(&self, stack: &Stack, found: Where, handle: LayerHandle, unit: u32, left: usize) -> usize {
-        let mut len = self.unit_len(unit);
-        let mut next = unit + 1;
-        while len < left
-            && (len as u64) < RUN_BYTES_MAX
-            && left - len >= self.unit_len(next)
-            && stack.find(self.block_of(next), 0) == found
-            && self.tier.region(handle, next).is_none()
-            && !self.tier.is_in_flight(handle, next)
-        {
-            len += self.unit_len(next);
-            next += 1;
-        }
-        len
-    }
-
-    /// Reads whole units below with one request and offers each to the front.
+    /// Reads whole units from `unit` on that lie in the same place, are not in RAM and that nobody else is reading,
+    /// with one request below, and offers each to the front. Returns the bytes read: none if somebody else has the
+    /// first.
     fn read_run(
         &self,
         stack: &Stack,
@@ -156,21 +147,39 @@ impl Volume {
         handle: LayerHandle,
         unit: u32,
         buf: &mut [u8],
-    ) -> Result<(), DiskError> {
-        let unit_bytes = self.unit_bytes() as usize;
-        let count = buf.len().div_ceil(unit_bytes) as u32;
-        add(&self.stats.ram_misses, count.into());
-        // A token per unit, on the stack of this call: at most RUN_BYTES_MAX / 4 KiB of them.
-        let mut tokens = [None; 256];
-        for i in 0..count {
-            tokens[i as usize] = Some(self.tier.begin_fill(handle, unit + i));
+    ) -> Result<usize, DiskError> {
+        // A lead and a token per unit, on the stack of this call.
+        let mut fills = [const { None }; RUN_UNITS_MAX];
+        let (mut count, mut len) = (0, 0);
+        while count < RUN_UNITS_MAX && len < buf.len() && (len as u64) < RUN_BYTES_MAX {
+            let next = unit + count as u32;
+            let next_len = self.unit_len(next);
+            if buf.len() - len < next_len || stack.find(self.block_of(next), 0) != found {
+                break;
+            }
+            let Some(lead) = self.tier.try_lead(handle, next) else {
+                break;
+            };
+            // Looked at with the lead in hand: whoever had it before may have brought it in.
+            if self.tier.region(handle, next).is_some() {
+                break;
+            }
+            fills[count] = Some((lead, self.tier.begin_fill(handle, next)));
+            count += 1;
+            len += next_len;
         }
+        if count == 0 {
+            return Ok(0);
+        }
+        add(&self.stats.ram_misses, count as u64);
+        let buf = &mut buf[..len];
         self.fetch(stack, found, u64::from(unit) * self.unit_bytes(), buf)?;
-        for (i, part) in buf.chunks(unit_bytes).enumerate() {
-            let token = tokens[i].expect("one token was taken per unit");
-            self.tier.fill(handle, unit + i as u32, token, part, Region::Front);
+        for ((i, part), fill) in buf.chunks(self.unit_bytes() as usize).enumerate().zip(&fills) {
+            if let Some((_, token)) = fill {
+                self.tier.fill(handle, unit + i as u32, *token, part, Region::Front);
+            }
         }
-        Ok(())
+        Ok(len)
     }
 
     /// Answers part of a unit that is not in RAM: reads the whole unit, so that it can be let in.
