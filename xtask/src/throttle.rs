@@ -53,12 +53,20 @@ impl Throttle {
     /// # Errors
     /// The control group is gone.
     pub fn device_reads(&self) -> Result<u64> {
-        let file = if self.group.is_unified() {
-            "io.stat"
-        } else {
-            "blkio.throttle.io_serviced"
-        };
-        Ok(reads_of(&self.group.read(file)?, &self.device))
+        self.counted("blkio.throttle.io_serviced", "rios=")
+    }
+
+    /// Bytes of those reads.
+    ///
+    /// # Errors
+    /// The control group is gone.
+    pub fn device_read_bytes(&self) -> Result<u64> {
+        self.counted("blkio.throttle.io_service_bytes", "rbytes=")
+    }
+
+    fn counted(&self, own_file: &str, unified_key: &str) -> Result<u64> {
+        let file = if self.group.is_unified() { "io.stat" } else { own_file };
+        Ok(reads_of(&self.group.read(file)?, &self.device, unified_key))
     }
 }
 
@@ -79,15 +87,14 @@ fn disk_under(path: &Path) -> Result<String> {
     Ok(id.trim().to_owned())
 }
 
-/// Reads of `device` in `blkio.throttle.io_serviced` (`254:0 Read 17`) or `io.stat` (`254:0 rbytes=1 rios=17`).
-fn reads_of(text: &str, device: &str) -> u64 {
+/// Reads of `device` in a file such as `blkio.throttle.io_serviced` (`254:0 Read 17`), or behind `key` in `io.stat`
+/// (`254:0 rbytes=1 rios=17`).
+fn reads_of(text: &str, device: &str, key: &str) -> u64 {
     text.lines()
         .filter_map(|line| line.strip_prefix(device)?.strip_prefix(' '))
         .find_map(|rest| match rest.strip_prefix("Read ") {
             Some(number) => number.trim().parse().ok(),
-            None => rest
-                .split(' ')
-                .find_map(|part| part.strip_prefix("rios=")?.parse().ok()),
+            None => rest.split(' ').find_map(|part| part.strip_prefix(key)?.parse().ok()),
         })
         .unwrap_or(0)
 }
@@ -99,9 +106,16 @@ mod tests {
     #[test]
     fn reads_are_found_in_both_hierarchies() {
         let old = "254:0 Read 1000\n254:0 Write 3\n254:0 Total 1003\nTotal 1003\n";
-        assert_eq!(reads_of(old, "254:0"), 1000);
-        assert_eq!(reads_of("8:0 rbytes=4096 wbytes=0 rios=17 wios=0\n", "8:0"), 17);
-        assert_eq!(reads_of("8:16 rbytes=4096 rios=17\n", "8:1"), 0);
+        assert_eq!(reads_of(old, "254:0", "rios="), 1000);
+        assert_eq!(
+            reads_of("8:0 rbytes=4096 wbytes=0 rios=17 wios=0\n", "8:0", "rios="),
+            17
+        );
+        assert_eq!(
+            reads_of("8:0 rbytes=4096 wbytes=0 rios=17 wios=0\n", "8:0", "rbytes="),
+            4096
+        );
+        assert_eq!(reads_of("8:16 rbytes=4096 rios=17\n", "8:1", "rios="), 0);
     }
 
     #[test]
