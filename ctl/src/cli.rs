@@ -178,12 +178,14 @@ pub enum Image {
         #[command(flatten)]
         change: Change,
     },
-    /// Makes an image on top of a snapshot; takes no space
+    /// Makes images on top of a snapshot; they take no space
+    #[command(after_help = "Fifty at once, with the shell's braces: hearth image clone masters/os@v1 appl/vm-{1..50}")]
     Clone {
         /// The snapshot, project/name@snapshot
         source: ImageAt,
-        /// The clone's name, project/name
-        image: ImageName,
+        /// The clones' names, project/name
+        #[arg(required = true, value_name = "IMAGE")]
+        images: Vec<ImageName>,
         #[command(flatten)]
         on: OnNode,
         #[command(flatten)]
@@ -199,11 +201,12 @@ pub enum Image {
         #[command(flatten)]
         change: Change,
     },
-    /// Deletes an image for ever; refused while it is attached or has clones
+    /// Deletes images for ever; refused while they are attached or have clones
     #[command(visible_alias = "rm")]
     Delete {
-        /// The image
-        image: ImageName,
+        /// The images
+        #[arg(required = true, value_name = "IMAGE")]
+        images: Vec<ImageName>,
         /// Does not ask
         #[arg(short, long)]
         yes: bool,
@@ -227,10 +230,11 @@ pub enum Image {
         #[command(flatten)]
         on: OnNode,
     },
-    /// Starts serving an image on its node
+    /// Starts serving images on their node
     Attach {
-        /// The image
-        image: ImageName,
+        /// The images
+        #[arg(required = true, value_name = "IMAGE")]
+        images: Vec<ImageName>,
         /// `socket` for NBD only, `device` for a kernel block device as well
         #[arg(long, value_enum, default_value_t = Export::Socket, value_name = "KIND")]
         export: Export,
@@ -242,10 +246,11 @@ pub enum Image {
         #[command(flatten)]
         change: Change,
     },
-    /// Stops serving it
+    /// Stops serving them
     Detach {
-        /// The image
-        image: ImageName,
+        /// The images
+        #[arg(required = true, value_name = "IMAGE")]
+        images: Vec<ImageName>,
         #[command(flatten)]
         on: OnNode,
         #[command(flatten)]

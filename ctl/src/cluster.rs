@@ -1,5 +1,7 @@
 //! The cluster at the other end of NATS: asking nodes and the scheduler, and finding who has an image.
 
+use std::collections::HashMap;
+
 use hearth_bus::{Bus, BusError, NatsOptions, rpc};
 use hearth_protocol::rpc::{Failure, FailureKind, ImageInfo, NodeReply, NodeRequest, SchedulerReply, SchedulerRequest};
 use hearth_protocol::view::{ClusterView, ImageHeatView};
@@ -177,29 +179,37 @@ impl Cluster {
         }
     }
 
-    /// The node that holds an image: the one named, the one the scheduler knows, or the one that says so itself (the
+    /// The node that holds an image.
+    ///
+    /// # Errors
+    /// As [`Cluster::nodes_of`].
+    pub async fn node_of(&self, image: &ImageName, named: Option<NodeId>) -> Outcome<NodeId> {
+        let mut nodes = self.nodes_of(std::slice::from_ref(image), named).await?;
+        nodes.pop().ok_or_else(|| no_image(image))
+    }
+
+    /// The node of each image: the one named, the one the scheduler knows, or the one that says so itself (the
     /// scheduler learns of a new image a moment after its node).
     ///
     /// # Errors
-    /// Exit code 3 if nobody has it.
-    pub async fn node_of(&self, image: &ImageName, named: Option<NodeId>) -> Outcome<NodeId> {
+    /// Exit code 3 if nobody has one of them.
+    pub async fn nodes_of(&self, images: &[ImageName], named: Option<NodeId>) -> Outcome<Vec<NodeId>> {
         if let Some(node) = named {
-            return Ok(node);
+            return Ok(vec![node; images.len()]);
         }
         let view = self
             .view()
             .await
             .map_err(|f| Failure::new(f.kind, f.message, format!("{}; or name the node with --node", f.hint)))?;
-        if let Some(known) = view.images.iter().find(|i| &i.name == image) {
-            return Ok(known.node.clone());
-        }
-        for node in view.nodes.iter().filter(|n| n.present) {
-            let images = self.images_of(&node.id).await.unwrap_or_default();
-            if images.iter().any(|i| &i.name == image) {
-                return Ok(node.id.clone());
+        let mut known: HashMap<ImageName, NodeId> = view.images.into_iter().map(|i| (i.name, i.node)).collect();
+        if !images.iter().all(|image| known.contains_key(image)) {
+            for node in view.nodes.iter().filter(|n| n.present) {
+                let has = self.images_of(&node.id).await.unwrap_or_default();
+                known.extend(has.into_iter().map(|i| (i.name, node.id.clone())));
             }
         }
-        Err(no_image(image))
+        let node = |image| known.get(image).cloned().ok_or_else(|| no_image(image));
+        images.iter().map(node).collect()
     }
 
     /// An image as its node knows it.

@@ -57,10 +57,18 @@ impl Output {
 
     /// Many things: a table, an array, or a line each.
     pub fn many<T: Serialize>(self, items: &[T], table: impl FnOnce() -> Table) {
+        if self.is_json() {
+            self.list(items);
+        } else {
+            self.table(&table());
+        }
+    }
+
+    /// Many documents: an array for `json`, a line each for `jsonl`.
+    pub fn list<T: Serialize>(self, items: &[T]) {
         match self.format {
-            Format::Table | Format::Wide => self.table(&table()),
-            Format::Json => self.json(&items),
             Format::Jsonl => items.iter().for_each(|item| self.json(item)),
+            _ => self.json(&items),
         }
     }
 

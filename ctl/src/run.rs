@@ -1,5 +1,6 @@
 //! What the commands do.
 
+mod ask;
 mod events;
 mod image;
 mod import;

@@ -9,7 +9,8 @@ use hearth_tui::table::{Cell, Column, Row, RowId, Table};
 use hearth_tui::{fmt, narrate, tables};
 use serde::Serialize;
 
-use super::{Context, import, plan};
+use super::ask::{Ask, act_each, asks};
+use super::{Context, import, job};
 use crate::Outcome;
 use crate::cli::{Change, Export, Image};
 use crate::cluster::{Cluster, unexpected};
@@ -51,23 +52,30 @@ pub async fn run(context: &Context, verb: Image) -> Outcome {
         } => {
             let (path, name) = import::what(&file, &image)?;
             let node = cluster.some_node(on.node).await?;
-            let request = NodeRequest::ImageImport { name, path, block_size };
-            import::run(context, &cluster, &node, request, detach, change).await
+            let ask = Ask {
+                what: format!("import {path} as {name} on {node}"),
+                request: NodeRequest::ImageImport { name, path, block_size },
+                node,
+            };
+            job::start(context, &cluster, change, ask, detach).await
         }
         Image::Clone {
             source,
-            image,
+            images,
             on,
             change,
         } => {
             let node = cluster.node_of(&source.image, on.node).await?;
-            let what = format!("clone {}@{} as {image} on {node}", source.image, source.snapshot);
-            let request = NodeRequest::ImageClone {
-                source: source.image,
-                snapshot: source.snapshot,
-                name: image,
-            };
-            act(context, &cluster, change, &what, "cloned", &node, request).await
+            let asks = images.into_iter().map(|image| Ask {
+                what: format!("clone {}@{} as {image} on {node}", source.image, source.snapshot),
+                node: node.clone(),
+                request: NodeRequest::ImageClone {
+                    source: source.image.clone(),
+                    snapshot: source.snapshot.clone(),
+                    name: image,
+                },
+            });
+            act_each(context, &cluster, change, "cloned", asks.collect()).await
         }
         Image::Snapshot { snapshot, on, change } => {
             let node = cluster.node_of(&snapshot.image, on.node).await?;
@@ -78,47 +86,53 @@ pub async fn run(context: &Context, verb: Image) -> Outcome {
             };
             act(context, &cluster, change, &what, "snapshot taken", &node, request).await
         }
-        Image::Delete { image, yes, on, change } => {
-            let node = cluster.node_of(&image, on.node).await?;
+        Image::Delete {
+            images,
+            yes,
+            on,
+            change,
+        } => {
+            let asks = asks(&cluster, images, on.node, |image, node| {
+                (
+                    format!("delete {image} on {node}, for ever"),
+                    NodeRequest::ImageDelete { image: image.clone() },
+                )
+            })
+            .await?;
             if !yes && !change.dry_run {
-                confirm(&image)?;
+                confirm(&asks)?;
             }
-            let what = format!("delete {image} on {node}, for ever");
-            act(
-                context,
-                &cluster,
-                change,
-                &what,
-                "deleted",
-                &node,
-                NodeRequest::ImageDelete { image },
-            )
-            .await
+            act_each(context, &cluster, change, "deleted", asks).await
         }
         Image::List { node } => list(context, &cluster, node).await,
         Image::Show { image, on } => show(context, &cluster, &image, on.node).await,
         Image::Attach {
-            image,
+            images,
             export,
             device,
             on,
             change,
         } => {
-            let node = cluster.node_of(&image, on.node).await?;
             let (export, how) = if device || export == Export::Device {
                 (ExportKind::Device, "NBD and a kernel block device")
             } else {
                 (ExportKind::Socket, "NBD")
             };
-            let what = format!("attach {image} on {node} over {how}");
-            let request = NodeRequest::ImageAttach { image, export };
-            act(context, &cluster, change, &what, "attached", &node, request).await
+            let asks = asks(&cluster, images, on.node, |image, node| {
+                let image = image.clone();
+                (
+                    format!("attach {image} on {node} over {how}"),
+                    NodeRequest::ImageAttach { image, export },
+                )
+            });
+            act_each(context, &cluster, change, "attached", asks.await?).await
         }
-        Image::Detach { image, on, change } => {
-            let node = cluster.node_of(&image, on.node).await?;
-            let what = format!("detach {image} on {node}");
-            let request = NodeRequest::ImageDetach { image };
-            act(context, &cluster, change, &what, "detached", &node, request).await
+        Image::Detach { images, on, change } => {
+            let asks = asks(&cluster, images, on.node, |image, node| {
+                let image = image.clone();
+                (format!("detach {image} on {node}"), NodeRequest::ImageDetach { image })
+            });
+            act_each(context, &cluster, change, "detached", asks.await?).await
         }
         Image::Map { image, on } => {
             let node = cluster.node_of(&image, on.node).await?;
@@ -157,28 +171,29 @@ async fn act(
     node: &NodeId,
     request: NodeRequest,
 ) -> Outcome {
-    if change.dry_run {
-        plan::node(context, what, node, &request);
-        return Ok(());
-    }
-    let reply = cluster.node(node, &request).await?;
-    match &reply {
-        NodeReply::Done { seq } => context.out.one(&reply, || match seq {
-            Some(seq) => format!("{done} at #{seq}: {what}\n"),
-            None => format!("{done}: {what}\n"),
-        }),
-        NodeReply::Image(info) => context.out.one(info, || format!("{done}\n{}", info_text(info))),
-        other => return Err(unexpected(&format!("node {node}"), other)),
-    }
-    Ok(())
+    let ask = Ask {
+        what: what.to_owned(),
+        node: node.clone(),
+        request,
+    };
+    act_each(context, cluster, change, done, vec![ask]).await
 }
 
-/// Asks on the terminal for the image's name.
-fn confirm(image: &ImageName) -> Outcome {
+/// Asks on the terminal for the image's name, or for the number of images.
+fn confirm(asks: &[Ask]) -> Outcome {
+    let (subject, word) = match asks {
+        [
+            Ask {
+                request: NodeRequest::ImageDelete { image },
+                ..
+            },
+        ] => (image.to_string(), "its name"),
+        several => (format!("{} images", several.len()), "their number"),
+    };
     if !io::stdin().is_terminal() || !io::stderr().is_terminal() {
         return Err(Failure::new(
             FailureKind::Usage,
-            format!("deleting {image} needs a confirmation, and there is no terminal to ask on"),
+            format!("deleting {subject} needs a confirmation, and there is no terminal to ask on"),
             "add --yes if it is meant",
         ));
     }
@@ -186,17 +201,17 @@ fn confirm(image: &ImageName) -> Outcome {
     // A terminal that cannot be written shows no question, and then nothing is confirmed below.
     let _ = write!(
         stderr,
-        "{image} and its blocks will be gone for ever. Type its name to delete it: "
+        "{subject} and all blocks in it will be gone for ever. Type {word} to delete: "
     );
     let _ = stderr.flush();
     let mut line = String::new();
     let read = io::stdin().read_line(&mut line);
-    if read.is_ok() && line.trim() == image.as_str() {
+    if read.is_ok() && subject.split(' ').next() == Some(line.trim()) {
         Ok(())
     } else {
         Err(Failure::new(
             FailureKind::Usage,
-            format!("{image} was not deleted: the name typed is another one"),
+            format!("nothing was deleted: {:?} is not {word}", line.trim()),
             "",
         ))
     }
@@ -246,7 +261,7 @@ async fn show(context: &Context, cluster: &Cluster, image: &ImageName, node: Opt
     Ok(())
 }
 
-fn info_text(info: &ImageInfo) -> String {
+pub(super) fn info_text(info: &ImageInfo) -> String {
     let mut lines = vec![
         format!("image          {}", info.name),
         format!("id             {}", info.id),

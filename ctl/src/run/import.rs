@@ -1,16 +1,12 @@
-//! `hearth image import`: a job with progress; Ctrl-C leaves it running and says how to look at it again.
+//! What `hearth image import` is asked to import, and as what.
 
 use std::path::Path;
 
+use hearth_protocol::ImageName;
 use hearth_protocol::ids::NameError;
-use hearth_protocol::rpc::{Failure, FailureKind, NodeReply, NodeRequest};
-use hearth_protocol::{ImageName, NodeId};
+use hearth_protocol::rpc::{Failure, FailureKind};
 
-use super::{Context, job, plan};
 use crate::Outcome;
-use crate::cli::Change;
-use crate::cluster::{Cluster, unexpected};
-use crate::output;
 
 /// The file and the image's name. A path cannot be a name and a name is no absolute path, so the two may also come the
 /// other way round.
@@ -40,40 +36,6 @@ pub fn what(file: &str, image: &str) -> Outcome<(String, ImageName)> {
         here.to_string_lossy().into_owned()
     };
     Ok((path, name))
-}
-
-/// Starts the job and follows it.
-///
-/// # Errors
-/// The job's failure; exit code 7 when it was left running.
-pub async fn run(
-    context: &Context,
-    cluster: &Cluster,
-    node: &NodeId,
-    request: NodeRequest,
-    detach: bool,
-    change: Change,
-) -> Outcome {
-    if change.dry_run {
-        plan::node(
-            context,
-            &format!("import a raw file into a new image on {node}"),
-            node,
-            &request,
-        );
-        return Ok(());
-    }
-    match cluster.node(node, &request).await? {
-        NodeReply::Job(started) if detach => {
-            output::note(&format!("it goes on: {}", job::resume(started.id, node)));
-            context
-                .out
-                .one(&started, || format!("job {} on {node}: {}\n", started.id, started.what));
-            Ok(())
-        }
-        NodeReply::Job(started) => job::follow(context, cluster, node, started).await,
-        other => Err(unexpected(&format!("node {node}"), &other)),
-    }
 }
 
 #[cfg(test)]

@@ -7,9 +7,10 @@ use hearth_protocol::rpc::{Failure, FailureKind, JobInfo, NodeReply, NodeRequest
 use hearth_tui::fmt;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use super::Context;
+use super::ask::Ask;
+use super::{Context, plan};
 use crate::Outcome;
-use crate::cli::Job;
+use crate::cli::{Change, Job};
 use crate::cluster::{Cluster, unexpected};
 use crate::output;
 
@@ -28,6 +29,29 @@ pub async fn run(context: &Context, verb: Job) -> Outcome {
     match info.ended {
         Some(ended) => ended,
         None => Err(running(&info, &node)),
+    }
+}
+
+/// Asks a node for a long operation, or prints the plan, and follows it to its end unless it is to be left alone.
+///
+/// # Errors
+/// The job's failure; exit code 7 when it was left running.
+pub async fn start(context: &Context, cluster: &Cluster, change: Change, ask: Ask, detach: bool) -> Outcome {
+    if change.dry_run {
+        plan::nodes(context, &[ask]);
+        return Ok(());
+    }
+    let node = &ask.node;
+    match cluster.node(node, &ask.request).await? {
+        NodeReply::Job(started) if detach => {
+            output::note(&format!("it goes on: {}", resume(started.id, node)));
+            context
+                .out
+                .one(&started, || format!("job {} on {node}: {}\n", started.id, started.what));
+            Ok(())
+        }
+        NodeReply::Job(started) => follow(context, cluster, node, started).await,
+        other => Err(unexpected(&format!("node {node}"), &other)),
     }
 }
 

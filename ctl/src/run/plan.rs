@@ -1,10 +1,11 @@
 //! `--dry-run`: exactly what would be asked of whom.
 
 use hearth_protocol::rpc::{NodeRequest, SchedulerRequest};
-use hearth_protocol::{NodeId, subject};
+use hearth_protocol::subject;
 use serde::Serialize;
 
 use super::Context;
+use super::ask::Ask;
 
 #[derive(Serialize)]
 struct Plan<'a, R> {
@@ -15,40 +16,46 @@ struct Plan<'a, R> {
     request: &'a R,
 }
 
-fn print<R: Serialize>(context: &Context, plan: &Plan<'_, R>) {
-    context.out.one(plan, || {
-        let request = serde_json::to_string(plan.request).unwrap_or_default();
-        format!(
-            "would {}\n  ask      {} on {}\n  request  {request}\nnothing was done (--dry-run)\n",
-            plan.what, plan.to, plan.subject
-        )
-    });
+fn text<R: Serialize>(plan: &Plan<'_, R>) -> String {
+    let request = serde_json::to_string(plan.request).unwrap_or_default();
+    format!(
+        "would {}\n  ask      {} on {}\n  request  {request}\n",
+        plan.what, plan.to, plan.subject
+    )
 }
 
-/// For a node.
-pub fn node(context: &Context, what: &str, node: &NodeId, request: &NodeRequest) {
-    print(
-        context,
-        &Plan {
-            dry_run: true,
-            what,
-            to: format!("node {node}"),
-            subject: subject::node_rpc(node),
-            request,
-        },
-    );
+const NOTHING: &str = "nothing was done (--dry-run)\n";
+
+fn of_node(ask: &Ask) -> Plan<'_, NodeRequest> {
+    Plan {
+        dry_run: true,
+        what: &ask.what,
+        to: format!("node {}", ask.node),
+        subject: subject::node_rpc(&ask.node),
+        request: &ask.request,
+    }
+}
+
+/// For nodes.
+pub fn nodes(context: &Context, asks: &[Ask]) {
+    let plans: Vec<_> = asks.iter().map(of_node).collect();
+    match plans.as_slice() {
+        [plan] => context.out.one(plan, || text(plan) + NOTHING),
+        plans if context.out.is_json() => context.out.list(plans),
+        plans => context
+            .out
+            .text(&(plans.iter().map(text).collect::<String>() + NOTHING)),
+    }
 }
 
 /// For the scheduler.
 pub fn scheduler(context: &Context, what: &str, request: &SchedulerRequest) {
-    print(
-        context,
-        &Plan {
-            dry_run: true,
-            what,
-            to: "the leading scheduler".into(),
-            subject: subject::SCHEDULER_RPC.into(),
-            request,
-        },
-    );
+    let plan = Plan {
+        dry_run: true,
+        what,
+        to: "the leading scheduler".into(),
+        subject: subject::SCHEDULER_RPC.into(),
+        request,
+    };
+    context.out.one(&plan, || text(&plan) + NOTHING);
 }
