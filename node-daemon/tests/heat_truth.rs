@@ -67,8 +67,6 @@ impl Device {
             size_bytes: SIZE_BYTES,
             major: self.info.major,
             minor: self.info.minor,
-            // Some completions of this device are not matched to their bio: a known gap of the latency histograms.
-            unmeasured_permille_max: 20,
         }
     }
 }

@@ -232,6 +232,7 @@ impl HeatSource for ExportSource {
             disks: Vec::new(),
             events_total: registry.events_total,
             lost_total: registry.lost_total,
+            untimed_total: 0,
         })
     }
 }

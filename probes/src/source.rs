@@ -41,6 +41,8 @@ pub struct Window {
     pub events_total: u64,
     /// Block accesses lost since the source started: `sum of block counts + lost = submitted`.
     pub lost_total: u64,
+    /// Accesses whose latency is known not to be measured since the source started. Their touches are counted.
+    pub untimed_total: u64,
 }
 
 /// Something that counts block accesses. Everything above it runs without a kernel.

@@ -249,6 +249,7 @@ impl HeatSource for TraceSource {
             disks: Vec::new(),
             events_total: self.events_total,
             lost_total: self.lost_total,
+            untimed_total: 0,
         })
     }
 }

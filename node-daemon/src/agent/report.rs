@@ -112,6 +112,7 @@ mod tests {
         };
         let histogram = || Histogram::new(3).unwrap();
         Window {
+            untimed_total: 0,
             images: vec![ImageWindow {
                 image: ImageId(1),
                 block_size: ByteLen(65536),

@@ -262,6 +262,7 @@ async fn report_heat(node: Arc<Node>, link: Link) {
     let mut last = Instant::now();
     let mut hits: BTreeMap<ImageId, (u64, u64)> = BTreeMap::new();
     let mut counters = node.counters.clone();
+    let mut untimed_to_tell = 1;
     for report_seq in 1.. {
         ticks.tick().await;
         let window_ms = u64::try_from(last.elapsed().as_millis()).unwrap_or(u64::MAX);
@@ -273,6 +274,14 @@ async fn report_heat(node: Arc<Node>, link: Link) {
                 .ok()
                 .flatten()
         };
+        let untimed = drained.as_ref().map_or(0, |window| window.untimed_total);
+        if untimed >= untimed_to_tell {
+            tracing::warn!(
+                untimed,
+                "the kernel did not show the end of some accesses: they count as heat, their latency is not known"
+            );
+            untimed_to_tell = untimed * 2;
+        }
         let exported = counters.drain().unwrap_or_default();
         let report = build(&node, report_seq, window_ms, drained, &exported, &mut hits);
         if let Err(error) = link.bus().publish_heat(&report).await {

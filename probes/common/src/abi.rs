@@ -88,7 +88,7 @@ pub struct Totals {
     pub events: u64,
     /// Block touches that found no room.
     pub lost: u64,
-    /// Bios whose latency could not be followed because their bucket of the in-flight table was full.
+    /// Bios whose latency was not measured: their bucket of the in-flight table was full, or their end was not seen.
     pub untimed: u64,
 }
 
@@ -97,6 +97,9 @@ pub const IN_FLIGHT_WAYS: usize = 8;
 
 /// Buckets of an in-flight table; 32,768 requests fit if they spread well.
 pub const IN_FLIGHT_BUCKETS: u32 = 4096;
+
+/// A request that began longer ago than this may lose its place in a full bucket, nanoseconds.
+pub const FORGOTTEN_NS: u64 = 60_000_000_000;
 
 /// One request between its two tracepoints.
 #[repr(C)]

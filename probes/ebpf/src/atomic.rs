@@ -36,13 +36,13 @@ pub unsafe fn or(word: *mut u64, bits: u64) {
     unsafe { asm!("lock *(u64 *)({0} + 0) |= {1}", in(reg) word, in(reg) bits) }
 }
 
-/// Replaces a zero by `value`; returns what was there before.
+/// Replaces `expected` by `value`; returns what was there before.
 ///
 /// # Safety
 /// As for [`add`].
 #[inline(always)]
-pub unsafe fn claim(word: *mut u64, value: u64) -> u64 {
-    let mut held = 0u64;
+pub unsafe fn replace(word: *mut u64, expected: u64, value: u64) -> u64 {
+    let mut held = expected;
     // SAFETY: as in `add`; the instruction compares with r0 and leaves what it found there.
     unsafe { asm!("r0 = cmpxchg_64({0} + 0, r0, {1})", in(reg) word, in(reg) value, inout("r0") held) }
     held

@@ -6,6 +6,7 @@
 
 use core::ffi::c_void;
 
+use aya_ebpf::bindings::BPF_F_MMAPABLE;
 use aya_ebpf::helpers::{bpf_ktime_get_ns, generated::bpf_loop};
 use aya_ebpf::macros::{btf_tracepoint, map};
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray};
@@ -37,7 +38,7 @@ static TOTALS: PerCpuArray<Totals> = PerCpuArray::with_max_entries(1, 0);
 static LATENCIES: Array<Latencies> = Array::with_max_entries(1, 0);
 
 #[map]
-static BIOS: Table = Array::with_max_entries(IN_FLIGHT_BUCKETS, 0);
+static BIOS: Table = Array::with_max_entries(IN_FLIGHT_BUCKETS, BPF_F_MMAPABLE);
 
 /// An access to several blocks while its touches are counted.
 struct Access {
@@ -138,12 +139,12 @@ pub fn bio_queue(ctx: BtfTracePointContext) -> i32 {
     };
     count(&mut access);
     let Some(address) = bio.address(0) else { return 0 };
-    let timed = in_flight::start(&BIOS, address, stamp(slot, write, now_ns), length.into());
+    let none_lost = in_flight::start(&BIOS, address, stamp(slot, write, now_ns), length.into());
     // SAFETY: the totals are this CPU's own, and the kernel never runs this program twice at a time on one CPU.
     unsafe {
         (*totals).events += 1;
         (*totals).lost += access.lost;
-        (*totals).untimed += u64::from(!timed);
+        (*totals).untimed += u64::from(!none_lost);
     }
     0
 }

@@ -83,7 +83,7 @@ pub fn touch(side: u32, key: u64, one: u64, bytes: u64, burst: u64) -> bool {
             let mut held = unsafe { atomic::load(&raw const (*heat).key) };
             if held == 0 {
                 // SAFETY: as in `add`.
-                held = unsafe { atomic::claim(&raw mut (*heat).key, key) };
+                held = unsafe { atomic::replace(&raw mut (*heat).key, 0, key) };
                 if held == 0 {
                     list(side, bucket * HEAT_WAYS as u32 + way as u32);
                     held = key;

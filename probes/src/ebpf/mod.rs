@@ -147,10 +147,10 @@ impl EbpfSource {
         self.probes().watch_disk(name)
     }
 
-    /// Accesses of drained windows that are counted in the heat but not in the latencies, because too many were in
-    /// flight at once.
-    pub fn untimed_total(&self) -> u64 {
-        self.probes().untimed_total()
+    /// Accesses that are in flight, or whose end was not seen. One of the latter is counted in
+    /// [`Window::untimed_total`] when its place is needed: `events = latencies measured + untimed + unfinished`.
+    pub fn unfinished(&self) -> u64 {
+        self.probes().unfinished()
     }
 
     /// Has the kernel measure run times until the meter is dropped.

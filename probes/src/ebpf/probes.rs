@@ -2,18 +2,19 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
+use std::sync::atomic::Ordering::Relaxed;
 use std::{fs, io};
 
 use aya::maps::{Array, HashMap, MapData};
 use aya::programs::{BtfTracePoint, ProgramError};
 use aya::{Ebpf, EbpfLoader};
-use hearth_probes_common::abi::{DISKS_MAX, Device};
+use hearth_probes_common::abi::{DISKS_MAX, Device, IN_FLIGHT_BUCKETS, InFlight, InFlightBucket};
 use hearth_protocol::heat::DiskUse;
 use hearth_protocol::{ByteLen, ImageId, units};
 
 use super::counts::{LatencyReader, RawTotals, TotalsReader};
 use super::slots::{DeviceNumber, Slots};
-use super::sys;
+use super::sys::{self, SharedWords};
 use super::windows::{self, Taken, Windows};
 use super::{EbpfOptions, ProgramCost, btf, failed, layout, unavailable};
 use crate::source::{HeatError, Window};
@@ -58,6 +59,8 @@ pub struct Probes {
     devices: HashMap<MapData, u32, RawDevice>,
     disks_map: HashMap<MapData, u32, u32>,
     windows: Windows,
+    /// The table of bios in flight, entries of [`InFlight`].
+    in_flight: SharedWords,
     totals: TotalsReader<MapData>,
     latencies: LatencyReader<MapData>,
     disk_latencies: LatencyReader<MapData>,
@@ -146,6 +149,8 @@ impl Probes {
             ebpf.take_map(name)
                 .ok_or_else(|| unavailable(format!("the built-in object has no map {name}; rebuild Hearth")))
         };
+        // Open until the programs are loaded, which refer to it by descriptor.
+        let bios = take("BIOS")?;
         let wrong = |error| failed("reading the maps of the built-in object", error);
         let windows = Windows::map(
             take("CONTROL")?,
@@ -155,6 +160,9 @@ impl Probes {
             buckets,
         )
         .map_err(|error| failed("mapping the probes' tables", error))?;
+        let in_flight = windows::descriptor(&bios)
+            .and_then(|table| SharedWords::map(table, IN_FLIGHT_BUCKETS as usize * size_of::<InFlightBucket>() / 8))
+            .map_err(|error| failed("mapping the table of bios in flight", error))?;
         let devices = take("DEVICES")?.try_into().map_err(wrong)?;
         let disks_map = take("DISKS")?.try_into().map_err(wrong)?;
         let totals = aya::maps::PerCpuArray::<_, RawTotals>::try_from(take("TOTALS")?).map_err(wrong)?;
@@ -167,6 +175,7 @@ impl Probes {
             devices,
             disks_map,
             windows,
+            in_flight,
             totals: TotalsReader::new(totals),
             latencies: LatencyReader::new(latencies),
             disk_latencies: LatencyReader::new(disk_latencies),
@@ -373,9 +382,10 @@ impl Probes {
         Ok(disks)
     }
 
-    /// See [`super::EbpfSource::untimed_total`].
-    pub fn untimed_total(&self) -> u64 {
-        self.untimed_total
+    /// See [`super::EbpfSource::unfinished`].
+    pub fn unfinished(&self) -> u64 {
+        let entries = self.in_flight.chunks_exact(size_of::<InFlight>() / 8);
+        entries.filter(|words| words[0].load(Relaxed) != 0).count() as u64
     }
 
     /// See [`crate::source::HeatSource::drain`].
@@ -410,6 +420,7 @@ impl Probes {
             disks,
             events_total: self.events_total,
             lost_total: self.lost_total,
+            untimed_total: self.untimed_total,
         })
     }
 }

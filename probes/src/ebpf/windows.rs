@@ -67,7 +67,8 @@ pub struct Windows {
     _maps: [Map; 4],
 }
 
-fn descriptor(map: &Map) -> io::Result<BorrowedFd<'_>> {
+/// The descriptor of an array map.
+pub fn descriptor(map: &Map) -> io::Result<BorrowedFd<'_>> {
     match map {
         Map::Array(data) => Ok(data.fd().as_fd()),
         _ => Err(io::Error::other("the object has another kind of map")),

@@ -44,6 +44,8 @@ pub struct Sum {
     pub events_total: u64,
     /// As the last of them says.
     pub lost_total: u64,
+    /// As the last of them says.
+    pub untimed_total: u64,
 }
 
 impl Sum {
@@ -54,6 +56,7 @@ impl Sum {
     pub fn add(&mut self, window: Window) {
         self.windows += 1;
         (self.events_total, self.lost_total) = (window.events_total, window.lost_total);
+        self.untimed_total = window.untimed_total;
         for image in window.images {
             assert!(
                 image.blocks.is_sorted_by(|a, b| a.block < b.block),
