@@ -1,14 +1,24 @@
-//! `cargo xtask bench`: the measurements, each a subcommand of the `hearth-bench` program.
+//! `cargo xtask bench`: the measurements of DESIGN §11, each with its table under `bench/results`.
 
 use std::path::PathBuf;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 use crate::workspace::Workspace;
 
 /// What can be measured.
 #[derive(clap::Subcommand)]
 pub enum What {
+    /// Everything, one after the other; wants a quiet machine
+    All {
+        /// Folder of `.vbt.zst` traces [default: `../shared/traces` beside the clone]
+        #[arg(long, env = "HEARTH_TRACES")]
+        traces: Option<PathBuf>,
+    },
+    /// The data path against nbdkit and QEMU
+    Nbd,
+    /// What the eBPF probes cost
+    Probes,
     /// Hit ratios of the production RAM tier over recorded block traces, beside other policies
     Policy {
         /// Folder of `.vbt.zst` traces [default: `../shared/traces` beside the clone]
@@ -17,23 +27,75 @@ pub enum What {
     },
 }
 
-/// Builds the benchmarks and runs one of them.
+/// Builds the benchmarks and runs what is asked for.
 ///
 /// # Errors
 /// The benchmark said why on standard error.
 pub fn run(workspace: &Workspace, what: What) -> Result<()> {
-    let What::Policy { traces } = what;
+    match what {
+        What::All { traces } => {
+            nbd(workspace)?;
+            probes(workspace)?;
+            policy(workspace, traces)
+        }
+        What::Nbd => nbd(workspace),
+        What::Probes => probes(workspace),
+        What::Policy { traces } => policy(workspace, traces),
+    }
+}
+
+/// Runs a subcommand of `hearth-bench`, which writes its table itself.
+fn hearth_bench(workspace: &Workspace, name: &str, words: &[&std::ffi::OsStr]) -> Result<()> {
+    let mut command = workspace.command("cargo");
+    command
+        .args(["run", "--quiet", "-p", "hearth-bench", "--", name])
+        .args(words)
+        .arg("--out")
+        .arg(format!("bench/results/{name}.md"));
+    let status = command.status()?;
+    ensure!(status.success(), "the benchmark {name} ended with {status}");
+    Ok(())
+}
+
+fn nbd(workspace: &Workspace) -> Result<()> {
+    hearth_bench(workspace, "nbd", &[])
+}
+
+fn policy(workspace: &Workspace, traces: Option<PathBuf>) -> Result<()> {
     // Relative paths are the caller's, and cargo runs in the clone.
     let traces = match traces {
         Some(dir) => std::path::absolute(dir)?,
         None => workspace.root.join("../shared/traces"),
     };
-    let mut command = workspace.command("cargo");
-    command
-        .args(["run", "--quiet", "-p", "hearth-bench", "--", "policy", "--traces"])
-        .arg(&traces)
-        .args(["--out", "bench/results/policy.md"]);
-    let status = command.status()?;
-    ensure!(status.success(), "the benchmark ended with {status}");
+    hearth_bench(workspace, "policy", &["--traces".as_ref(), traces.as_os_str()])
+}
+
+/// The measurements of the probes are tests, which own the devices they measure.
+fn probes(workspace: &Workspace) -> Result<()> {
+    let words = "test --quiet -p hearth-probes --test kernel -- --ignored --nocapture --test-threads 1 cost";
+    let output = workspace
+        .command("cargo")
+        .args(words.split(' '))
+        .stderr(std::process::Stdio::inherit())
+        .output()
+        .context("running the measurements of the probes")?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    print!("{said}");
+    let lines = said
+        .lines()
+        .map(|line| line.trim_start_matches('.'))
+        .filter(|line| line.contains(" ns") || line.contains('%'));
+    let lines: Vec<String> = lines.map(|line| format!("- {line}\n")).collect();
+    ensure!(!lines.is_empty(), "the probes cannot be measured here: {}", said.trim());
+    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let text = format!(
+        "# Cost of the probes\n\n`cargo {words}`, Linux {}: mean run times as the kernel measures them (bpf_stats), and the \
+         loss of I/O rate, pair by pair.\n\n{}",
+        kernel.trim(),
+        lines.concat()
+    );
+    std::fs::create_dir_all(workspace.root.join("bench/results"))?;
+    std::fs::write(workspace.root.join("bench/results/probes.md"), text)?;
+    ensure!(output.status.success(), "a target of the probes was missed, see above");
     Ok(())
 }

@@ -155,18 +155,7 @@ pub fn run(options: &Options) -> Result<()> {
         }
     }
     let text = table::whole(&text, started.elapsed());
-    print!("{text}");
-    if let Some(out) = &options.out {
-        write(out, &text)?;
-    }
-    Ok(())
-}
-
-fn write(path: &Path, text: &str) -> Result<()> {
-    if let Some(dir) = path.parent() {
-        std::fs::create_dir_all(dir).with_context(|| format!("making {}", dir.display()))?;
-    }
-    std::fs::write(path, text).with_context(|| format!("writing {}", path.display()))
+    report::publish(&text, options.out.as_deref())
 }
 
 /// All policies at all sizes, in parallel; a row per policy with an outcome per size.
@@ -197,11 +186,6 @@ fn rows(trace: &Trace) -> Vec<(Policy, Vec<Outcome>)> {
             (*policy, row.map(|o| o.expect("every cell was run")).collect())
         })
         .collect()
-}
-
-/// Seconds for people.
-fn seconds(elapsed: Duration) -> String {
-    format!("{:.0} s", elapsed.as_secs_f64())
 }
 
 #[cfg(test)]
