@@ -9,13 +9,14 @@ mod peers;
 mod table;
 mod trace;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 
+use crate::report;
 use peers::Cache;
 use trace::Trace;
 
