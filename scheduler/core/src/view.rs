@@ -101,6 +101,10 @@ pub fn view(state: &State) -> ClusterView {
     }
 }
 
+/// Ticks for which a report speaks for the present: nodes and leader count their seconds each by itself, so every now
+/// and then a tick passes between two reports.
+const FRESH_TICKS: u64 = 2;
+
 fn image_view(state: &State, id: ImageId, image: &Image) -> ImageView {
     let facts = &state.data.facts;
     let (mut tracked_blocks, mut resident_blocks) = (0, 0);
@@ -112,7 +116,7 @@ fn image_view(state: &State, id: ImageId, image: &Image) -> ImageView {
     }
     let last = &image.last;
     // Rates of a window that is over are history, not the present.
-    let fresh = image.attached && facts.tick.0.saturating_sub(last.tick) <= 1;
+    let fresh = image.attached && facts.tick.0.saturating_sub(last.tick) <= FRESH_TICKS;
     let per_s = |count: u64| {
         if fresh {
             count.saturating_mul(1_000) / last.reports.saturating_mul(TICK_MS).max(1)
