@@ -7,7 +7,6 @@ use hearth_protocol::view::ImageHeatView;
 use hearth_protocol::{BlockIndex, HeatScore};
 use ratatui::buffer::Buffer;
 use ratatui::layout::Rect;
-use ratatui::style::Modifier;
 
 use crate::fmt;
 use crate::theme::{HEAT_LEVELS, Theme, Tone};
@@ -145,10 +144,11 @@ pub fn draw(grid: &Grid, heat: &ImageHeatView, cursor: Option<usize>, theme: The
             if x >= area.right() {
                 break;
             }
-            let (glyph, mut style) = theme.heat(level(cell.score, most));
-            if cursor == Some(row * grid.columns as usize + column) {
-                style = style.add_modifier(Modifier::REVERSED | Modifier::BOLD);
-            }
+            let (glyph, style) = if cursor == Some(row * grid.columns as usize + column) {
+                theme.map_cursor()
+            } else {
+                theme.heat(level(cell.score, most))
+            };
             buffer.set_string(x, y, glyph, style);
             if lanes && y + 1 < area.bottom() {
                 let (glyph, style) = theme.lane(cell.resident, cell.warm);

@@ -232,7 +232,7 @@ pub const BINDINGS: &[Binding] = &[
         Action::Enter,
         LOOK,
         drills,
-        "open: node → images → heat map"
+        "go in: images, heat map"
     ),
     bind!(&[Key::Enter], "Enter", Action::ZoomIn, LOOK, map, "look closer"),
     bind!(&[Key::Char('+')], "+", Action::ZoomIn, LOOK, map, "look closer"),
@@ -244,21 +244,14 @@ pub const BINDINGS: &[Binding] = &[
         map,
         "look from farther away"
     ),
-    bind!(
-        &[Key::Char('d')],
-        "d",
-        Action::Describe,
-        LOOK,
-        always,
-        "describe what is under the cursor"
-    ),
+    bind!(&[Key::Char('d')], "d", Action::Describe, LOOK, always, "describe it"),
     bind!(
         &[Key::Char('w')],
         "w",
         Action::Why,
         LOOK,
         explains,
-        "why is this block where it is"
+        "why is this block here"
     ),
     bind!(&[Key::Esc], "Esc", Action::Back, LOOK, always, "back"),
     bind!(&[Key::Up, Key::Char('k')], "↑ k", Action::Up, MOVE, always, "up"),

@@ -197,6 +197,16 @@ impl Theme {
         (glyph, style)
     }
 
+    /// Glyph and style of the heat map's cursor: a colour and a glyph that the map has nowhere else.
+    pub fn map_cursor(self) -> (&'static str, Style) {
+        let style = match self.depth {
+            Depth::Mono => Style::new().add_modifier(Modifier::REVERSED),
+            Depth::Ansi16 => Style::new().fg(Color::Black).bg(Color::LightGreen),
+            Depth::Ansi256 => Style::new().fg(Color::Indexed(16)).bg(Color::Indexed(118)),
+        };
+        (if self.ascii { "X" } else { "╳" }, style.add_modifier(Modifier::BOLD))
+    }
+
     /// Glyph and style of a RAM lane cell: of the `warm` blocks with heat, `resident` are in RAM.
     pub fn lane(self, resident: u64, warm: u64) -> (&'static str, Style) {
         let glyph = match (resident, self.ascii) {

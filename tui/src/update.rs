@@ -102,6 +102,8 @@ fn fed(model: &mut Model, feed: Feed) {
         }
         Feed::Lost(why) => model.connection = Connection::Lost(why),
         Feed::Text { title, lines } => {
+            // The answer takes the place of the notice that it was asked for.
+            model.notice = None;
             model.overlay = Some(Overlay::Text {
                 title,
                 lines,

@@ -24,6 +24,10 @@ const SIXTEEN: Theme = Theme {
     depth: Depth::Ansi16,
     ascii: false,
 };
+const MONO: Theme = Theme {
+    depth: Depth::Mono,
+    ascii: false,
+};
 const ASCII: Theme = Theme {
     depth: Depth::Mono,
     ascii: true,
@@ -107,6 +111,12 @@ fn check(name: &str, model: &Model) {
     if model.theme.ascii {
         assert!(got.is_ascii(), "{name} is not ASCII");
     }
+    if model.theme.depth == Depth::Mono {
+        let (_, styles) = got.split_once("--- styles\n").unwrap();
+        // Modifiers may have spaces between them: a run starts with its length.
+        let mut runs = styles.split_whitespace().filter_map(|word| word.split_once(':'));
+        assert!(runs.all(|(_, style)| style.starts_with("-/-")), "{name} has a colour");
+    }
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/{name}.txt"));
     if std::env::var_os("BLESS").is_some() {
         std::fs::write(&path, &got).unwrap();
@@ -133,33 +143,35 @@ const SCREENS: [(&str, &str); 9] = [
     ("help", "?"),
 ];
 
-#[test]
-fn every_view_in_colour() {
-    for (name, press) in SCREENS {
+/// Every view at both sizes, in what the terminal can show.
+fn every_view(theme: Theme, name: &str) {
+    for (view, press) in SCREENS {
         for size in [(80, 24), (120, 40)] {
-            let mut model = model(COLOUR, size, 40);
+            let mut model = model(theme, size, 40);
             keys(&mut model, press);
-            check(&format!("{name}-{}x{}-colour", size.0, size.1), &model);
+            check(&format!("{view}-{}x{}-{name}", size.0, size.1), &model);
         }
     }
 }
 
 #[test]
-fn every_view_in_ascii_without_colours() {
-    for (name, press) in SCREENS {
-        let mut model = model(ASCII, (80, 24), 40);
-        keys(&mut model, press);
-        check(&format!("{name}-80x24-ascii"), &model);
-    }
+fn every_view_in_256_colours() {
+    every_view(COLOUR, "colour");
 }
 
 #[test]
-fn sixteen_colours() {
-    for (name, press) in [SCREENS[0], SCREENS[3]] {
-        let mut model = model(SIXTEEN, (80, 24), 40);
-        keys(&mut model, press);
-        check(&format!("{name}-80x24-sixteen"), &model);
-    }
+fn every_view_in_sixteen_colours() {
+    every_view(SIXTEEN, "sixteen");
+}
+
+#[test]
+fn every_view_without_colours() {
+    every_view(MONO, "mono");
+}
+
+#[test]
+fn every_view_in_ascii() {
+    every_view(ASCII, "ascii");
 }
 
 #[test]

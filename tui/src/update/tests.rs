@@ -119,6 +119,82 @@ fn zooming_keeps_the_cursor_in_sight() {
     assert_eq!(model.map.window, None);
 }
 
+/// What keys can change.
+fn state(model: &Model) -> String {
+    format!(
+        "{:?} {:?} {:?} {:?} {:?} {:?} {:?} {:?}",
+        model.screen, model.back, model.looks, model.map, model.overlay, model.prompt, model.position, model.notice
+    )
+}
+
+#[test]
+fn every_key_of_the_table_does_something() {
+    // Each screen as it opens, in its middle, held in the past, and looked at closely.
+    let mut models = Vec::new();
+    for model in every_screen() {
+        for keys in ["", "↓↓→", " TT", "+↓→"] {
+            let mut model = model.clone();
+            press(&mut model, keys);
+            models.push(model);
+        }
+    }
+    for binding in keys::BINDINGS {
+        for key in binding.keys {
+            let works = models.iter().filter(|model| (binding.when)(model)).any(|model| {
+                let mut pressed = model.clone();
+                pressed.notice = None;
+                let before = state(&pressed);
+                let effect = update(&mut pressed, Msg::Key(*key));
+                effect.is_some() || state(&pressed) != before
+            });
+            assert!(works, "{} ({:?}) does nothing anywhere", binding.label, binding.action);
+        }
+    }
+}
+
+#[test]
+fn shift_letters_sort_and_sort_the_other_way() {
+    for model in every_screen() {
+        let Some(table) = model.table() else { continue };
+        for column in table.columns.iter().filter(|column| column.sort.is_some()) {
+            let key = column.sort.unwrap();
+            let rows = |model: &Model| -> Vec<RowId> {
+                let table = model.table().unwrap();
+                table.rows.iter().map(|row| row.id.clone()).collect()
+            };
+            let mut model = model.clone();
+            press(&mut model, &key.to_string());
+            let one = rows(&model);
+            press(&mut model, &key.to_string());
+            let mut other = rows(&model);
+            assert_eq!(
+                model.look().sort.map(|sort| (sort.key, sort.reversed)),
+                Some((key, true))
+            );
+            let (mut first, mut second) = (one.clone(), other.clone());
+            first.sort_by_key(|id| format!("{id:?}"));
+            second.sort_by_key(|id| format!("{id:?}"));
+            assert_eq!(first, second, "{key} lost rows");
+            other.reverse();
+            if column.title == "IMAGE" && matches!(model.screen, Screen::Images(_)) {
+                assert_eq!(one, other, "names are unique, so {key} turns the order round");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_answer_to_why_takes_the_place_of_the_question() {
+    let mut model = sample_model();
+    press(&mut model, ":appl/vm-1\n");
+    assert!(press(&mut model, "w").is_some());
+    assert!(model.notice.is_some());
+    let (title, lines) = ("Why".to_owned(), vec!["because".to_owned()]);
+    update(&mut model, Msg::Feed(Feed::Text { title, lines }));
+    assert_eq!(model.notice, None);
+    assert!(matches!(model.overlay, Some(Overlay::Text { .. })));
+}
+
 #[test]
 fn no_key_panics_on_any_screen() {
     let keys: Vec<Key> = (' '..='~')

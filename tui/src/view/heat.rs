@@ -85,11 +85,7 @@ fn figures(model: &Model, image: &ImageView, inner: Rect, buffer: &mut Buffer) {
     let line = Line::from(vec![
         Span::raw(format!(" {}", fmt::bytes(image.size))),
         Span::styled(
-            format!(
-                " in {} blocks of {}  on ",
-                fmt::count(blocks),
-                fmt::bytes(image.block_size)
-            ),
+            format!(" = {} × {}  on ", fmt::count(blocks), fmt::bytes(image.block_size)),
             dim,
         ),
         Span::styled(image.node.to_string(), theme.tone(Tone::Accent)),

@@ -7,12 +7,11 @@ use ratatui::text::{Line, Span};
 use hearth_protocol::Order;
 use hearth_protocol::view::{DecisionView, NodeView};
 
-use super::{panel, parts, title};
+use super::{panel, panels, parts, title};
 use crate::fmt;
 use crate::model::Model;
 use crate::narrate;
 use crate::snapshot::Snapshot;
-use crate::table::RowId;
 use crate::tables;
 use crate::theme::Tone;
 
@@ -32,42 +31,19 @@ pub fn draw(model: &Model, snapshot: &Snapshot, area: Rect, buffer: &mut Buffer)
     node_gauges(model, &snapshot.view.nodes, nodes_area, buffer);
     cluster(model, snapshot, cluster_area, buffer);
 
-    let table = model.table().unwrap_or_default();
-    let heading = format!("Images {}", parts::place(model, &table));
-    let inner = panel(model.theme, title(model.theme, heading), middle, buffer);
-    let trend = image_trend(model);
-    parts::table(
-        model,
-        &table,
-        model.look().sort,
-        Some(("HIT RATIO", &trend)),
-        inner,
-        buffer,
-    );
-
+    panels::images(model, middle, buffer);
     decisions(model, snapshot, bottom, buffer);
-}
-
-/// The hit ratio of an image over the last snapshots.
-pub fn image_trend(model: &Model) -> impl Fn(&RowId, usize) -> Option<String> + '_ {
-    move |row, width| {
-        let RowId::Image(id) = row else { return None };
-        let values = model
-            .history
-            .series(model.index()?, width, |s| s.image(*id).and_then(|i| i.hit_permille));
-        Some(parts::spark(model.theme, &values, 1000))
-    }
 }
 
 /// One line per node: its RAM tier as a gauge.
 pub fn node_gauges(model: &Model, nodes: &[NodeView], area: Rect, buffer: &mut Buffer) {
     let theme = model.theme;
-    let inner = panel(
-        theme,
-        title(theme, format!("RAM tier of {} nodes", nodes.len())),
-        area,
-        buffer,
-    );
+    let mut heading = title(theme, format!("RAM tier of {} nodes", nodes.len()));
+    for (span, name) in parts::gauge(theme, 1, 1, 2, 2).into_iter().zip(["main", "front"]) {
+        heading.push_span(span);
+        heading.push_span(Span::styled(format!(" {name} "), theme.tone(Tone::Dim)));
+    }
+    let inner = panel(theme, heading, area, buffer);
     let longest = nodes
         .iter()
         .map(|n| n.id.as_str().len())

@@ -36,7 +36,7 @@ pub fn images(model: &Model, area: Rect, buffer: &mut Buffer) {
     };
     let heading = format!("Images{of} {}", parts::place(model, &table));
     let inner = panel(model.theme, title(model.theme, heading), area, buffer);
-    let trend = overview::image_trend(model);
+    let trend = image_trend(model);
     parts::table(
         model,
         &table,
@@ -45,6 +45,17 @@ pub fn images(model: &Model, area: Rect, buffer: &mut Buffer) {
         inner,
         buffer,
     );
+}
+
+/// The hit ratio of an image over the last snapshots.
+fn image_trend(model: &Model) -> impl Fn(&RowId, usize) -> Option<String> + '_ {
+    move |row, width| {
+        let RowId::Image(id) = row else { return None };
+        let values = model
+            .history
+            .series(model.index()?, width, |s| s.image(*id).and_then(|i| i.hit_permille));
+        Some(parts::spark(model.theme, &values, 1000))
+    }
 }
 
 pub fn decisions(model: &Model, snapshot: &Snapshot, area: Rect, buffer: &mut Buffer) {
