@@ -41,6 +41,8 @@ pub fn wall_now() -> WallMs {
 #[derive(Debug, Clone)]
 pub struct LogPublisher {
     inner: Arc<Inner>,
+    /// Goes into the envelope of what this handle publishes.
+    reason: String,
 }
 
 #[derive(Debug)]
@@ -72,6 +74,16 @@ impl LogPublisher {
                     in_doubt: None,
                 }),
             }),
+            reason: String::new(),
+        }
+    }
+
+    /// A handle on the same numbering whose events carry an operator's words.
+    #[must_use]
+    pub fn because(&self, reason: impl Into<String>) -> Self {
+        Self {
+            inner: Arc::clone(&self.inner),
+            reason: reason.into(),
         }
     }
 
@@ -123,6 +135,7 @@ impl LogPublisher {
             incarnation: self.inner.incarnation,
             publisher_seq: numbering.next,
             time: wall_now(),
+            reason: self.reason.clone(),
         };
         let frame = Message::encode(&envelope, event).to_frame();
         if frame.len() > FRAME_BYTES_MAX {

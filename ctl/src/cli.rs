@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use hearth_protocol::{ByteLen, ImageName, NodeId, units};
 
 use crate::moment::Moment;
-use crate::names::{BlockOf, ImageAt, Setting};
+use crate::names::{BlockOf, ImageAt, MaybeAt, Setting};
 use crate::output::Format;
 
 const AFTER: &str = "Exit codes: 0 done, 1 failed, 2 usage, 3 not found, 4 not supported, 5 refused by a safety rule, \
@@ -109,11 +109,23 @@ pub struct OnNode {
 }
 
 /// Options of every change
-#[derive(Debug, Clone, Copy, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct Change {
     /// Prints what would be asked of whom, and does nothing
     #[arg(short = 'n', long)]
     pub dry_run: bool,
+    /// Why, for the log
+    #[arg(long, default_value = "", hide_default_value = true, value_parser = reason, value_name = "TEXT")]
+    pub reason: String,
+}
+
+fn reason(text: &str) -> Result<String, String> {
+    let max = hearth_protocol::limits::REASON_BYTES_MAX;
+    if text.len() > max {
+        Err(format!("it has {} bytes, at most {max} go into the log", text.len()))
+    } else {
+        Ok(text.to_owned())
+    }
 }
 
 fn block_size(text: &str) -> Result<ByteLen, String> {
@@ -201,6 +213,48 @@ pub enum Image {
         #[command(flatten)]
         change: Change,
     },
+    /// Makes an image larger
+    #[command(
+        after_help = "A guest sees the new size when it connects anew: restart the VM, or attach the disk to it \
+again. An image attached as a kernel device is detached first. Images cannot shrink. The partition table and file \
+systems in it are grown in the guest."
+    )]
+    Resize {
+        /// The image
+        image: ImageName,
+        /// Its new size, such as 8GiB
+        #[arg(value_name = "SIZE", value_parser = image_size)]
+        size: ByteLen,
+        #[command(flatten)]
+        on: OnNode,
+        #[command(flatten)]
+        change: Change,
+    },
+    /// Copies a snapshot, or an image that is not attached, into a file on the node
+    #[command(
+        after_help = "The file appears under its name when it is complete. Ctrl-C leaves the job running; \
+`hearth job cancel` stops it and removes what it wrote."
+    )]
+    Export {
+        /// The image, or project/name@snapshot
+        #[arg(value_name = "IMAGE[@SNAPSHOT]")]
+        source: MaybeAt,
+        /// The file, an absolute path on the node
+        file: String,
+        /// The file's format
+        #[arg(long, value_enum, default_value_t = FileFormat::Raw, value_name = "FORMAT")]
+        format: FileFormat,
+        /// Replaces a file that exists
+        #[arg(long)]
+        force: bool,
+        /// Does not wait for the end
+        #[arg(long)]
+        detach: bool,
+        #[command(flatten)]
+        on: OnNode,
+        #[command(flatten)]
+        change: Change,
+    },
     /// Deletes images for ever; refused while they are attached or have clones
     #[command(visible_alias = "rm")]
     Delete {
@@ -221,6 +275,8 @@ pub enum Image {
         /// Only of this node, asked of the node itself
         #[arg(long, value_name = "NODE")]
         node: Option<NodeId>,
+        #[command(flatten)]
+        watch: Watch,
     },
     /// Everything about one image
     #[command(visible_alias = "info")]
@@ -284,6 +340,15 @@ pub enum Export {
     Device,
 }
 
+/// Format of an exported file
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum FileFormat {
+    /// The disk's bytes; zeros take no space
+    Raw,
+    /// QEMU's qcow2
+    Qcow2,
+}
+
 /// Who uses the disk
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Guest {
@@ -300,7 +365,10 @@ pub enum Guest {
 pub enum Node {
     /// All nodes
     #[command(visible_alias = "ls")]
-    List,
+    List {
+        #[command(flatten)]
+        watch: Watch,
+    },
     /// Everything about one node
     #[command(visible_alias = "info")]
     Show {
@@ -322,19 +390,37 @@ pub enum Job {
         #[command(flatten)]
         on: OnNode,
     },
+    /// Stops a job; what it made so far is removed
+    Cancel {
+        /// Its number
+        job: u64,
+        #[command(flatten)]
+        on: OnNode,
+        #[command(flatten)]
+        change: Change,
+    },
 }
 
-/// Options of `status`
-#[derive(Debug, Args)]
-pub struct Status {
+/// Looking again and again
+#[derive(Debug, Clone, Copy, Args)]
+pub struct Watch {
     /// Prints again and again, each time after this long [default: 2s]
     #[arg(short, long, value_parser = humantime::parse_duration, value_name = "TIME", num_args = 0..=1, default_missing_value = "2s")]
     pub watch: Option<Duration>,
 }
 
+/// Options of `status`
+#[derive(Debug, Args)]
+pub struct Status {
+    #[command(flatten)]
+    pub watch: Watch,
+}
+
 /// Options of `health`
 #[derive(Debug, Args)]
 pub struct Health {
+    #[command(flatten)]
+    pub watch: Watch,
     /// Says what to do as well
     #[arg(long)]
     pub detail: bool,
@@ -439,9 +525,6 @@ pub enum Policy {
         /// What to change, such as threshold_bursts=3; sizes take IEC units
         #[arg(required = true, value_name = "NAME=VALUE")]
         settings: Vec<Setting>,
-        /// Why, for the log
-        #[arg(long, default_value = "", value_name = "TEXT")]
-        reason: String,
         #[command(flatten)]
         change: Change,
     },

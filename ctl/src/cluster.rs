@@ -3,9 +3,12 @@
 use std::collections::HashMap;
 
 use hearth_bus::{Bus, BusError, NatsOptions, rpc};
-use hearth_protocol::rpc::{Failure, FailureKind, ImageInfo, NodeReply, NodeRequest, SchedulerReply, SchedulerRequest};
+use hearth_protocol::rpc::{
+    Asked, Failure, FailureKind, ImageInfo, NodeReply, NodeRequest, SchedulerReply, SchedulerRequest,
+};
 use hearth_protocol::view::{ClusterView, ImageHeatView};
 use hearth_protocol::{ImageId, ImageName, NodeId, subject};
+use serde::Serialize;
 
 use crate::Outcome;
 use crate::cli::Global;
@@ -98,6 +101,18 @@ impl Cluster {
     /// # Errors
     /// Its failure, or exit codes 20 and 21.
     pub async fn node(&self, node: &NodeId, request: &NodeRequest) -> Outcome<NodeReply> {
+        self.ask(node, request).await
+    }
+
+    /// Asks a node for a change, with the operator's words for it.
+    ///
+    /// # Errors
+    /// As [`Cluster::node`].
+    pub async fn change(&self, node: &NodeId, asked: &Asked<NodeRequest>) -> Outcome<NodeReply> {
+        self.ask(node, asked).await
+    }
+
+    async fn ask(&self, node: &NodeId, request: &impl Serialize) -> Outcome<NodeReply> {
         rpc::request(&self.bus, subject::node_rpc(node), request, self.timeout)
             .await
             .map_err(|f| match f.kind {

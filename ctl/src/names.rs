@@ -32,6 +32,33 @@ impl FromStr for ImageAt {
     }
 }
 
+/// An image, or its snapshot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MaybeAt {
+    /// The image.
+    pub image: ImageName,
+    /// Its snapshot, if one is named.
+    pub snapshot: Option<SnapshotName>,
+}
+
+impl FromStr for MaybeAt {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text.contains('@') {
+            let at: ImageAt = text.parse()?;
+            return Ok(Self {
+                image: at.image,
+                snapshot: Some(at.snapshot),
+            });
+        }
+        let image = text
+            .parse()
+            .map_err(|e: hearth_protocol::ids::NameError| e.to_string())?;
+        Ok(Self { image, snapshot: None })
+    }
+}
+
 /// An image's block.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BlockOf {
@@ -133,6 +160,11 @@ mod tests {
         let at: ImageAt = "masters/os@v1".parse().unwrap();
         assert_eq!((at.image.as_str(), at.snapshot.as_str()), ("masters/os", "v1"));
         assert!("masters/os".parse::<ImageAt>().unwrap_err().contains("@snapshot"));
+        let image: MaybeAt = "appl/vm-1".parse().unwrap();
+        assert_eq!(image.snapshot, None);
+        let at: MaybeAt = "appl/vm-1@v1".parse().unwrap();
+        assert_eq!(at.snapshot.unwrap().as_str(), "v1");
+        assert!("appl/vm-1@".parse::<MaybeAt>().is_err());
         let block: BlockOf = "appl/vm-1:812".parse().unwrap();
         assert_eq!((block.image.as_str(), block.block.0), ("appl/vm-1", 812));
         for bad in ["appl/vm-1", "appl/vm-1:x", ":5", "vm:5"] {

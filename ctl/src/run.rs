@@ -13,6 +13,7 @@ mod policy;
 mod replay;
 mod status;
 mod top;
+mod watch;
 mod why;
 
 use crate::Outcome;

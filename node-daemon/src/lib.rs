@@ -8,6 +8,7 @@ pub mod agent;
 pub mod config;
 pub mod disk;
 pub mod export;
+pub mod imagefile;
 pub mod peer;
 pub mod store;
 pub mod tier;

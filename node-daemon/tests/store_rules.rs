@@ -182,7 +182,7 @@ fn growing_keeps_the_content_and_reads_zero_behind_it() {
     let volume = attach(&store, id, 1).unwrap();
     volume.write(0, &vec![4; small as usize], false).unwrap();
     volume.detach().unwrap();
-    refused(store.grow(id, 4096), FailureKind::Usage, "cannot shrink");
+    refused(store.grow(id, 4096), FailureKind::Refused, "cannot shrink");
     let large = 4 * BLOCK;
     store.grow(id, large).unwrap();
     let volume = attach(&store, id, 2).unwrap();

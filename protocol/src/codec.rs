@@ -32,6 +32,9 @@ pub struct Envelope {
     pub publisher_seq: u64,
     /// The publisher's wall clock. Data only.
     pub time: WallMs,
+    /// The words of the operator who asked for it; empty where nobody did or nothing was said. Data only.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub reason: String,
 }
 
 impl Envelope {

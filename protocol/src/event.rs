@@ -41,6 +41,30 @@ pub enum Event {
         /// The snapshot's name.
         name: SnapshotName,
     },
+    /// An image became larger; an empty layer of the new size was put on top.
+    ImageResized {
+        /// Which image.
+        image: ImageId,
+        /// The new size.
+        size: ByteLen,
+        /// The layer that takes no more writes.
+        sealed: LayerId,
+        /// The new top layer.
+        top: LayerId,
+    },
+    /// An image was copied into a file.
+    ImageExported {
+        /// Which image.
+        image: ImageId,
+        /// As of which snapshot; `None` for the image itself, while it was not attached.
+        snapshot: Option<SnapshotName>,
+        /// The file on the node.
+        path: String,
+        /// `raw` or `qcow2`.
+        format: String,
+        /// Bytes that the file takes up.
+        allocated: ByteLen,
+    },
     /// An image is gone.
     ImageDeleted {
         /// Which image.
@@ -237,6 +261,8 @@ impl Event {
             Event::ImageDetached { .. } => "image_detached",
             Event::SnapshotTaken { .. } => "snapshot_taken",
             Event::SnapshotDeleted { .. } => "snapshot_deleted",
+            Event::ImageResized { .. } => "image_resized",
+            Event::ImageExported { .. } => "image_exported",
             Event::ImageDeleted { .. } => "image_deleted",
             Event::LayerSealed { .. } => "layer_sealed",
             Event::LayerDropped { .. } => "layer_dropped",

@@ -7,6 +7,9 @@ pub const HEAT_RECORDS_PER_REPORT_MAX: usize = 16_384;
 /// Largest message that Hearth publishes, in bytes. nats-server refuses more than 1 MiB unless told otherwise.
 pub const MESSAGE_BYTES_MAX: usize = 1 << 20;
 
+/// Longest text that an operator may give as the reason for a change, in bytes.
+pub const REASON_BYTES_MAX: usize = 1_024;
+
 /// Blocks that one promote or demote command names: bounded so that a command finishes within a tick or two.
 pub const BLOCKS_PER_COMMAND_MAX: usize = 1_024;
 

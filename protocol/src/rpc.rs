@@ -83,6 +83,37 @@ pub enum ExportKind {
     Device,
 }
 
+/// A request with the operator's words for it, which go into the log with every event that it causes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Asked<R> {
+    /// The request.
+    #[serde(flatten)]
+    pub request: R,
+    /// Why, at most [`crate::limits::REASON_BYTES_MAX`]; may be empty.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub reason: String,
+}
+
+/// Format of a disk image file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ImageFormat {
+    /// The disk's bytes, sparse.
+    Raw,
+    /// QEMU's own, version 3.
+    Qcow2,
+}
+
+impl ImageFormat {
+    /// The word users see.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            ImageFormat::Raw => "raw",
+            ImageFormat::Qcow2 => "qcow2",
+        }
+    }
+}
+
 /// Requests to one node, on `hearth.rpc.node.<id>`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "op", rename_all = "snake_case")]
@@ -138,6 +169,26 @@ pub enum NodeRequest {
         /// Which image.
         image: ImageName,
     },
+    /// Makes an image larger. Takes a layer of its stack.
+    ImageResize {
+        /// Which image.
+        image: ImageName,
+        /// The new size.
+        size: ByteLen,
+    },
+    /// Copies an image into a file on the node, as a job.
+    ImageExport {
+        /// Which image.
+        image: ImageName,
+        /// As of this snapshot; without, the image itself, which must not be attached then.
+        snapshot: Option<SnapshotName>,
+        /// The file, an absolute path on the node.
+        path: String,
+        /// Its format.
+        format: ImageFormat,
+        /// Replaces a file of that name.
+        replace: bool,
+    },
     /// Where the image's blocks are: runs of (layer, tier).
     ImageMap {
         /// Which image.
@@ -148,6 +199,11 @@ pub enum NodeRequest {
     /// Progress of a job.
     JobShow {
         /// Its id, from [`NodeReply::Job`].
+        job: u64,
+    },
+    /// Stops a job; what it made so far is removed.
+    JobCancel {
+        /// Its id.
         job: u64,
     },
     /// What the node is.

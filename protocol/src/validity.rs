@@ -178,7 +178,15 @@ impl Validity {
                 known.owner = None;
                 Verdict::Valid
             }
-            Event::SnapshotTaken { image, .. } | Event::SnapshotDeleted { image, .. } => self.owned_by(*image, node),
+            Event::ImageResized { image, size, .. } => {
+                if size.0 > IMAGE_BYTES_MAX {
+                    return Verdict::Void("the image's size is outside the limits");
+                }
+                self.owned_by(*image, node)
+            }
+            Event::SnapshotTaken { image, .. }
+            | Event::SnapshotDeleted { image, .. }
+            | Event::ImageExported { image, .. } => self.owned_by(*image, node),
             Event::ImageDeleted { image } => {
                 let verdict = self.owned_by(*image, node);
                 if verdict.is_valid() {

@@ -38,6 +38,7 @@ impl Writer {
             incarnation: Incarnation(1),
             publisher_seq: self.seq,
             time: WallMs(0),
+            reason: String::new(),
         };
         let fetched = Fetched {
             seq: Seq(self.seq),

@@ -145,6 +145,7 @@ mod tests {
             incarnation: Incarnation(incarnation),
             publisher_seq: 1,
             time: WallMs(0),
+            reason: String::new(),
         };
         let joined = NodeJoined {
             node,

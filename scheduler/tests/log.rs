@@ -27,6 +27,7 @@ fn entry(seq: u64, publisher: &Publisher, subject: String, event: Event) -> Entr
         incarnation: Incarnation(1),
         publisher_seq: seq,
         time: WallMs(seq),
+        reason: String::new(),
     };
     let fetched = Fetched {
         seq: Seq(seq),

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use hearth_tests::load::Load;
-use xtask::cluster::{Cluster, ClusterSpec, Programs};
+use xtask::cluster::{Cluster, ClusterSpec};
 use xtask::wait;
 
 const WITHIN: Duration = Duration::from_secs(90);
@@ -32,20 +32,10 @@ const ORDERS: [[Part; 3]; 6] = {
 };
 
 fn start() -> Result<Option<Cluster>> {
-    match Programs::for_tests() {
-        Ok(programs) => Cluster::start(
-            programs,
-            &ClusterSpec {
-                heat: "export",
-                ..ClusterSpec::default()
-            },
-        )
-        .map(Some),
-        Err(error) => {
-            hearth_tests::skip(&format!("{error:#}"));
-            Ok(None)
-        }
-    }
+    hearth_tests::cluster(&ClusterSpec {
+        heat: "export",
+        ..ClusterSpec::default()
+    })
 }
 
 /// Makes an image, attaches it to the socket, and starts load on it.

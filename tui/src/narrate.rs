@@ -415,6 +415,21 @@ pub fn event(event: &Event, name: &dyn Fn(ImageId) -> Option<ImageName>) -> Stri
         ),
         Event::ImageDetached { image, epoch } => format!("{} detached, epoch {epoch} ended", named(*image)),
         Event::SnapshotTaken { image, name, .. } => format!("{}@{name} taken", named(*image)),
+        Event::ImageResized { image, size, .. } => format!("{} resized to {}", named(*image), fmt::bytes(*size)),
+        Event::ImageExported {
+            image,
+            snapshot,
+            path,
+            format,
+            allocated,
+        } => {
+            let at = snapshot.as_ref().map_or_else(String::new, |name| format!("@{name}"));
+            format!(
+                "{}{at} exported to {path} as {format}, {} on disk",
+                named(*image),
+                fmt::bytes(*allocated)
+            )
+        }
         Event::SnapshotDeleted { image, name } => format!("{}@{name} deleted", named(*image)),
         Event::ImageDeleted { image } => format!("{} deleted", named(*image)),
         Event::LayerSealed {

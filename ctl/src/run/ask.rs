@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use hearth_protocol::rpc::{Failure, NodeReply, NodeRequest};
+use hearth_protocol::rpc::{Asked, Failure, FailureKind, NodeReply, NodeRequest};
 use hearth_protocol::{ImageName, NodeId};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -27,6 +27,16 @@ pub struct Ask {
     pub node: NodeId,
     /// For what.
     pub request: NodeRequest,
+}
+
+impl Ask {
+    /// As it travels.
+    pub fn asked(&self, reason: &str) -> Asked<NodeRequest> {
+        Asked {
+            request: self.request.clone(),
+            reason: reason.to_owned(),
+        }
+    }
 }
 
 /// A change of each image, asked of the node that has it. A name given twice is asked once.
@@ -58,24 +68,25 @@ pub async fn asks(
 /// The failure; of several the first, after all of them were said.
 pub async fn act_each(context: &Context, cluster: &Cluster, change: Change, done: &str, asks: Vec<Ask>) -> Outcome {
     if change.dry_run {
-        plan::nodes(context, &asks);
+        plan::nodes(context, &asks, &change.reason);
         return Ok(());
     }
     let count = asks.len();
     let places = Arc::new(Semaphore::new(AT_ONCE));
     let mut tasks = JoinSet::new();
     for (index, ask) in asks.iter().enumerate() {
-        let (cluster, ask, places) = (cluster.clone(), ask.clone(), Arc::clone(&places));
+        let (cluster, node, places) = (cluster.clone(), ask.node.clone(), Arc::clone(&places));
+        let asked = ask.asked(&change.reason);
         tasks.spawn(async move {
             let _place = places.acquire().await;
-            (index, cluster.node(&ask.node, &ask.request).await)
+            (index, cluster.change(&node, &asked).await)
         });
     }
     let mut replies = BTreeMap::new();
     while let Some(ended) = tasks.join_next().await {
         let (index, reply) = ended.map_err(|error| {
             Failure::new(
-                hearth_protocol::rpc::FailureKind::Failed,
+                FailureKind::Failed,
                 format!("a request was given up: {error}"),
                 "this is a bug of Hearth",
             )

@@ -76,7 +76,7 @@ impl Catalog {
                 }
                 self.names.insert(created.image, created.name);
             }
-            Event::SnapshotTaken { image, top, .. } => {
+            Event::SnapshotTaken { image, top, .. } | Event::ImageResized { image, top, .. } => {
                 self.layers.entry(top).or_default().insert(image);
             }
             _ => {}
@@ -154,6 +154,8 @@ fn about(event: &Event, image: ImageId, catalog: &Catalog) -> bool {
         Event::ImageDetached { image: i, .. }
         | Event::SnapshotTaken { image: i, .. }
         | Event::SnapshotDeleted { image: i, .. }
+        | Event::ImageResized { image: i, .. }
+        | Event::ImageExported { image: i, .. }
         | Event::ImageDeleted { image: i } => *i == image,
         Event::LayerSealed { layer, .. } | Event::LayerDropped { layer, .. } => stands_on(layer),
         Event::CommandGiven(command) => stands_on(&command.order.layer()),
@@ -175,10 +177,13 @@ pub fn line(logged: &Logged, catalog: &Catalog) -> LogLine {
             details: vec![why],
         },
         Ok((envelope, event)) => {
-            let text = match &event {
+            let mut text = match &event {
                 Event::CommandGiven(c) => narrate::command(c, &catalog.on(c.order.layer())),
                 other => narrate::event(other, &|id| catalog.name(id)),
             };
+            if !envelope.reason.is_empty() {
+                text += &format!(" \u{2013} {}", envelope.reason);
+            }
             let mut details = vec![text.clone(), String::new()];
             details.extend(text_of(logged).lines().map(str::to_owned));
             LogLine {
@@ -212,9 +217,15 @@ pub fn document(logged: &Logged) -> Value {
             "subject": envelope.subject,
             "incarnation": envelope.incarnation,
             "publisher_seq": envelope.publisher_seq,
+            "reason": envelope.reason,
             "event": body(&event),
         }),
     };
+    if value["reason"] == ""
+        && let Value::Object(map) = &mut value
+    {
+        map.remove("reason");
+    }
     if let (Some(chain), Value::Object(map)) = (&logged.chain, &mut value) {
         map.insert("chain".into(), hex(chain).into());
     }
@@ -264,6 +275,7 @@ pub fn text_of(logged: &Logged) -> String {
         "subject",
         "incarnation",
         "publisher_seq",
+        "reason",
         "chain",
         "foreign",
     ] {

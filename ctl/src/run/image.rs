@@ -2,7 +2,7 @@
 
 use std::io::{self, IsTerminal, Write};
 
-use hearth_protocol::rpc::{ExportKind, Failure, FailureKind, ImageInfo, MapRun, NodeReply, NodeRequest};
+use hearth_protocol::rpc::{ExportKind, Failure, FailureKind, ImageFormat, ImageInfo, MapRun, NodeReply, NodeRequest};
 use hearth_protocol::view::ImageView;
 use hearth_protocol::{ImageName, NodeId};
 use hearth_tui::table::{Cell, Column, Row, RowId, Table};
@@ -10,11 +10,11 @@ use hearth_tui::{fmt, narrate, tables};
 use serde::Serialize;
 
 use super::ask::{Ask, act_each, asks};
-use super::{Context, import, job};
+use super::{Context, import, job, watch};
 use crate::Outcome;
-use crate::cli::{Change, Export, Image};
+use crate::cli::{Change, Export, FileFormat, Image};
 use crate::cluster::{Cluster, unexpected};
-use crate::snippets;
+use crate::{output, snippets};
 
 pub async fn run(context: &Context, verb: Image) -> Outcome {
     let cluster = context.cluster().await?;
@@ -86,6 +86,53 @@ pub async fn run(context: &Context, verb: Image) -> Outcome {
             };
             act(context, &cluster, change, &what, "snapshot taken", &node, request).await
         }
+        Image::Resize {
+            image,
+            size,
+            on,
+            change,
+        } => {
+            let node = cluster.node_of(&image, on.node).await?;
+            let what = format!("resize {image} on {node} to {}", fmt::bytes(size));
+            let request = NodeRequest::ImageResize { image, size };
+            act(context, &cluster, change.clone(), &what, "resized", &node, request).await?;
+            if !change.dry_run {
+                output::note("guests see the new size when they connect anew; then grow what is in the disk");
+            }
+            Ok(())
+        }
+        Image::Export {
+            source,
+            file,
+            format,
+            force,
+            detach,
+            on,
+            change,
+        } => {
+            let node = cluster.node_of(&source.image, on.node).await?;
+            let at = source
+                .snapshot
+                .as_ref()
+                .map_or_else(String::new, |name| format!("@{name}"));
+            let path = import::absolute(&file)?;
+            let format = match format {
+                FileFormat::Raw => ImageFormat::Raw,
+                FileFormat::Qcow2 => ImageFormat::Qcow2,
+            };
+            let ask = Ask {
+                what: format!("export {}{at} on {node} to {path} as {}", source.image, format.as_str()),
+                request: NodeRequest::ImageExport {
+                    image: source.image,
+                    snapshot: source.snapshot,
+                    path,
+                    format,
+                    replace: force,
+                },
+                node,
+            };
+            job::start(context, &cluster, change, ask, detach).await
+        }
         Image::Delete {
             images,
             yes,
@@ -104,7 +151,9 @@ pub async fn run(context: &Context, verb: Image) -> Outcome {
             }
             act_each(context, &cluster, change, "deleted", asks).await
         }
-        Image::List { node } => list(context, &cluster, node).await,
+        Image::List { node, watch } => {
+            watch::run(context, watch, async || list(context, &cluster, node.as_ref()).await).await
+        }
         Image::Show { image, on } => show(context, &cluster, &image, on.node).await,
         Image::Attach {
             images,
@@ -217,14 +266,14 @@ fn confirm(asks: &[Ask]) -> Outcome {
     }
 }
 
-async fn list(context: &Context, cluster: &Cluster, node: Option<NodeId>) -> Outcome {
+async fn list(context: &Context, cluster: &Cluster, node: Option<&NodeId>) -> Outcome {
     match node {
         None => {
             let view = cluster.view().await?;
             context.out.many(&view.images, || tables::images(&view.images));
         }
         Some(node) => {
-            let images = cluster.images_of(&node).await?;
+            let images = cluster.images_of(node).await?;
             context.out.many(&images, || infos(&images));
         }
     }

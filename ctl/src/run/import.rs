@@ -1,4 +1,4 @@
-//! What `hearth image import` is asked to import, and as what.
+//! Files of the node, as `hearth image import` and `hearth image export` are told of them.
 
 use std::path::Path;
 
@@ -36,6 +36,21 @@ pub fn what(file: &str, image: &str) -> Outcome<(String, ImageName)> {
         here.to_string_lossy().into_owned()
     };
     Ok((path, name))
+}
+
+/// The absolute path of a file that need not exist yet; a relative one starts here.
+///
+/// # Errors
+/// Exit code 2 when it cannot be told where here is.
+pub fn absolute(file: &str) -> Outcome<String> {
+    let path = std::path::absolute(file).map_err(|e| {
+        Failure::new(
+            FailureKind::Usage,
+            format!("cannot tell where {file:?} is: {e}"),
+            "name the file with its absolute path on the node",
+        )
+    })?;
+    Ok(path.to_string_lossy().into_owned())
 }
 
 #[cfg(test)]

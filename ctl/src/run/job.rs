@@ -18,8 +18,11 @@ use crate::output;
 const LOOK: Duration = Duration::from_millis(200);
 
 pub async fn run(context: &Context, verb: Job) -> Outcome {
-    let Job::Show { job, follow: wait, on } = verb;
     let cluster = context.cluster().await?;
+    let (job, wait, on) = match verb {
+        Job::Show { job, follow, on } => (job, follow, on),
+        Job::Cancel { job, on, change } => return cancel(context, &cluster, job, on.node, change).await,
+    };
     let node = cluster.some_node(on.node).await?;
     let info = look(&cluster, &node, job).await?;
     if wait {
@@ -32,17 +35,49 @@ pub async fn run(context: &Context, verb: Job) -> Outcome {
     }
 }
 
+/// Stops a job, and waits until it has cleaned up.
+async fn cancel(context: &Context, cluster: &Cluster, job: u64, node: Option<NodeId>, change: Change) -> Outcome {
+    let node = cluster.some_node(node).await?;
+    let ask = Ask {
+        what: format!("cancel job {job} on {node}"),
+        request: NodeRequest::JobCancel { job },
+        node: node.clone(),
+    };
+    if change.dry_run {
+        plan::nodes(context, &[ask], &change.reason);
+        return Ok(());
+    }
+    let mut info = match cluster.change(&node, &ask.asked(&change.reason)).await? {
+        NodeReply::Job(info) => info,
+        other => return Err(unexpected(&format!("node {node}"), &other)),
+    };
+    while info.ended.is_none() {
+        tokio::time::sleep(LOOK).await;
+        info = look(cluster, &node, job).await?;
+    }
+    context.out.one(&info, || text(&info, &node));
+    match info.ended {
+        // It was done before it could be stopped.
+        Some(Ok(())) => Err(Failure::new(
+            FailureKind::Conflict,
+            format!("job {job} was done already"),
+            "",
+        )),
+        _ => Ok(()),
+    }
+}
+
 /// Asks a node for a long operation, or prints the plan, and follows it to its end unless it is to be left alone.
 ///
 /// # Errors
 /// The job's failure; exit code 7 when it was left running.
 pub async fn start(context: &Context, cluster: &Cluster, change: Change, ask: Ask, detach: bool) -> Outcome {
     if change.dry_run {
-        plan::nodes(context, &[ask]);
+        plan::nodes(context, &[ask], &change.reason);
         return Ok(());
     }
     let node = &ask.node;
-    match cluster.node(node, &ask.request).await? {
+    match cluster.change(node, &ask.asked(&change.reason)).await? {
         NodeReply::Job(started) if detach => {
             output::note(&format!("it goes on: {}", resume(started.id, node)));
             context
@@ -97,7 +132,10 @@ pub async fn follow(context: &Context, cluster: &Cluster, node: &NodeId, mut inf
         tokio::select! {
             _ = &mut interrupted => {
                 bar.abandon();
-                output::note("detached, the job goes on");
+                output::note(&format!(
+                    "detached, the job goes on; stop it with: hearth job cancel {} --node {node}",
+                    info.id
+                ));
                 return Err(running(&info, node));
             }
             () = tokio::time::sleep(LOOK) => {}

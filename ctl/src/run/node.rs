@@ -5,7 +5,7 @@ use hearth_protocol::view::NodeView;
 use hearth_tui::{fmt, narrate, tables};
 use serde::Serialize;
 
-use super::Context;
+use super::{Context, watch};
 use crate::Outcome;
 use crate::cli::Node;
 use crate::cluster::unexpected;
@@ -22,9 +22,13 @@ struct Shown {
 pub async fn run(context: &Context, verb: Node) -> Outcome {
     let cluster = context.cluster().await?;
     match verb {
-        Node::List => {
-            let view = cluster.view().await?;
-            context.out.many(&view.nodes, || tables::nodes(&view.nodes));
+        Node::List { watch } => {
+            let list = async || {
+                let view = cluster.view().await?;
+                context.out.many(&view.nodes, || tables::nodes(&view.nodes));
+                Ok(())
+            };
+            watch::run(context, watch, list).await?;
         }
         Node::Show { node } => {
             let node = cluster.some_node(node).await?;

@@ -1,6 +1,6 @@
 //! `--dry-run`: exactly what would be asked of whom.
 
-use hearth_protocol::rpc::{NodeRequest, SchedulerRequest};
+use hearth_protocol::rpc::{Asked, NodeRequest, SchedulerRequest};
 use hearth_protocol::subject;
 use serde::Serialize;
 
@@ -26,19 +26,24 @@ fn text<R: Serialize>(plan: &Plan<'_, R>) -> String {
 
 const NOTHING: &str = "nothing was done (--dry-run)\n";
 
-fn of_node(ask: &Ask) -> Plan<'_, NodeRequest> {
+fn of_node<'a>(ask: &'a Ask, asked: &'a Asked<NodeRequest>) -> Plan<'a, Asked<NodeRequest>> {
     Plan {
         dry_run: true,
         what: &ask.what,
         to: format!("node {}", ask.node),
         subject: subject::node_rpc(&ask.node),
-        request: &ask.request,
+        request: asked,
     }
 }
 
 /// For nodes.
-pub fn nodes(context: &Context, asks: &[Ask]) {
-    let plans: Vec<_> = asks.iter().map(of_node).collect();
+pub fn nodes(context: &Context, asks: &[Ask], reason: &str) {
+    let asked: Vec<_> = asks.iter().map(|ask| ask.asked(reason)).collect();
+    let plans: Vec<_> = asks
+        .iter()
+        .zip(&asked)
+        .map(|(ask, asked)| of_node(ask, asked))
+        .collect();
     match plans.as_slice() {
         [plan] => context.out.one(plan, || text(plan) + NOTHING),
         plans if context.out.is_json() => context.out.list(plans),

@@ -26,11 +26,7 @@ pub async fn run(context: &Context, verb: Policy) -> Outcome {
             context.out.one(&Shown { version, tier: &old }, || text(version, &old));
             Ok(())
         }
-        Policy::Set {
-            settings,
-            reason,
-            change,
-        } => {
+        Policy::Set { settings, change } => {
             let mut policy = old.clone();
             for setting in &settings {
                 setting
@@ -44,7 +40,10 @@ pub async fn run(context: &Context, verb: Policy) -> Outcome {
                     "hearth policy show",
                 ));
             }
-            let request = SchedulerRequest::PolicySet { policy, reason };
+            let request = SchedulerRequest::PolicySet {
+                policy,
+                reason: change.reason,
+            };
             if change.dry_run {
                 plan::scheduler(context, &format!("replace policy version {version}"), &request);
                 return Ok(());

@@ -100,6 +100,21 @@ impl ClusterFacts {
                         .insert(facts.created.node.clone());
                 }
             }
+            Event::ImageResized {
+                image,
+                size,
+                sealed,
+                top,
+            } => {
+                if let Some(facts) = self.images.get_mut(image) {
+                    facts.created.size = *size;
+                    facts.created.layers.insert(0, *top);
+                    self.holders
+                        .entry(*sealed)
+                        .or_default()
+                        .insert(facts.created.node.clone());
+                }
+            }
             Event::SnapshotDeleted { image, name } => {
                 if let Some(facts) = self.images.get_mut(image) {
                     facts.snapshots.retain(|(n, _)| n != name);
@@ -219,6 +234,8 @@ fn image_of(event: &Event) -> Option<ImageId> {
         Event::ImageDetached { image, .. }
         | Event::SnapshotTaken { image, .. }
         | Event::SnapshotDeleted { image, .. }
+        | Event::ImageResized { image, .. }
+        | Event::ImageExported { image, .. }
         | Event::ImageDeleted { image } => Some(*image),
         _ => None,
     }
@@ -254,6 +271,7 @@ mod tests {
                 incarnation: Incarnation(7),
                 publisher_seq,
                 time: WallMs(0),
+                reason: String::new(),
             };
             self.facts.apply(&self.own.clone(), Seq(self.seq), &envelope, event);
             self.facts.verdict(Seq(self.seq)).unwrap()

@@ -82,6 +82,15 @@ impl Link {
         }
     }
 
+    /// The same link; what it publishes carries an operator's words.
+    #[must_use]
+    pub fn because(&self, reason: &str) -> Self {
+        Self {
+            publisher: self.publisher.because(reason),
+            ..self.clone()
+        }
+    }
+
     /// The bus below.
     pub fn bus(&self) -> &Bus {
         &self.bus

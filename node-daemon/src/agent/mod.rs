@@ -2,12 +2,14 @@
 
 pub mod commands;
 pub mod facts;
+mod image_export;
 pub mod jobs;
 pub mod link;
 pub mod node;
 pub mod peers;
 pub mod report;
 pub mod requests;
+mod resize;
 mod run;
 pub mod served;
 

@@ -4,8 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use hearth_protocol::event::{ImageAttached, ImageCreated};
+use hearth_protocol::limits::REASON_BYTES_MAX;
 use hearth_protocol::rpc::{
-    Answer, AttachInfo, ExportKind, Failure, FailureKind, ImageInfo, NodeInfo, NodeReply, NodeRequest,
+    Answer, Asked, AttachInfo, ExportKind, Failure, FailureKind, ImageInfo, NodeInfo, NodeReply, NodeRequest,
 };
 use hearth_protocol::{ByteLen, Epoch, Event, ImageId, ImageName, LayerId, LeaseId, Seq, SnapshotName};
 
@@ -38,8 +39,19 @@ impl Requests {
     ///
     /// # Errors
     /// A [`Failure`] for the user.
-    pub async fn answer(self, request: NodeRequest) -> Answer<NodeReply> {
-        match request {
+    pub async fn answer(mut self, asked: Asked<NodeRequest>) -> Answer<NodeReply> {
+        if asked.reason.len() > REASON_BYTES_MAX {
+            return Err(Failure::new(
+                FailureKind::Usage,
+                format!(
+                    "the reason has {} bytes, at most {REASON_BYTES_MAX} go into the log",
+                    asked.reason.len()
+                ),
+                "say it shorter",
+            ));
+        }
+        self.link = self.link.because(&asked.reason);
+        match asked.request {
             NodeRequest::ImageCreate { name, size, block_size } => self.create(name, size, block_size).await,
             NodeRequest::ImageImport { name, path, block_size } => self.import(name, path, block_size),
             NodeRequest::ImageClone { source, snapshot, name } => self.clone_image(source, snapshot, name).await,
@@ -47,6 +59,14 @@ impl Requests {
             NodeRequest::ImageDelete { image } => self.delete(image).await,
             NodeRequest::ImageAttach { image, export } => self.attach(image, export).await,
             NodeRequest::ImageDetach { image } => self.detach(image).await,
+            NodeRequest::ImageResize { image, size } => self.resize(image, size).await,
+            NodeRequest::ImageExport {
+                image,
+                snapshot,
+                path,
+                format,
+                replace,
+            } => self.export(image, snapshot, path.into(), format, replace),
             NodeRequest::ImageMap { image } => self.map(&image),
             NodeRequest::ImageList => {
                 let mut images: Vec<_> = self.node.store.images().iter().map(|meta| self.info(meta)).collect();
@@ -54,11 +74,12 @@ impl Requests {
                 Ok(NodeReply::Images { images })
             }
             NodeRequest::JobShow { job } => Ok(NodeReply::Job(self.jobs.show(job)?)),
+            NodeRequest::JobCancel { job } => Ok(NodeReply::Job(self.jobs.cancel(job)?)),
             NodeRequest::NodeShow => Ok(NodeReply::Node(self.node_info())),
         }
     }
 
-    fn find(&self, name: &ImageName) -> Result<ImageMeta, Failure> {
+    pub(super) fn find(&self, name: &ImageName) -> Result<ImageMeta, Failure> {
         self.node.store.find(name).map_err(|_| {
             let id = &self.node.config.id;
             let facts = self.link.facts();
@@ -90,7 +111,7 @@ impl Requests {
         }
     }
 
-    async fn blocking<T: Send + 'static>(
+    pub(super) async fn blocking<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Node) -> Result<T, Failure> + Send + 'static,
     ) -> Result<T, Failure> {
@@ -137,14 +158,10 @@ impl Requests {
         let runtime = tokio::runtime::Handle::current();
         let jobs = Arc::clone(&self.jobs);
         let job = jobs.start(format!("import {path} as {name}"), move |progress| {
-            let mut report = |done, total| {
-                progress(done, total);
-                true
-            };
             let meta = self
                 .node
                 .store
-                .import(&name, Path::new(&path), block_size.0, &mut report)
+                .import(&name, Path::new(&path), block_size.0, progress)
                 .map_err(|error| store_failure(&error))?;
             runtime.block_on(self.announce(meta)).map(drop)
         });
@@ -227,14 +244,20 @@ impl Requests {
             top: meta.top(),
         };
         self.link.publish_image(meta.id, &event).await?;
-        let allocated = self.node.store.layer_allocated(sealed).map_err(|e| store_failure(&e))?;
+        self.sealed(sealed).await?;
+        Ok(NodeReply::Image(self.info(&meta)))
+    }
+
+    /// Tells that a layer takes no more writes.
+    pub(super) async fn sealed(&self, layer: LayerId) -> Result<(), Failure> {
+        let allocated = self.node.store.layer_allocated(layer).map_err(|e| store_failure(&e))?;
         let event = Event::LayerSealed {
-            layer: sealed,
+            layer,
             node: self.node.config.id.clone(),
             allocated: ByteLen(allocated),
         };
-        self.link.publish_layer(sealed, &event).await?;
-        Ok(NodeReply::Image(self.info(&meta)))
+        self.link.publish_layer(layer, &event).await?;
+        Ok(())
     }
 
     async fn delete(self, image: ImageName) -> Answer<NodeReply> {
@@ -373,7 +396,7 @@ impl Requests {
         Ok(NodeReply::Map { runs })
     }
 
-    fn info(&self, meta: &ImageMeta) -> ImageInfo {
+    pub(super) fn info(&self, meta: &ImageMeta) -> ImageInfo {
         let meta = self.node.store.image(meta.id).unwrap_or_else(|_| meta.clone());
         let allocated = self.node.store.allocated(meta.id).unwrap_or_else(|error| {
             tracing::warn!(image = %meta.name, %error, "cannot tell how much an image has allocated");

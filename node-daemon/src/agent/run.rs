@@ -168,7 +168,7 @@ async fn agent(node: Arc<Node>, connections: NbdHandle) {
         let subject = subject::node_rpc(&node.config.id);
         loop {
             let requests = requests.clone();
-            let ended = rpc::serve(&bus, subject.clone(), move |request| requests.clone().answer(request)).await;
+            let ended = rpc::serve(&bus, subject.clone(), move |asked| requests.clone().answer(asked)).await;
             tracing::warn!(?ended, "the subscription for requests ended; trying again");
             tokio::time::sleep(RECONNECT).await;
         }

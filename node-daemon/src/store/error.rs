@@ -88,6 +88,19 @@ pub enum StoreError {
     /// A size, block size or depth outside what images can have.
     #[error("{0}")]
     Unfit(String),
+    /// What lies behind the new end would be lost.
+    #[error(
+        "image {image} has {now} bytes and cannot shrink to {size}: what the guest keeps behind would be lost. Shrink \
+         the file system in the guest, create an image of the new size, and copy"
+    )]
+    Shrinks {
+        /// The image.
+        image: String,
+        /// Its size, bytes.
+        now: u64,
+        /// The size asked for, bytes.
+        size: u64,
+    },
     /// The file to import is not a raw disk image.
     #[error("cannot import {path}: {why}")]
     NotRaw {
@@ -129,7 +142,10 @@ impl StoreError {
         match self {
             StoreError::NoImage(_) | StoreError::NoLayer(_) | StoreError::NoSnapshot { .. } => FailureKind::NotFound,
             StoreError::Exists { .. } => FailureKind::Conflict,
-            StoreError::Attached(_) | StoreError::HasClones { .. } | StoreError::InUse(_) => FailureKind::Refused,
+            StoreError::Attached(_)
+            | StoreError::HasClones { .. }
+            | StoreError::InUse(_)
+            | StoreError::Shrinks { .. } => FailureKind::Refused,
             StoreError::Unfit(_) | StoreError::NotRaw { .. } => FailureKind::Usage,
             StoreError::Newer { .. } => FailureKind::NotSupported,
             StoreError::Io { .. }

@@ -1,5 +1,6 @@
 //! Images: what their metadata says, and create, clone, snapshot, grow and delete.
 
+use std::cmp::Ordering;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -120,6 +121,24 @@ impl ImageMeta {
                 image: self.name.to_string(),
                 snapshot: name.to_string(),
             })
+    }
+
+    /// Checks that the image can be made as large as that.
+    ///
+    /// # Errors
+    /// [`StoreError::Unfit`].
+    pub(crate) fn check_growth(&self, size: u64) -> Result<(), StoreError> {
+        check_shape(size, self.block_size)?;
+        let (name, now) = (&self.name, self.size);
+        match size.cmp(&now) {
+            Ordering::Greater => Ok(()),
+            Ordering::Equal => Err(StoreError::Unfit(format!("image {name} has {now} bytes already"))),
+            Ordering::Less => Err(StoreError::Shrinks {
+                image: name.to_string(),
+                now,
+                size,
+            }),
+        }
     }
 
     pub(super) fn read(path: &Path) -> Result<Self, StoreError> {
@@ -316,24 +335,18 @@ impl Store {
     /// Makes an image that is not attached larger. Takes a layer of its stack.
     ///
     /// # Errors
-    /// [`StoreError::Attached`], [`StoreError::Unfit`] for a smaller size, [`StoreError`].
+    /// [`StoreError::Attached`], [`StoreError::Unfit`] for a size that is no larger, [`StoreError`].
     pub fn grow(&self, id: ImageId, size: u64) -> Result<ImageMeta, StoreError> {
-        let meta = self.image(id)?;
-        check_shape(size, meta.block_size)?;
-        if size < meta.size {
-            return Err(StoreError::Unfit(format!(
-                "image {} has {} bytes and cannot shrink to {size}: create a smaller one and copy",
-                meta.name, meta.size
-            )));
-        }
-        if size == meta.size {
-            return Ok(meta);
-        }
+        self.image(id)?.check_growth(size)?;
         self.while_detached(id, |store| Ok(store.push_layer(id, None, Some(size), None)?.0))
     }
 
     /// Recovers and seals the top layer of a detached image, runs `f`, and keeps attach out meanwhile.
-    fn while_detached<T>(&self, id: ImageId, f: impl FnOnce(&Self) -> Result<T, StoreError>) -> Result<T, StoreError> {
+    pub(crate) fn while_detached<T>(
+        &self,
+        id: ImageId,
+        f: impl FnOnce(&Self) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
         let meta = self.image(id)?;
         if !self.state().attached.insert(id) {
             return Err(StoreError::Attached(meta.name.to_string()));

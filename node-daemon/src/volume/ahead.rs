@@ -94,7 +94,7 @@ impl Volume {
         if wanted.is_empty() {
             return;
         }
-        let units = self.size.div_ceil(self.unit_bytes()) as u32;
+        let units = self.size().div_ceil(self.unit_bytes()) as u32;
         let end = wanted.end.min(units);
         if wanted.start < end {
             let job = Job {

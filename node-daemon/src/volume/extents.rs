@@ -139,7 +139,7 @@ impl Volume {
 
     /// The image's map: runs of (layer, tier) that cover it.
     pub fn map(&self) -> Vec<MapRun> {
-        map_stack(&self.stack(), self.size.div_ceil(self.block_size), &self.tier)
+        map_stack(&self.stack(), self.size().div_ceil(self.block_size), &self.tier)
     }
 }
 

@@ -7,6 +7,7 @@
 //! alone, so they wait for writes in flight and keep later ones out.
 
 mod ahead;
+mod copy_out;
 mod extents;
 mod promote;
 mod range_lock;
@@ -16,7 +17,7 @@ mod stats;
 mod trouble;
 mod write;
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock, Weak};
 
 use hearth_protocol::heat::LatencySummary;
@@ -26,6 +27,7 @@ use crate::disk::{Disk, DiskError, Extent, ExtentKind};
 use crate::store::{ImageMeta, Layer, LayerRef, Recovery, Store, StoreError};
 use crate::tier::RamTier;
 
+pub use copy_out::copy_out;
 pub use extents::map_of;
 pub use promote::{Demoted, Promoted};
 use range_lock::RangeLock;
@@ -41,7 +43,8 @@ pub struct Volume {
     remote: Arc<dyn BlockSource>,
     image: ImageId,
     epoch: Epoch,
-    size: u64,
+    /// Grows, never shrinks, and after the stack did.
+    size: AtomicU64,
     block_size: u64,
     read_only: Option<&'static str>,
     recovery: Option<Recovery>,
@@ -102,7 +105,7 @@ impl Volume {
         Arc::new_cyclic(|me| Self {
             image: opening.image,
             epoch: opening.epoch,
-            size: opening.size,
+            size: AtomicU64::new(opening.size),
             block_size: opening.block_size,
             read_only: opening.read_only,
             recovery: opening.recovery,
@@ -155,6 +158,10 @@ impl Volume {
         self.stack.read().expect("stack lock").clone()
     }
 
+    fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
     fn top(stack: &Stack) -> &Arc<Layer> {
         match &stack.levels[0].layer {
             LayerRef::Local(layer) => layer,
@@ -192,7 +199,7 @@ impl Volume {
 
     /// Which layer holds a block now; `None` for a hole. Heat is reported under that layer.
     pub fn resolve(&self, block: BlockIndex) -> Option<LayerId> {
-        if block.0 >= self.size.div_ceil(self.block_size) {
+        if block.0 >= self.size().div_ceil(self.block_size) {
             return None;
         }
         self.stack().layer_of(block)
@@ -232,15 +239,34 @@ impl Volume {
     /// # Errors
     /// [`StoreError`]; the image then goes on as before.
     pub fn snapshot(&self, name: &SnapshotName) -> Result<ImageMeta, StoreError> {
+        self.push(Some(name), None)
+    }
+
+    /// Makes the image larger while I/O goes on, on top of a new layer. Whoever asks for the size from now on sees
+    /// the new one; a client that asked before keeps to the old.
+    ///
+    /// # Errors
+    /// [`StoreError::Unfit`] for a size that is no larger; [`StoreError`]. The image then goes on as before.
+    pub fn grow(&self, size: u64) -> Result<ImageMeta, StoreError> {
+        let meta = self.push(None, Some(size))?;
+        self.size.store(meta.size, Ordering::Release);
+        Ok(meta)
+    }
+
+    fn push(&self, name: Option<&SnapshotName>, size: Option<u64>) -> Result<ImageMeta, StoreError> {
         let _alone = self.gate.write().expect("gate lock");
         let old = self.stack();
         self.check_open().map_err(|err| from_disk(&err))?;
-        self.store.check_snapshot(&self.store.image(self.image)?, Some(name))?;
+        let meta = self.store.image(self.image)?;
+        self.store.check_snapshot(&meta, name)?;
+        if let Some(size) = size {
+            meta.check_growth(size)?;
+        }
         let top = Self::top(&old);
         let pushed = top
             .checkpoint()
             .map_err(|err| from_disk(&err))
-            .and_then(|()| self.store.push_layer(self.image, Some(name), None, Some(top)));
+            .and_then(|()| self.store.push_layer(self.image, name, size, Some(top)));
         let (meta, new_top) = pushed.inspect_err(|_| self.note_poison(top))?;
         top.retire();
         let mut layers = vec![LayerRef::Local(new_top)];
@@ -290,11 +316,11 @@ impl Volume {
     }
 
     fn check_range(&self, offset: u64, length: u64) -> Result<(), DiskError> {
-        if offset.checked_add(length).is_none_or(|end| end > self.size) {
+        if offset.checked_add(length).is_none_or(|end| end > self.size()) {
             return Err(DiskError::OutOfRange {
                 offset,
                 length,
-                size: self.size,
+                size: self.size(),
             });
         }
         Ok(())
@@ -327,7 +353,7 @@ impl Disk for Volume {
     }
 
     fn size_bytes(&self) -> u64 {
-        self.size
+        self.size()
     }
 
     fn block_size_bytes(&self) -> u64 {

@@ -57,7 +57,7 @@ impl Volume {
         }
         let handle = stack.handle(level);
         let units = self.block_size / handle.unit_bytes();
-        let units_all = self.size.div_ceil(handle.unit_bytes());
+        let units_all = self.size().div_ceil(handle.unit_bytes());
         let mut result = Promoted::default();
         for &block in blocks {
             let found = match &stack.levels[level].layer {

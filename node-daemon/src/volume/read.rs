@@ -54,7 +54,7 @@ impl Volume {
     /// Bytes of a unit; the image's last one may be shorter.
     pub(super) fn unit_len(&self, unit: u32) -> usize {
         let start = u64::from(unit) * self.unit_bytes();
-        self.unit_bytes().min(self.size - start) as usize
+        self.unit_bytes().min(self.size() - start) as usize
     }
 
     /// Answers from RAM alone, or not at all.

@@ -164,11 +164,11 @@ impl Volume {
         while at < end {
             let block = at / self.block_size;
             let block_start = block * self.block_size;
-            let block_end = (block_start + self.block_size).min(self.size);
+            let block_end = (block_start + self.block_size).min(self.size());
             let skip = (at - offset) as usize;
             if at == block_start && end >= block_end {
                 // Whole blocks: as many as there are, in one write.
-                let run_end = if end == self.size {
+                let run_end = if end == self.size() {
                     end
                 } else {
                     end / self.block_size * self.block_size
@@ -221,7 +221,7 @@ impl Volume {
     ) -> Result<(), DiskError> {
         let top = Self::top(stack);
         let start = block * self.block_size;
-        let len = self.block_size.min(self.size - start) as usize;
+        let len = self.block_size.min(self.size() - start) as usize;
         with_buffer(&BLOCK, len, |whole| {
             if !self.copy_from_ram(stack, below, start, whole) {
                 self.fetch(stack, below, start, whole)?;
@@ -281,7 +281,7 @@ impl Volume {
             let (state, run) = top.map().run(at, first + count - at);
             if state != BlockState::Data {
                 let start = at * self.block_size;
-                let length = (run * self.block_size).min(self.size - start);
+                let length = (run * self.block_size).min(self.size() - start);
                 if let Err(err) = top.zero(start, length, false) {
                     top.poison(format!("a failed write could not be undone: {err}"), false);
                     return;
@@ -323,9 +323,9 @@ impl Volume {
         while at < end {
             let block = at / self.block_size;
             let block_start = block * self.block_size;
-            let block_end = (block_start + self.block_size).min(self.size);
+            let block_end = (block_start + self.block_size).min(self.size());
             if at == block_start && end >= block_end {
-                let run_end = if end == self.size {
+                let run_end = if end == self.size() {
                     end
                 } else {
                     end / self.block_size * self.block_size
@@ -362,7 +362,7 @@ impl Volume {
         while at < first + count {
             let (state, run) = top.map().run(at, first + count - at);
             let start = at * self.block_size;
-            let length = (run * self.block_size).min(self.size - start);
+            let length = (run * self.block_size).min(self.size() - start);
             if keep_allocated {
                 self.put(top, at, run, || top.zero(start, length, true))?;
             } else if state == BlockState::Data {

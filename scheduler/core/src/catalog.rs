@@ -135,6 +135,21 @@ impl Catalog {
         if !image.snapshots.contains(name) {
             image.snapshots.push(name.clone());
         }
+        self.pushed(id, sealed, top);
+    }
+
+    pub(crate) fn resized(&mut self, id: ImageId, size: ByteLen, sealed: LayerId, top: LayerId) {
+        if let Some(image) = self.images.get_mut(&id) {
+            image.size = size;
+        }
+        self.pushed(id, sealed, top);
+    }
+
+    /// A layer took no more writes, and an empty one was put on top of it.
+    fn pushed(&mut self, id: ImageId, sealed: LayerId, top: LayerId) {
+        let Some(image) = self.images.get_mut(&id) else {
+            return;
+        };
         if !image.layers.contains(&sealed) {
             image.layers.insert(0, sealed);
         }

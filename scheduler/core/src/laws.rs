@@ -33,6 +33,7 @@ enum Op {
     Detach(usize, u128),
     Delete(usize, u128),
     Snapshot(usize, u128, u128),
+    Resize(usize, u128, u128),
     Heat(usize, u128, u128, Vec<BlockHeat>, u64),
     Drop(usize, u128, Vec<u64>),
     Capacity(usize, u64),
@@ -209,6 +210,7 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (node(), id()).prop_map(|(n, i)| Op::Detach(n, i)),
         1 => (node(), id()).prop_map(|(n, i)| Op::Delete(n, i)),
         1 => (node(), id(), id()).prop_map(|(n, i, l)| Op::Snapshot(n, i, l)),
+        1 => (node(), id(), id()).prop_map(|(n, i, l)| Op::Resize(n, i, l)),
         12 => (node(), id(), id(), records(), prop_oneof![5 => Just(0), 1 => number()])
             .prop_map(|(n, i, l, r, lost)| Op::Heat(n, i, l, r, lost)),
         1 => (node(), id(), vec(0..40u64, 0..5)).prop_map(|(n, l, b)| Op::Drop(n, l, b)),
@@ -311,6 +313,7 @@ fn run(sim: &mut Sim, given: &mut Vec<Command>, op: &Op) {
                 incarnation: Incarnation(99),
                 publisher_seq: *number,
                 time: WallMs(*number),
+                reason: String::new(),
             };
             sim.append(&envelope, event);
             if sim.state.leader().is_some_and(|l| l.as_str() != sim::LEADER) {
@@ -336,6 +339,7 @@ fn node_op(sim: &mut Sim, op: &Op) {
         | Op::Detach(n, ..)
         | Op::Delete(n, ..)
         | Op::Snapshot(n, ..)
+        | Op::Resize(n, ..)
         | Op::Heat(n, ..)
         | Op::Drop(n, ..)
         | Op::Capacity(n, ..)
@@ -365,6 +369,17 @@ fn node_op(sim: &mut Sim, op: &Op) {
                 Event::ImageDetached {
                     image: ImageId(*image),
                     epoch,
+                },
+            );
+        }
+        Op::Resize(_, image, layer) => {
+            sim.node(
+                name,
+                Event::ImageResized {
+                    image: ImageId(*image),
+                    size: ByteLen((256 + *layer as u64) << 16),
+                    sealed: LayerId(*image),
+                    top: LayerId(300 + layer),
                 },
             );
         }

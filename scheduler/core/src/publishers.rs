@@ -132,6 +132,7 @@ mod tests {
             incarnation: Incarnation(incarnation),
             publisher_seq: number,
             time: WallMs(0),
+            reason: String::new(),
         }
     }
 

@@ -269,6 +269,13 @@ impl State {
                 sealed,
                 top,
             } => facts.catalog.snapshot_taken(*image, name, *sealed, *top),
+            Event::ImageResized {
+                image,
+                size,
+                sealed,
+                top,
+            } => facts.catalog.resized(*image, *size, *sealed, *top),
+            Event::ImageExported { .. } => {}
             Event::SnapshotDeleted { image, name } => facts.catalog.snapshot_deleted(*image, name),
             Event::ImageDeleted { image } => {
                 for layer in facts.catalog.deleted(*image) {

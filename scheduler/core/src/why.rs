@@ -241,7 +241,7 @@ impl Why {
             return;
         }
         match event {
-            Event::ImageCreated(_) | Event::SnapshotTaken { .. } => self.look_up(after),
+            Event::ImageCreated(_) | Event::SnapshotTaken { .. } | Event::ImageResized { .. } => self.look_up(after),
             Event::HeatFolded(heat) => self.heat(seq, heat, after),
             Event::CommandGiven(command) => self.command(seq, command, after),
             Event::CommandFinished { command, outcome, .. } => self.result(seq, *command, outcome),

@@ -36,6 +36,7 @@ impl Cluster {
             incarnation: Incarnation(1),
             publisher_seq: *number,
             time: WallMs(0),
+            reason: String::new(),
         };
         let from = on_cpu();
         self.state.apply(Seq(self.seq), &envelope, event);

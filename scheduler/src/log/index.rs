@@ -103,10 +103,13 @@ pub(super) fn keys(seq: Seq, envelope: &Envelope, event: &Event) -> Vec<(Group, 
             found.extend(e.layers.iter().map(|layer| Index::Layer(*layer)));
         }
         Event::ImageAttached(e) => found.push(Index::Image(e.image)),
-        Event::ImageDetached { image, .. } | Event::SnapshotDeleted { image, .. } | Event::ImageDeleted { image } => {
+        Event::ImageDetached { image, .. }
+        | Event::SnapshotDeleted { image, .. }
+        | Event::ImageExported { image, .. }
+        | Event::ImageDeleted { image } => {
             found.push(Index::Image(*image));
         }
-        Event::SnapshotTaken { image, sealed, top, .. } => {
+        Event::SnapshotTaken { image, sealed, top, .. } | Event::ImageResized { image, sealed, top, .. } => {
             found.extend([Index::Image(*image), Index::Layer(*sealed), Index::Layer(*top)]);
         }
         Event::LayerSealed { layer, .. } | Event::LayerDropped { layer, .. } => found.push(Index::Layer(*layer)),

@@ -103,6 +103,7 @@ impl Sim {
             incarnation,
             publisher_seq: *number,
             time: self.time,
+            reason: String::new(),
         };
         self.append(&envelope, event)
     }
