@@ -17,4 +17,4 @@ mod workload;
 
 pub use accel::{Accel, choose};
 pub use golden::{DATA_MIB, build_golden, build_golden_with};
-pub use vm::{Guest, GuestDisk, GuestOptions, Phase, PhaseResult, Ready};
+pub use vm::{Guest, GuestDisk, GuestOptions, Phase, PhaseResult, Ready, Stall};

@@ -146,6 +146,19 @@ pub struct PhaseResult {
     pub write_p50_us: f64,
     /// 99th percentile.
     pub write_p99_us: f64,
+    /// The longest access.
+    pub longest_ms: u64,
+    /// Accesses that took longer than 100 ms, in the order in which they began.
+    pub stalls: Vec<Stall>,
+}
+
+/// An access that took long.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stall {
+    /// From the phase's beginning to its own.
+    pub at_ms: u64,
+    /// How long it took.
+    pub took_ms: u64,
 }
 
 impl PhaseResult {
@@ -171,6 +184,18 @@ impl PhaseResult {
             read_p99_us: real("read_p99_us")?,
             write_p50_us: real("write_p50_us")?,
             write_p99_us: real("write_p99_us")?,
+            longest_ms: whole("longest_ms")?,
+            stalls: json["stalls"]
+                .as_array()
+                .with_context(|| format!("no stalls in {text}"))?
+                .iter()
+                .filter_map(|pair| {
+                    Some(Stall {
+                        at_ms: pair[0].as_u64()?,
+                        took_ms: pair[1].as_u64()?,
+                    })
+                })
+                .collect(),
         })
     }
 }

@@ -29,6 +29,10 @@ const O_DIRECT: i32 = if cfg!(target_arch = "aarch64") {
 };
 /// Latencies kept per thread: bounded memory however long a phase is. Later ones are counted, not kept.
 const SAMPLES_MAX: usize = 1 << 20;
+/// An access that takes longer is told by itself, with when it began.
+const STALL_MS: u64 = 100;
+/// Stalls told of one thread; later ones only show in the longest access.
+const STALLS_MAX: usize = 256;
 
 fn main() {
     let args: Vec<String> = std::env::args().collect();
@@ -212,6 +216,9 @@ struct Tally {
     /// Nanoseconds.
     read_ns: Vec<u64>,
     write_ns: Vec<u64>,
+    longest_ns: u64,
+    /// Milliseconds from the phase's beginning to the access's, and that it took.
+    stalls: Vec<(u64, u64)>,
 }
 
 impl Tally {
@@ -238,7 +245,7 @@ impl Pages {
         })
     }
 
-    fn run_thread(&self, phase: &Phase, zipf: &Zipf, thread: u64, until: Instant) -> io::Result<Tally> {
+    fn run_thread(&self, phase: &Phase, zipf: &Zipf, thread: u64, since: Instant, until: Instant) -> io::Result<Tally> {
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -276,6 +283,11 @@ impl Pages {
             *ops += 1;
             if samples.len() < SAMPLES_MAX {
                 samples.push(took_ns);
+            }
+            tally.longest_ns = tally.longest_ns.max(took_ns);
+            if took_ns > STALL_MS * 1_000_000 && tally.stalls.len() < STALLS_MAX {
+                let at_ms = (began - since).as_millis() as u64;
+                tally.stalls.push((at_ms, took_ns / 1_000_000));
             }
             match done {
                 Err(e) => {
@@ -317,7 +329,7 @@ impl Pages {
                 .map(|t| {
                     scope.spawn({
                         let zipf = &zipf;
-                        move || self.run_thread(phase, zipf, t, until)
+                        move || self.run_thread(phase, zipf, t, began, until)
                     })
                 })
                 .collect();
@@ -339,6 +351,8 @@ impl Pages {
             all.read_ns.append(&mut tally.read_ns);
             all.write_ns.append(&mut tally.write_ns);
             all.first = all.first.or(tally.first);
+            all.longest_ns = all.longest_ns.max(tally.longest_ns);
+            all.stalls.append(&mut tally.stalls);
         }
         let mut json = String::new();
         let _ = write!(
@@ -356,6 +370,14 @@ impl Pages {
                 );
             }
         }
+        all.stalls.sort_unstable();
+        let stalls: Vec<String> = all.stalls.iter().map(|(at, took)| format!("[{at},{took}]")).collect();
+        let _ = write!(
+            json,
+            ",\"longest_ms\":{},\"stalls\":[{}]",
+            all.longest_ns / 1_000_000,
+            stalls.join(",")
+        );
         // Only digits, letters and spaces of our own texts, but an error's text is the system's.
         let first = all.first.unwrap_or_default().replace(['"', '\\'], "'");
         let _ = write!(json, ",\"first_failure\":\"{first}\"}}");
