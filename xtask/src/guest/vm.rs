@@ -449,12 +449,14 @@ mod tests {
     #[test]
     fn a_result_is_read_whole_or_not_at_all() {
         let text = r#"{"name":"before","reads":10,"writes":1,"errors":0,"corrupt":0,"wall_ms":1000,"read_p50_us":90.5,
-            "read_p99_us":800.0,"write_p50_us":1.0,"write_p99_us":2.0,"first_failure":""}"#;
+            "read_p99_us":800.0,"write_p50_us":1.0,"write_p99_us":2.0,"longest_ms":130,"stalls":[[7,130]],
+            "first_failure":""}"#;
         let result = PhaseResult::parse(text).unwrap();
         assert_eq!(
             (result.name.as_str(), result.reads, result.read_p99_us),
             ("before", 10, 800.0)
         );
+        assert_eq!(result.stalls, [Stall { at_ms: 7, took_ms: 130 }]);
         let error = PhaseResult::parse(&text.replace("corrupt", "other"))
             .unwrap_err()
             .to_string();
