@@ -9,6 +9,7 @@ pub mod config;
 pub mod disk;
 pub mod export;
 pub mod imagefile;
+pub mod mutants;
 pub mod peer;
 pub mod store;
 pub mod tier;

@@ -7,9 +7,10 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 
 use hearth_node::disk::Disk;
+use hearth_node::mutants;
 use hearth_node::store::fault::{Faults, Site, Verdict};
 use hearth_node::store::{Store, StoreOptions};
-use hearth_node::tier::{RamTier, TierOptions, mutants};
+use hearth_node::tier::{RamTier, TierOptions};
 use hearth_node::volume::{NoPeers, Volume};
 use hearth_protocol::{BlockIndex, Epoch, LeaseId};
 
@@ -124,7 +125,7 @@ fn play(promote: bool, change: &str) -> (u8, u8) {
 }
 
 fn is_mutant() -> bool {
-    mutants::FILL_UNCHECKED.load(std::sync::atomic::Ordering::Relaxed)
+    mutants::FILL_UNCHECKED.is_on()
 }
 
 #[test]
@@ -137,7 +138,7 @@ fn a_fill_that_straddles_a_write_leaves_no_old_bytes_in_ram() {
     }
     #[cfg(feature = "mutants")]
     {
-        mutants::FILL_UNCHECKED.store(true, std::sync::atomic::Ordering::Relaxed);
+        mutants::FILL_UNCHECKED.set(true);
         for promote in [true, false] {
             for change in ["write", "zero", "trim"] {
                 let (read, written) = play(promote, change);
@@ -147,6 +148,6 @@ fn a_fill_that_straddles_a_write_leaves_no_old_bytes_in_ram() {
                 );
             }
         }
-        mutants::FILL_UNCHECKED.store(false, std::sync::atomic::Ordering::Relaxed);
+        mutants::FILL_UNCHECKED.set(false);
     }
 }

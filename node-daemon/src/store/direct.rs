@@ -14,6 +14,8 @@ use std::thread::LocalKey;
 
 use super::fault::{Action, Faults, Site};
 use super::os::{Range, StoreFile};
+#[cfg(feature = "mutants")]
+use crate::mutants;
 
 /// Alignment of offsets, lengths and memory, in bytes.
 pub const ALIGN: usize = 4096;
@@ -54,6 +56,9 @@ thread_local! {
 pub struct DirectFile {
     file: StoreFile,
     direct: bool,
+    /// Writes acknowledged from memory, where [`mutants::WRITE_BACK`] breaks that rule.
+    #[cfg(feature = "mutants")]
+    held: std::sync::Mutex<Vec<(u64, Vec<u8>)>>,
 }
 
 static WARNED: AtomicBool = AtomicBool::new(false);
@@ -72,7 +77,7 @@ impl DirectFile {
             }
         };
         match open(libc::O_DIRECT) {
-            Ok(file) => Ok(Self { file, direct: true }),
+            Ok(file) => Ok(Self::of(file, true)),
             Err(err) if err.raw_os_error() == Some(libc::EINVAL) => {
                 let file = open(0)?;
                 if !WARNED.swap(true, Ordering::Relaxed) {
@@ -81,9 +86,18 @@ impl DirectFile {
                         "the file system refuses O_DIRECT: reads and writes go through the page cache, so RAM is spent twice; use ext4 or xfs for the store"
                     );
                 }
-                Ok(Self { file, direct: false })
+                Ok(Self::of(file, false))
             }
             Err(err) => Err(err),
+        }
+    }
+
+    fn of(file: StoreFile, direct: bool) -> Self {
+        Self {
+            file,
+            direct,
+            #[cfg(feature = "mutants")]
+            held: std::sync::Mutex::default(),
         }
     }
 
@@ -120,6 +134,17 @@ impl DirectFile {
                 at += take;
             }
         }
+        #[cfg(feature = "mutants")]
+        for (at, bytes) in &*self.held.lock().expect("held writes lock") {
+            for (i, byte) in bytes.iter().enumerate() {
+                if let Some(place) = (at + i as u64)
+                    .checked_sub(offset)
+                    .and_then(|n| buf.get_mut(n as usize))
+                {
+                    *place = *byte;
+                }
+            }
+        }
         self.file.pass(Site::DataReadDone, Action::Moment)
     }
 
@@ -152,6 +177,14 @@ impl DirectFile {
     }
 
     fn put(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()> {
+        #[cfg(feature = "mutants")]
+        if mutants::WRITE_BACK.is_on() && !durable {
+            self.held
+                .lock()
+                .expect("held writes lock")
+                .push((offset, data.to_vec()));
+            return Ok(());
+        }
         if durable {
             self.file.write_durable(Site::DataWriteDurable, offset, data)
         } else {
@@ -195,6 +228,13 @@ impl DirectFile {
     /// # Errors
     /// The operating system's. After one, nothing written before can be trusted to be there.
     pub fn sync(&self) -> io::Result<()> {
+        #[cfg(feature = "mutants")]
+        for (offset, bytes) in self.held.lock().expect("held writes lock").drain(..) {
+            let mut buf = AlignedBuf::default();
+            let aligned = buf.get(bytes.len());
+            aligned.copy_from_slice(&bytes);
+            self.file.write(Site::DataWrite, offset, aligned)?;
+        }
         self.file.sync(Site::DataSync)
     }
 

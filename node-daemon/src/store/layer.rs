@@ -26,6 +26,7 @@ use super::journal::{Journal, Record, Trust};
 use super::os::{self, FileSites};
 use super::sealed_file::{self, Kind};
 use crate::disk::DiskError;
+use crate::mutants;
 
 const LAYER_META: Kind = Kind {
     name: "layer",
@@ -195,7 +196,9 @@ impl Layer {
         let mut recovery = Recovery::default();
         if let Some(trust) = trust {
             recovery = layer.replay(generation, trust)?;
-            recovery.scrubbed_bytes = layer.scrub()?;
+            if !mutants::UNSCRUBBED.is_on() {
+                recovery.scrubbed_bytes = layer.scrub()?;
+            }
         }
         layer.next_generation(&mut layer.journal.lock().expect("journal lock"), generation)?;
         layer.writable.store(true, Ordering::Release);
@@ -285,7 +288,11 @@ impl Layer {
     /// it is poisoned: which of the two a power loss would leave is unknown. A failed sync poisons it in any case: a
     /// later one that succeeds would hide what the failed one lost.
     fn next_generation(&self, slot: &mut Option<Journal>, old: u32) -> Result<(), StoreError> {
-        let closing = |err: &StoreError| self.poison(format!("shortening the journal failed: {err}"), true);
+        let closing = |err: &StoreError| {
+            if !mutants::COMPACTION_UNCHECKED.is_on() {
+                self.poison(format!("shortening the journal failed: {err}"), true);
+            }
+        };
         let path = self.dir.join("data");
         self.data
             .sync()
@@ -431,8 +438,14 @@ impl Layer {
             return Ok(());
         }
         let covers = self.written.load(Ordering::Acquire);
-        self.sync_both().map_err(|err| {
-            self.poison(format!("a flush failed: {err}"), true);
+        let mut synced = self.sync_both();
+        if synced.is_err() && mutants::FSYNC_RETRIED.is_on() {
+            synced = self.sync_both();
+        }
+        synced.map_err(|err| {
+            if !mutants::FAILED_FLUSH_FORGOTTEN.is_on() {
+                self.poison(format!("a flush failed: {err}"), true);
+            }
             disk_io(format!("cannot flush layer {}", self.id()), err)
         })?;
         *flushed = covers;
@@ -448,8 +461,13 @@ impl Layer {
     }
 
     fn sync_both(&self) -> io::Result<()> {
+        if mutants::FLUSH_WITHOUT_FSYNC.is_on() {
+            return Ok(());
+        }
         let upto = self.with_journal(|j| j.tail());
-        self.data.sync()?;
+        if !mutants::COMMIT_WITHOUT_DATA.is_on() {
+            self.data.sync()?;
+        }
         let Some(upto) = upto else { return Ok(()) };
         let file = {
             let mut journal = self.journal.lock().expect("journal lock");

@@ -42,6 +42,8 @@ use fault::{Faults, Site};
 use image::IMAGE_META;
 use os::StoreFile;
 
+use crate::mutants;
+
 /// How to open a store.
 #[derive(Debug, Clone, Default)]
 pub struct StoreOptions {
@@ -367,7 +369,7 @@ impl Store {
 
     /// What is still there of writes that were not flushed, if the image is as its last attach left it.
     fn kept(&self, meta: &ImageMeta) -> Trust {
-        if meta.storage_incarnation == Some(self.incarnation) {
+        if meta.storage_incarnation == Some(self.incarnation) || mutants::POWER_LOSS_UNSEEN.is_on() {
             Trust::All
         } else {
             Trust::Committed
@@ -438,7 +440,9 @@ impl Store {
     /// [`StoreError`].
     pub fn close_for_writes(&self, id: ImageId, closed: Closed) -> Result<(), StoreError> {
         let mut meta = self.image(id)?;
-        meta.closed = Some(closed);
+        if !mutants::CLOSED_FORGOTTEN.is_on() {
+            meta.closed = Some(closed);
+        }
         self.put_image(&meta)
     }
 

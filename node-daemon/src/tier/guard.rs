@@ -6,6 +6,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::mutants;
+
 /// Cells: 64 KiB of memory; with 64 writes in flight a fill meets a foreign one in under 1 % of cases.
 const CELLS: usize = 8192;
 
@@ -59,36 +61,12 @@ impl WriteGuards {
     /// Whether no write to the block began since the fill did, and none was in flight then. The caller holds the lock
     /// under which writes update the block's RAM copy.
     pub fn is_fresh(&self, token: FillToken) -> bool {
-        if mutants::FILL_UNCHECKED.load(Ordering::Relaxed) {
+        if mutants::FILL_UNCHECKED.is_on() {
             return true;
         }
         token.value & ((1 << IN_FLIGHT_BITS) - 1) == 0
             && self.cells[token.cell as usize].load(Ordering::SeqCst) == token.value
     }
-}
-
-/// Switches that break a safety rule, so that tests can show that they would notice. Constant in production builds.
-pub mod mutants {
-    /// A constant that looks like an atomic switch.
-    #[cfg(not(feature = "mutants"))]
-    pub struct Off;
-
-    #[cfg(not(feature = "mutants"))]
-    impl Off {
-        /// Always false.
-        #[inline]
-        pub fn load(&self, _: std::sync::atomic::Ordering) -> bool {
-            false
-        }
-    }
-
-    /// Fills are published without looking for writes that began meanwhile (breaks rule 11).
-    #[cfg(not(feature = "mutants"))]
-    pub static FILL_UNCHECKED: Off = Off;
-
-    /// Fills are published without looking for writes that began meanwhile (breaks rule 11).
-    #[cfg(feature = "mutants")]
-    pub static FILL_UNCHECKED: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use super::range_lock::Range;
 use super::stack::{Stack, Where};
 use super::stats::add;
 use crate::disk::DiskError;
+use crate::mutants;
 use crate::store::direct::{ALIGN, AlignedBuf, with_buffer};
 use crate::store::{BlockState, Layer};
 use crate::tier::WriteTicket;
@@ -103,7 +104,7 @@ impl Volume {
         let start = Instant::now();
         let section = self.begin(offset, data.len() as u64, false);
         let top = Self::top(&section.stack);
-        let durable = fua && section.plain && top.is_committed();
+        let durable = fua && section.plain && (top.is_committed() || mutants::DURABLE_UNCOMMITTED.is_on());
         let content = Content::Bytes(data);
         if section.plain {
             self.overwrite(top, offset, content, data.len(), durable)
