@@ -127,6 +127,7 @@ fn fio_round(dir: &Path, seed: u64) -> (u64, u64) {
             "--output-format=json",
             "--allow_file_create=0",
         ])
+        .arg("--verify_state_save=0")
         .arg(format!("--randseed={seed}"))
         .arg(format!(
             "--uri=nbd+unix:///?socket={}",
@@ -154,7 +155,7 @@ fn fio_verifies_every_block_while_the_daemon_dies_again_and_again() {
     if !have(&["fio", "nbdkit", "nbdkit --filter=retry nbd --version"]) {
         return;
     }
-    let kills = number("HEARTH_KILLS", 4);
+    let kills = number("HEARTH_KILLS", 3);
     let dir = tempfile::tempdir().unwrap();
     let daemon = Daemon::start(dir.path(), |store| {
         store.create(&IMAGE.parse().unwrap(), 24 * MIB, 64 << 10).unwrap().id
@@ -206,7 +207,7 @@ fn a_guest_only_waits_while_the_daemon_dies_again_and_again() {
         Ok(golden) => golden,
         Err(why) => return nbd_support::skip(&format!("no golden image: {why:#}")),
     };
-    let kills = number("HEARTH_KILLS", 4);
+    let kills = number("HEARTH_KILLS", 3);
     let every = Duration::from_millis(number("HEARTH_KILL_EVERY_MS", 2_000));
     let dir = tempfile::tempdir().unwrap();
     let daemon = Daemon::start(dir.path(), |store| {
