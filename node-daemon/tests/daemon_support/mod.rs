@@ -1,6 +1,9 @@
 //! A real node daemon in a process of its own, with a descriptor holder, and no NATS: what it serves survives its
 //! death.
 
+// Each test file uses its part of this.
+#![allow(dead_code)]
+
 use std::fs;
 use std::io::Read;
 use std::os::unix::net::UnixStream;
@@ -9,6 +12,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use hearth_node::config::NodeConfig;
+use hearth_node::store::fault::{Arm, Faults};
 use hearth_node::store::{Store, StoreOptions};
 use hearth_protocol::ImageId;
 
@@ -17,6 +22,22 @@ pub const IMAGE: &str = "appl/vm-1";
 
 /// Time for the daemon to serve after its start, on a machine that does other things too.
 const UP_WITHIN: Duration = Duration::from_secs(60);
+
+/// Configuration of a daemon that a test binary becomes; set only for children of tests.
+const CHILD_CONFIG: &str = "HEARTH_TEST_DAEMON_CONFIG";
+/// Its fault, as [`Arm`] reads it.
+const CHILD_FAULT: &str = "HEARTH_TEST_DAEMON_FAULT";
+
+/// The body of a test that is none: in a child of [`Daemon::restart_with_fault`] it becomes the real daemon, with a
+/// fault in its store.
+pub fn become_daemon() {
+    let Some(config) = std::env::var_os(CHILD_CONFIG) else {
+        return;
+    };
+    let arm: Arm = std::env::var(CHILD_FAULT).unwrap().parse().unwrap();
+    let config = NodeConfig::load(Path::new(&config)).unwrap();
+    hearth_node::agent::run(config, Faults::hook(move |call| arm.answer(call))).unwrap();
+}
 
 /// A daemon, its store and its holder; ended when dropped.
 pub struct Daemon {
@@ -123,6 +144,27 @@ impl Daemon {
                 }
             }
         }
+    }
+
+    /// `kill -9`, and a new process with a fault in its store; the test binary has a test `child` that calls
+    /// [`become_daemon`].
+    pub fn restart_with_fault(&mut self, child: &str, fault: &str) {
+        self.node.kill().unwrap();
+        self.node.wait().unwrap();
+        let log = fs::File::options()
+            .append(true)
+            .open(self.dir.join("node.log"))
+            .unwrap();
+        self.node = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", child, "--nocapture"])
+            .env(CHILD_CONFIG, self.dir.join("node.toml"))
+            .env(CHILD_FAULT, fault)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        self.wait_greeting();
     }
 
     /// `kill -9`, and a new process.

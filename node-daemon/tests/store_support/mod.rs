@@ -210,6 +210,11 @@ for line in sys.stdin:
             elif word == "trim": h.trim(size, at)
             elif word == "zero": h.zero(size, at, nbd.CMD_FLAG_NO_HOLE)
             elif word == "flush": h.flush()
+            elif word == "read":
+                got = h.pread(size, at)
+                if got != bytes([value]) * size:
+                    print("other bytes:", got[:8], flush=True)
+                    continue
         print("ok", flush=True)
     except nbd.Error as e:
         print(e.errno or str(e), flush=True)
