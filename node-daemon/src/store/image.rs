@@ -17,7 +17,8 @@ use super::os::{self, FileSites};
 use super::sealed_file::{self, Kind};
 use super::{Opened, Store};
 
-pub(super) const IMAGE_META: Kind = Kind {
+/// The kind of an image's metadata file.
+pub const IMAGE_META: Kind = Kind {
     name: "image",
     version: 1,
     sites: FileSites {
@@ -142,12 +143,19 @@ impl ImageMeta {
     }
 
     pub(super) fn read(path: &Path) -> Result<Self, StoreError> {
+        Self::decode(path, &sealed_file::read(path, IMAGE_META)?)
+    }
+
+    /// Reads the body of an image's metadata file. `path` only names it in errors.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`].
+    pub fn decode(path: &Path, body: &[u8]) -> Result<Self, StoreError> {
         let damaged = |why: String| StoreError::Damaged {
             path: path.to_owned(),
             why,
         };
-        let meta: Self =
-            serde_json::from_slice(&sealed_file::read(path, IMAGE_META)?).map_err(|err| damaged(err.to_string()))?;
+        let meta: Self = serde_json::from_slice(body).map_err(|err| damaged(err.to_string()))?;
         check_shape(meta.size, meta.block_size).map_err(|err| damaged(err.to_string()))?;
         if meta.stack.is_empty() || meta.stack.len() > LAYERS_PER_IMAGE_MAX {
             return Err(damaged(format!("its stack has {} layers", meta.stack.len())));
@@ -155,7 +163,11 @@ impl ImageMeta {
         Ok(meta)
     }
 
-    pub(super) fn encode(&self) -> Vec<u8> {
+    /// The body of its metadata file.
+    ///
+    /// # Panics
+    /// Never: it always encodes.
+    pub fn encode(&self) -> Vec<u8> {
         serde_json::to_vec_pretty(self).expect("image metadata always encodes")
     }
 }

@@ -86,24 +86,7 @@ impl Journal {
     /// # Errors
     /// The operating system's.
     pub fn replay(path: &Path, generation: u32, trust: Trust) -> io::Result<(Vec<Record>, usize)> {
-        let bytes = std::fs::read(path)?;
-        let mut blocks = Vec::new();
-        let mut committed = 0;
-        for (i, raw) in bytes.chunks_exact(RECORD).enumerate() {
-            let at = (i * RECORD) as u64;
-            match decode(raw.try_into().expect("chunks are exact"), generation, at) {
-                None => break,
-                Some(Record::Commit { upto }) => committed = committed.max(upto.min(at)),
-                Some(record) => blocks.push((at, record)),
-            }
-        }
-        let count = match trust {
-            Trust::All => blocks.len(),
-            Trust::Committed => blocks.iter().take_while(|(at, _)| *at < committed).count(),
-        };
-        let dropped = blocks.len() - count;
-        blocks.truncate(count);
-        Ok((blocks.into_iter().map(|(_, record)| record).collect(), dropped))
+        Ok(records(&std::fs::read(path)?, generation, trust))
     }
 
     /// Appends a change of state.
@@ -187,6 +170,27 @@ impl Journal {
     }
 }
 
+/// Reads the records that count off a journal's bytes, in order; see [`Journal::replay`].
+pub fn records(bytes: &[u8], generation: u32, trust: Trust) -> (Vec<Record>, usize) {
+    let mut blocks = Vec::new();
+    let mut committed = 0;
+    for (i, raw) in bytes.chunks_exact(RECORD).enumerate() {
+        let at = (i * RECORD) as u64;
+        match decode(raw.try_into().expect("chunks are exact"), generation, at) {
+            None => break,
+            Some(Record::Commit { upto }) => committed = committed.max(upto.min(at)),
+            Some(record) => blocks.push((at, record)),
+        }
+    }
+    let count = match trust {
+        Trust::All => blocks.len(),
+        Trust::Committed => blocks.iter().take_while(|(at, _)| *at < committed).count(),
+    };
+    let dropped = blocks.len() - count;
+    blocks.truncate(count);
+    (blocks.into_iter().map(|(_, record)| record).collect(), dropped)
+}
+
 fn check(head: &[u8], at: u64) -> [u8; 8] {
     let mut bytes = [0; 32];
     bytes[..24].copy_from_slice(head);
@@ -194,7 +198,8 @@ fn check(head: &[u8], at: u64) -> [u8; 8] {
     chain::part(&bytes)[..8].try_into().expect("a hash has 32 bytes")
 }
 
-fn encode(kind: u8, generation: u32, first: u64, count: u64, at: u64) -> [u8; RECORD] {
+/// The bytes of one record of `kind` at byte `at` of its journal.
+pub fn encode(kind: u8, generation: u32, first: u64, count: u64, at: u64) -> [u8; RECORD] {
     let mut out = [0; RECORD];
     out[0] = kind;
     out[4..8].copy_from_slice(&generation.to_le_bytes());

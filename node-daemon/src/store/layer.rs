@@ -28,7 +28,8 @@ use super::sealed_file::{self, Kind};
 use crate::disk::DiskError;
 use crate::mutants;
 
-const LAYER_META: Kind = Kind {
+/// The kind of a layer's metadata file.
+pub const LAYER_META: Kind = Kind {
     name: "layer",
     version: 1,
     sites: FileSites {
@@ -38,7 +39,8 @@ const LAYER_META: Kind = Kind {
         rename: Site::LayerMetaRename,
     },
 };
-const BITMAP: Kind = Kind {
+/// The kind of a layer's bitmap file.
+pub const BITMAP: Kind = Kind {
     name: "bitmap",
     version: 1,
     sites: FileSites {
@@ -101,6 +103,63 @@ pub struct Recovery {
     pub scrubbed_bytes: u64,
 }
 
+fn damaged(path: &Path, why: impl Into<String>) -> StoreError {
+    StoreError::Damaged {
+        path: path.to_owned(),
+        why: why.into(),
+    }
+}
+
+impl LayerMeta {
+    /// Blocks, the last of which may be cut short.
+    pub fn blocks(&self) -> u64 {
+        self.size.div_ceil(self.block_size)
+    }
+
+    /// Reads the body of a layer's metadata file. `path` only names it in errors.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`].
+    pub fn decode(path: &Path, body: &[u8]) -> Result<Self, StoreError> {
+        let meta: Self = serde_json::from_slice(body).map_err(|err| damaged(path, err.to_string()))?;
+        if !hearth_protocol::units::is_block_size(meta.block_size)
+            || meta.size > hearth_protocol::limits::IMAGE_BYTES_MAX
+        {
+            return Err(damaged(path, "size or block size is out of range"));
+        }
+        Ok(meta)
+    }
+}
+
+/// Reads the body of a layer's bitmap file: the journal generation that continues it, and the map. `path` only names
+/// it in errors.
+///
+/// # Errors
+/// [`StoreError::Damaged`].
+pub fn decode_bitmap(path: &Path, blocks: u64, body: &[u8]) -> Result<(u32, BlockMap), StoreError> {
+    let (generation, sets) = body
+        .split_first_chunk::<4>()
+        .ok_or_else(|| damaged(path, "it ends early"))?;
+    let map = BlockMap::decode(blocks, sets).map_err(|why| damaged(path, why))?;
+    Ok((u32::from_le_bytes(*generation), map))
+}
+
+/// Brings a map up to date with the records of its journal. `path` only names the journal in errors.
+///
+/// # Errors
+/// [`StoreError::Damaged`].
+pub fn apply(path: &Path, map: &BlockMap, records: &[Record]) -> Result<(), StoreError> {
+    for record in records {
+        if let Record::Blocks { first, count, state } = *record {
+            if first.checked_add(count).is_none_or(|end| end > map.blocks()) {
+                return Err(damaged(path, "a record lies past the end of the layer"));
+            }
+            (first..first + count).for_each(|block| map.set(block, state));
+        }
+    }
+    Ok(())
+}
+
 fn journal_path(dir: &Path, generation: u32) -> PathBuf {
     dir.join(format!("journal-{generation}"))
 }
@@ -118,13 +177,7 @@ impl Layer {
         let path = dir.join("data");
         let data = DirectFile::open(&path, true, true, faults).map_err(StoreError::at("create", &path))?;
         data.resize(meta.size).map_err(StoreError::at("size", &path))?;
-        let layer = Self::assemble(
-            dir,
-            meta,
-            data,
-            BlockMap::new(meta.size.div_ceil(meta.block_size)),
-            faults,
-        );
+        let layer = Self::assemble(dir, meta, data, BlockMap::new(meta.blocks()), faults);
         layer.next_generation(&mut layer.journal.lock().expect("journal lock"), 0)?;
         layer.writable.store(true, Ordering::Release);
         Ok(layer)
@@ -147,36 +200,17 @@ impl Layer {
 
     fn load(dir: &Path, write: bool, faults: &Faults) -> Result<(Self, u32), StoreError> {
         let path = dir.join("meta");
-        let damaged = |path: &Path, why: String| StoreError::Damaged {
-            path: path.to_owned(),
-            why,
-        };
-        let meta: LayerMeta = serde_json::from_slice(&sealed_file::read(&path, LAYER_META)?)
-            .map_err(|err| damaged(&path, err.to_string()))?;
-        if !hearth_protocol::units::is_block_size(meta.block_size)
-            || meta.size > hearth_protocol::limits::IMAGE_BYTES_MAX
-        {
-            return Err(damaged(&path, "size or block size is out of range".into()));
-        }
+        let meta = LayerMeta::decode(&path, &sealed_file::read(&path, LAYER_META)?)?;
         let path = dir.join("bitmap");
-        let body = sealed_file::read(&path, BITMAP)?;
-        let (generation, sets) = body
-            .split_first_chunk::<4>()
-            .ok_or_else(|| damaged(&path, "it ends early".into()))?;
-        let map = BlockMap::decode(meta.size.div_ceil(meta.block_size), sets).map_err(|why| damaged(&path, why))?;
+        let (generation, map) = decode_bitmap(&path, meta.blocks(), &sealed_file::read(&path, BITMAP)?)?;
         let path = dir.join("data");
         let data = DirectFile::open(&path, write, false, faults).map_err(StoreError::at("open", &path))?;
         let len = data.file().metadata().map_err(StoreError::at("look at", &path))?.len();
         if len != meta.size {
-            return Err(damaged(
-                &path,
-                format!("it has {len} bytes and should have {}", meta.size),
-            ));
+            let why = format!("it has {len} bytes and should have {}", meta.size);
+            return Err(damaged(&path, why));
         }
-        Ok((
-            Self::assemble(dir, meta, data, map, faults),
-            u32::from_le_bytes(*generation),
-        ))
+        Ok((Self::assemble(dir, meta, data, map, faults), generation))
     }
 
     /// Opens a layer that takes no more writes.
@@ -225,17 +259,7 @@ impl Layer {
     fn replay(&self, generation: u32, trust: Trust) -> Result<Recovery, StoreError> {
         let path = journal_path(&self.dir, generation);
         let (records, dropped) = Journal::replay(&path, generation, trust).map_err(StoreError::at("read", &path))?;
-        for record in &records {
-            if let Record::Blocks { first, count, state } = *record {
-                if first.checked_add(count).is_none_or(|end| end > self.map.blocks()) {
-                    return Err(StoreError::Damaged {
-                        path,
-                        why: "a record lies past the end of the layer".into(),
-                    });
-                }
-                (first..first + count).for_each(|block| self.map.set(block, state));
-            }
-        }
+        apply(&path, &self.map, &records)?;
         Ok(Recovery {
             replayed: records.len(),
             dropped,

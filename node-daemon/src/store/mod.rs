@@ -23,7 +23,7 @@ pub mod incarnation;
 mod journal;
 mod layer;
 pub mod os;
-mod sealed_file;
+pub mod sealed_file;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::{self, File, TryLockError};
@@ -34,12 +34,11 @@ use hearth_protocol::{Epoch, ImageId, ImageName, Incarnation, LayerId, LeaseId, 
 
 pub use blockmap::{BlockMap, BlockState};
 pub use error::StoreError;
-pub use image::{ImageMeta, LocationRun, Parent, Record, Snapshot};
-pub use journal::Trust;
-pub use layer::{Closed, Layer, LayerMeta, Recovery};
+pub use image::{IMAGE_META, ImageMeta, LocationRun, Parent, Record, Snapshot};
+pub use journal::{Record as JournalRecord, Trust, encode as encode_record, records};
+pub use layer::{BITMAP, Closed, LAYER_META, Layer, LayerMeta, Recovery, apply, decode_bitmap};
 
 use fault::{Faults, Site};
-use image::IMAGE_META;
 use os::StoreFile;
 
 use crate::mutants;

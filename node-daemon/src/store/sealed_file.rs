@@ -28,7 +28,7 @@ pub struct Kind {
 /// # Errors
 /// [`StoreError`]; the old content is then still there.
 pub fn put(path: &Path, kind: Kind, body: &[u8], faults: &Faults) -> Result<(), StoreError> {
-    let header = format!("hearth {} {} {}\n", kind.name, kind.version, checksum(kind, body));
+    let header = header(kind, body);
     os::replace(kind.sites, path, &[header.as_bytes(), body], faults).map_err(StoreError::at("replace", path))
 }
 
@@ -37,7 +37,14 @@ pub fn put(path: &Path, kind: Kind, body: &[u8], faults: &Faults) -> Result<(), 
 /// # Errors
 /// [`StoreError::Damaged`], [`StoreError::Newer`], or the operating system's error.
 pub fn read(path: &Path, kind: Kind) -> Result<Vec<u8>, StoreError> {
-    let mut bytes = fs::read(path).map_err(StoreError::at("read", path))?;
+    decode(path, kind, fs::read(path).map_err(StoreError::at("read", path))?)
+}
+
+/// Checks a file's content and returns its body. `path` only names it in errors.
+///
+/// # Errors
+/// [`StoreError::Damaged`], [`StoreError::Newer`].
+pub fn decode(path: &Path, kind: Kind, mut bytes: Vec<u8>) -> Result<Vec<u8>, StoreError> {
     let damaged = |why: &str| StoreError::Damaged {
         path: path.to_owned(),
         why: why.to_owned(),
@@ -69,6 +76,11 @@ pub fn read(path: &Path, kind: Kind) -> Result<Vec<u8>, StoreError> {
         return Err(damaged("its checksum does not fit"));
     }
     Ok(bytes)
+}
+
+/// The header line of a file with that body.
+pub fn header(kind: Kind, body: &[u8]) -> String {
+    format!("hearth {} {} {}\n", kind.name, kind.version, checksum(kind, body))
 }
 
 /// Covers the header's words too.
