@@ -332,8 +332,8 @@ impl ExportTable for ReadOnlyTable {
         self.0.find(name).map(ExportEntry::read_only)
     }
 
-    fn list(&self) -> Vec<String> {
-        self.0.list()
+    fn list(&self, after: &str, max: usize) -> Vec<String> {
+        self.0.list(after, max)
     }
 }
 

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use hearth_node::disk::Disk;
 use hearth_node::export::nbd::memory::{MemoryDisk, OneExport};
 use hearth_node::export::nbd::proto::{Errno, command};
-use hearth_node::export::nbd::{ExportEntry, ExportTable, Listener, NbdError, NbdLimits, NbdServer};
+use hearth_node::export::nbd::{ExportEntry, ExportTable, Listener, NbdError, NbdLimits, NbdServer, page};
 use hearth_probes::export::{ExportCounter, ExportSource};
 use hearth_probes::source::HeatSource;
 use hearth_protocol::{ByteLen, ImageId};
@@ -108,8 +108,8 @@ impl ExportTable for Two {
         }
     }
 
-    fn list(&self) -> Vec<String> {
-        vec!["p/one".into(), "p/two".into()]
+    fn list(&self, after: &str, max: usize) -> Vec<String> {
+        page(["p/one".into(), "p/two".into()].into_iter(), after, max)
     }
 }
 
@@ -207,7 +207,7 @@ impl ExportTable for Counted {
         Some(ExportEntry::new(self.0.clone()).counted(self.1.clone()))
     }
 
-    fn list(&self) -> Vec<String> {
+    fn list(&self, _: &str, _: usize) -> Vec<String> {
         Vec::new()
     }
 }

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::disk::Disk;
 use crate::export::device::DeviceInfo;
-use crate::export::nbd::{ExportEntry, ExportName, ExportTable};
+use crate::export::nbd::{self, ExportEntry, ExportName, ExportTable};
 use crate::store::fault::Faults;
 use crate::store::os::replace_note;
 use crate::volume::Volume;
@@ -154,12 +154,8 @@ impl ExportTable for ServedImages {
         }
     }
 
-    fn list(&self) -> Vec<String> {
-        self.images
-            .read()
-            .expect("served lock")
-            .values()
-            .map(|s| s.name.to_string())
-            .collect()
+    fn list(&self, after: &str, max: usize) -> Vec<String> {
+        let images = self.images.read().expect("served lock");
+        nbd::page(images.values().map(|s| s.name.to_string()), after, max)
     }
 }

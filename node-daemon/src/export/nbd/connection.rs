@@ -109,6 +109,14 @@ pub async fn shake_hands(
     table: &dyn ExportTable,
     control: &Control,
 ) -> Result<(Chosen, Vec<u8>), End> {
+    tokio::select! {
+        biased;
+        done = converse(stream, table) => done,
+        () = control.changed.notified() => Err(End::Closed),
+    }
+}
+
+async fn converse(stream: &Stream, table: &dyn ExportTable) -> Result<(Chosen, Vec<u8>), End> {
     let mut handshake = Handshake::default();
     let (mut input, mut at) = (Vec::new(), 0);
     let mut out = handshake::greeting().to_vec();
@@ -137,10 +145,7 @@ pub async fn shake_hands(
                     match stream.try_read(&mut chunk) {
                         Ok(read) => break read,
                         Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                            tokio::select! {
-                                ready = stream.ready(Interest::READABLE) => { ready.map_err(End::Socket)?; }
-                                () = control.changed.notified() => return Err(End::Closed),
-                            }
+                            stream.ready(Interest::READABLE).await.map_err(End::Socket)?;
                         }
                         Err(error) => return Err(End::Socket(error)),
                     }
@@ -325,7 +330,7 @@ impl Connection {
             {
                 counter.latency(op, received.elapsed().as_micros() as u64);
             }
-            if !matches!(outcome, Outcome::Data(_) | Outcome::Pieces(..)) {
+            if !matches!(outcome, Outcome::Data(_) | Outcome::Pieces(..) | Outcome::Status(_)) {
                 self.budget.release(reserved);
                 reserved = 0;
             }
@@ -442,12 +447,18 @@ impl Connection {
             self.output.reply(self.framing, request, Outcome::Done, 0);
             return Ok(None);
         }
-        if moves_data && !self.budget.reserve(length) {
+        // What the reply holds until it is sent.
+        let held = match request.command {
+            command::READ | command::WRITE => length,
+            command::BLOCK_STATUS => self.terms.status_bytes_max(request),
+            _ => 0,
+        };
+        if held > 0 && !self.budget.reserve(held) {
             return Ok(Some(Pause::Room));
         }
         self.count(request);
         if !moves_data {
-            self.submit(*request, None, 0);
+            self.submit(*request, None, held);
             return Ok(None);
         }
         let mut buffer = self.budget.pool().take(length);

@@ -17,8 +17,10 @@ const OPTION_SKIP_BYTES_MAX: u32 = 32 << 20;
 const OPTIONS_MAX: u32 = 1_000;
 /// Queries looked at in one option.
 const QUERIES_MAX: u32 = 256;
-/// Exports named in answer to one `LIST`.
-const LIST_MAX: usize = 65_536;
+/// Exports named at a time in answer to `LIST`: some 10 KiB, sent before the next are looked up.
+const LIST_PAGE: usize = 128;
+/// Lists in one handshake; a client needs one.
+const LISTS_MAX: u32 = 4;
 
 /// Every metadata context there is; its place is its id on the wire.
 pub const CONTEXTS: [(&str, ExtentKind); 4] = [
@@ -58,6 +60,8 @@ enum State {
     Option,
     /// Data of an option that is too long: its number, and bytes still to come.
     Skip(u32, usize),
+    /// Within the answer to `LIST`: the last name sent.
+    List(String),
 }
 
 /// One handshake.
@@ -66,6 +70,7 @@ pub struct Handshake {
     framing: Framing,
     zeroes: bool,
     options: u32,
+    lists: u32,
     contexts: Option<(String, Vec<(u32, ExtentKind)>)>,
 }
 
@@ -76,6 +81,7 @@ impl Default for Handshake {
             framing: Framing::Simple,
             zeroes: true,
             options: 0,
+            lists: 0,
             contexts: None,
         }
     }
@@ -138,7 +144,7 @@ impl Handshake {
         out: &mut Vec<u8>,
         table: &dyn ExportTable,
     ) -> Result<(usize, Step), Malformed> {
-        match self.state {
+        match &self.state {
             State::ClientFlags if input.len() < 4 => Ok((0, Step::More)),
             State::ClientFlags => {
                 let flags = be32(input, 0);
@@ -150,7 +156,22 @@ impl Handshake {
                 self.state = State::Option;
                 Ok((4, Step::Again))
             }
-            State::Skip(option, left) => {
+            State::List(last) => {
+                let names = table.list(last, LIST_PAGE);
+                for name in &names {
+                    let data = [&(name.len() as u32).to_be_bytes(), name.as_bytes()].concat();
+                    proto::put_option_reply(out, option::LIST, option_reply::SERVER, &data);
+                }
+                self.state = match names.into_iter().next_back() {
+                    Some(last) => State::List(last),
+                    None => {
+                        proto::put_option_reply(out, option::LIST, option_reply::ACK, &[]);
+                        State::Option
+                    }
+                };
+                Ok((0, Step::Again))
+            }
+            &State::Skip(option, left) => {
                 let used = left.min(input.len());
                 if used < left {
                     self.state = State::Skip(option, left - used);
@@ -214,9 +235,7 @@ impl Handshake {
                 return Ok(Step::Ended);
             }
             option::INFO | option::GO => {
-                if let Some(chosen) = self.info(option, data, out, table)
-                    && option == option::GO
-                {
+                if let Some(chosen) = self.info(option, data, out, table) {
                     return Ok(Step::Transmit(Box::new(chosen)));
                 }
             }
@@ -224,13 +243,15 @@ impl Handshake {
             option::LIST | option::STRUCTURED_REPLY | option::EXTENDED_HEADERS if !data.is_empty() => {
                 reply(option_reply::ERR_INVALID, b"this option takes no data");
             }
+            option::LIST if self.lists == LISTS_MAX => {
+                reply(
+                    option_reply::ERR_POLICY,
+                    b"the list was sent often enough: connect again",
+                );
+            }
             option::LIST => {
-                for name in table.list().iter().take(LIST_MAX) {
-                    let mut data = (name.len() as u32).to_be_bytes().to_vec();
-                    data.extend_from_slice(name.as_bytes());
-                    reply(option_reply::SERVER, &data);
-                }
-                reply(option_reply::ACK, &[]);
+                self.lists += 1;
+                self.state = State::List(String::new());
             }
             option::STRUCTURED_REPLY => {
                 self.framing = self.framing.max(Framing::Structured);
@@ -265,6 +286,7 @@ impl Handshake {
         let (name, entry) = name
             .and_then(|n| Some((n, table.find(n)?)))
             .ok_or(Malformed::UnknownExport)?;
+        table.admit(name, &entry).map_err(Malformed::Refused)?;
         out.extend_from_slice(&entry.disk.size_bytes().to_be_bytes());
         out.extend_from_slice(&export_flags(&entry, self.framing).to_be_bytes());
         if self.zeroes {
@@ -273,6 +295,7 @@ impl Handshake {
         Ok(Step::Transmit(Box::new(self.choose(name, entry))))
     }
 
+    /// Answers `INFO` and `GO`. `Some` if transmission begins.
     fn info(&self, option: u32, data: &[u8], out: &mut Vec<u8>, table: &dyn ExportTable) -> Option<Chosen> {
         let mut reply = |kind: u32, data: &[u8]| proto::put_option_reply(out, option, kind, data);
         let mut rest = data;
@@ -288,6 +311,12 @@ impl Handshake {
             reply(option_reply::ERR_UNKNOWN, unknown(name).as_bytes());
             return None;
         };
+        if option == option::GO
+            && let Err(why) = table.admit(name, &entry)
+        {
+            reply(option_reply::ERR_POLICY, why.as_bytes());
+            return None;
+        }
         let wants = |kind: u16| requests.chunks_exact(2).any(|request| be16(request, 0) == kind);
         let mut export = proto::info::EXPORT.to_be_bytes().to_vec();
         export.extend_from_slice(&entry.disk.size_bytes().to_be_bytes());
@@ -316,7 +345,7 @@ impl Handshake {
         sizes.extend_from_slice(&proto::PAYLOAD_BYTES_MAX.to_be_bytes());
         reply(option_reply::INFO, &sizes);
         reply(option_reply::ACK, &[]);
-        Some(self.choose(name, entry))
+        (option == option::GO).then(|| self.choose(name, entry))
     }
 
     fn meta_context(&mut self, option: u32, data: &[u8], out: &mut Vec<u8>, table: &dyn ExportTable) {

@@ -5,8 +5,12 @@ use std::time::Duration;
 /// Bounds of an NBD server. [`NbdLimits::default`] suits a node of any size.
 #[derive(Debug, Clone)]
 pub struct NbdLimits {
-    /// Connections at a time; more are closed at once. A guest needs one to a few, a file descriptor each.
+    /// Connections at a time. One more takes the place of the oldest that has not finished its handshake; if all
+    /// have, it is closed at once. A guest needs one to a few.
     pub connections_max: usize,
+    /// Connections that use one image (its own export, not the sealed layers that peers read) at a time; more are
+    /// refused with a reason. `nbdcopy` opens 4, QEMU up to 16.
+    pub connections_per_image_max: usize,
     /// Time from accept to transmission. A client that dawdles longer holds a place others need.
     pub handshake_timeout: Duration,
     /// Requests of one connection that are with the workers at a time. QEMU sends 16, `nbdcopy` 64.
@@ -33,11 +37,12 @@ impl Default for NbdLimits {
     fn default() -> Self {
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         Self {
-            connections_max: 256,
+            connections_max: 1_024,
+            connections_per_image_max: 64,
             handshake_timeout: Duration::from_secs(10),
             requests_in_flight_max: 256,
             connection_bytes_max: 64 << 20,
-            connection_bytes_granted: 2 << 20,
+            connection_bytes_granted: 512 << 10,
             shared_bytes_max: 512 << 20,
             stall_timeout: Duration::from_secs(30),
             workers_max: 48,

@@ -5,7 +5,7 @@ use std::sync::{Arc, RwLock};
 
 use hearth_protocol::ImageId;
 
-use super::{ExportEntry, ExportTable};
+use super::{ExportEntry, ExportTable, page};
 use crate::disk::{Disk, DiskError, Extent, ExtentKind};
 
 struct Block {
@@ -252,7 +252,7 @@ impl ExportTable for OneExport {
         (name == self.name).then(|| ExportEntry::new(Arc::clone(&self.disk)).described("a disk in memory"))
     }
 
-    fn list(&self) -> Vec<String> {
-        vec![self.name.clone()]
+    fn list(&self, after: &str, max: usize) -> Vec<String> {
+        page([self.name.clone()].into_iter(), after, max)
     }
 }

@@ -10,6 +10,7 @@
 //! | [`buffer`], [`limits`] | memory, and every bound on what a client can make the daemon spend |
 //! | [`output`], [`connection`], [`stream`], [`server`] | sockets and the tasks that serve them |
 //! | [`memory`] | a disk in memory for measurements and tests |
+//! | [`mutants`] | switches with which tests show that they would notice a bound gone |
 //!
 //! Fixed newstyle only. TLS is not served, so nothing but unix sockets and loopback addresses is.
 //! `CAN_MULTI_CONN` is announced because it is true: all connections use one [`Disk`], and its flush covers every
@@ -21,6 +22,7 @@ pub mod handshake;
 pub mod job;
 pub mod limits;
 pub mod memory;
+pub mod mutants;
 pub mod name;
 pub mod output;
 pub mod proto;
@@ -102,12 +104,29 @@ impl ExportEntry {
 }
 
 /// What a server serves. Both calls are quick: a connection waits for them in its handshake.
-pub trait ExportTable: Send + Sync + 'static {
+pub trait ExportTable: Send + Sync {
     /// The export that a client asks for; [`ExportName`] reads the name. The empty name asks for a default.
     fn find(&self, name: &str) -> Option<ExportEntry>;
 
-    /// Names of the exports shown to clients that ask for a list.
-    fn list(&self) -> Vec<String>;
+    /// Asked when a client is about to use the export that it found.
+    ///
+    /// # Errors
+    /// Why it may not, as the client is told.
+    fn admit(&self, _name: &str, _entry: &ExportEntry) -> Result<(), String> {
+        Ok(())
+    }
+
+    /// Names of the exports shown to clients that ask for a list: the first `max` of those that sort after `after`,
+    /// ascending. A client gets them page by page, so that a long list takes no memory while it is sent.
+    fn list(&self, after: &str, max: usize) -> Vec<String>;
+}
+
+/// One page of an export list, for tables whose names are in no order.
+pub fn page(names: impl Iterator<Item = String>, after: &str, max: usize) -> Vec<String> {
+    let mut names: Vec<_> = names.filter(|name| name.as_str() > after).collect();
+    names.sort_unstable();
+    names.truncate(max);
+    names
 }
 
 /// Why a server cannot serve.

@@ -70,6 +70,8 @@ pub mod option_reply {
     pub const META_CONTEXT: u32 = 4;
     /// The option is not known.
     pub const ERR_UNSUP: u32 = (1 << 31) + 1;
+    /// The server's rules forbid it.
+    pub const ERR_POLICY: u32 = (1 << 31) + 2;
     /// The option makes no sense.
     pub const ERR_INVALID: u32 = (1 << 31) + 3;
     /// No such export.
@@ -229,7 +231,7 @@ pub struct Request {
 }
 
 /// The stream cannot be understood any more; the connection must end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Malformed {
     /// A message that opens with the wrong number.
     #[error("{what} opens with {found:#x}")]
@@ -256,6 +258,9 @@ pub enum Malformed {
     /// `EXPORT_NAME` for an export that is not there; the protocol has no other answer.
     #[error("no such export")]
     UnknownExport,
+    /// `EXPORT_NAME` for an export that takes no more connections; the protocol has no other answer.
+    #[error("refused: {0}")]
+    Refused(String),
 }
 
 /// Reads a big-endian `u16` at `at`. The caller has checked the length.

@@ -19,6 +19,7 @@ use tokio::task::JoinSet;
 use super::buffer::{Budget, BufferPool};
 use super::connection::{Connection, Control, End, shake_hands};
 use super::limits::NbdLimits;
+use super::mutants;
 use super::stream::{Accepted, Listener};
 use super::workers::Workers;
 use super::{ExportEntry, ExportTable, NbdError};
@@ -63,11 +64,17 @@ struct Registered {
 }
 
 impl Registered {
+    /// Enters a new connection; `None` if there are too many in transmission. A crowd that only shakes hands keeps
+    /// nobody out: the one that has dawdled longest goes.
     fn new(registry: &Arc<Registry>, connections_max: usize) -> Option<Self> {
         let mut connections = registry.lock();
-        if connections.len() >= connections_max {
+        if connections.len() >= connections_max && !mutants::CONNECTIONS_UNCOUNTED.load(Ordering::Relaxed) {
             registry.refused.fetch_add(1, Ordering::Relaxed);
-            return None;
+            let dawdlers = connections.iter().filter(|(_, held)| held.info.image.is_none());
+            let oldest = dawdlers.map(|(id, _)| *id).min()?;
+            if let Some(held) = connections.remove(&oldest) {
+                held.control.hang_up();
+            }
         }
         let id = registry.next.fetch_add(1, Ordering::Relaxed) + 1;
         let control = Arc::new(Control::default());
@@ -91,12 +98,48 @@ impl Registered {
         })
     }
 
-    fn chose(&self, export: &str, entry: &ExportEntry) {
-        if let Some(held) = self.registry.lock().get_mut(&self.id) {
-            held.info.export = export.to_owned();
-            held.info.image = Some(entry.disk.image());
-            held.is_view = entry.read_only;
+    /// Notes what the connection uses, or says why it may not.
+    fn choose(&self, export: &str, entry: &ExportEntry, per_image_max: usize) -> Result<(), String> {
+        let mut connections = self.registry.lock();
+        let image = entry.disk.image();
+        let uses = |held: &&Held| held.info.image == Some(image) && !held.is_view;
+        if !entry.read_only
+            && connections.values().filter(uses).count() >= per_image_max
+            && !mutants::CONNECTIONS_UNCOUNTED.load(Ordering::Relaxed)
+        {
+            self.registry.refused.fetch_add(1, Ordering::Relaxed);
+            return Err(format!(
+                "the image has {per_image_max} connections already, the most one image may have: close some first"
+            ));
         }
+        let held = connections
+            .get_mut(&self.id)
+            .ok_or("the handshake took longer than others could wait: connect again")?;
+        held.info.export = export.to_owned();
+        held.info.image = Some(image);
+        held.is_view = entry.read_only;
+        Ok(())
+    }
+}
+
+/// The server's table with the bounds on connections in front of it.
+struct Admission<'a> {
+    table: &'a dyn ExportTable,
+    registered: &'a Registered,
+    per_image_max: usize,
+}
+
+impl ExportTable for Admission<'_> {
+    fn find(&self, name: &str) -> Option<ExportEntry> {
+        self.table.find(name)
+    }
+
+    fn admit(&self, name: &str, entry: &ExportEntry) -> Result<(), String> {
+        self.registered.choose(name, entry, self.per_image_max)
+    }
+
+    fn list(&self, after: &str, max: usize) -> Vec<String> {
+        self.table.list(after, max)
     }
 }
 
@@ -121,7 +164,7 @@ impl NbdHandle {
         all
     }
 
-    /// Connections closed at once because there were too many.
+    /// Connections turned away because there were too many: in all, or of their image.
     pub fn connections_refused(&self) -> u64 {
         self.registry.refused.load(Ordering::Relaxed)
     }
@@ -374,13 +417,17 @@ async fn serve(context: &Context, registered: &Registered, socket: Accepted) -> 
         Err(error) => return End::Socket(error),
     };
     let limits = &context.limits;
-    let handshake = shake_hands(&stream, &*context.table, &registered.control);
+    let table = Admission {
+        table: &*context.table,
+        registered,
+        per_image_max: limits.connections_per_image_max,
+    };
+    let handshake = shake_hands(&stream, &table, &registered.control);
     let (chosen, early) = match tokio::time::timeout(limits.handshake_timeout, handshake).await {
         Ok(Ok(done)) => done,
         Ok(Err(end)) => return end,
         Err(_) => return End::HandshakeTimeout,
     };
-    registered.chose(&chosen.name, &chosen.entry);
     let budget = Budget::new(
         Arc::clone(&context.pool),
         limits.connection_bytes_granted,
