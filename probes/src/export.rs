@@ -28,6 +28,9 @@ const BLOCKS_PER_SHARD_MAX: usize = BLOCKS_PER_WINDOW_MAX / SHARDS;
 /// the window is drained, so that no request holds up its connection.
 const TOUCHES_AT_ONCE_MAX: usize = 1024;
 
+/// Blocks for which a shard keeps room however few were touched.
+const KEPT_BLOCKS_MIN: usize = 512;
+
 /// Ranges noted per window; the touches of further ones are counted as lost.
 const RANGES_MAX: usize = 256;
 
@@ -156,9 +159,15 @@ impl ExportCounter {
         self.window_start_ns
             .store(self.started.elapsed().as_nanos() as u64, Ordering::Relaxed);
         for shard in &self.shards {
+            let mut table = lock(shard);
+            let touched = table.len();
             // `drain` keeps the table's memory for the next window.
-            for (block, counts) in lock(shard).drain() {
+            for (block, counts) in table.drain() {
                 tally.add(block, &counts);
+            }
+            if table.capacity() > KEPT_BLOCKS_MIN.max(4 * touched) {
+                // One scan of a disk must not hold its memory for ever.
+                table.shrink_to(KEPT_BLOCKS_MIN.max(2 * touched));
             }
         }
         for range in lock(&self.ranges).drain(..) {
