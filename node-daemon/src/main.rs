@@ -2,6 +2,7 @@
 
 use std::io::IsTerminal as _;
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use clap::Parser;
 use hearth_node::store::fault::Faults;
@@ -15,7 +16,7 @@ struct Args {
     config: PathBuf,
 }
 
-fn main() -> anyhow::Result<()> {
+fn main() -> ExitCode {
     let args = Args::parse();
     let filter = tracing_subscriber::EnvFilter::try_from_env("HEARTH_LOG").unwrap_or_else(|_| "info".into());
     tracing_subscriber::fmt()
@@ -23,6 +24,14 @@ fn main() -> anyhow::Result<()> {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .init();
-    let config = hearth_node::config::NodeConfig::load(&args.config)?;
-    hearth_node::agent::run(config, Faults::default())
+    // Exit codes as the other commands have them: 2 for what the operator wrote, 1 for everything else.
+    let (code, error) = match hearth_node::config::NodeConfig::load(&args.config) {
+        Err(error) => (2, error.into()),
+        Ok(config) => match hearth_node::agent::run(config, Faults::default()) {
+            Ok(()) => return ExitCode::SUCCESS,
+            Err(error) => (1, error),
+        },
+    };
+    eprintln!("hearth-node: {error:#}");
+    ExitCode::from(code)
 }

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use hearth_tests::digests_agree;
 use hearth_tests::load::Load;
 use xtask::cluster::{Cluster, ClusterSpec};
 use xtask::wait;
@@ -66,22 +67,6 @@ fn wait_for_requests(load: &mut Load, more: u64) -> Result<()> {
     })
 }
 
-/// The scheduler's state and a replay from nothing agree, at the position that the scheduler has reached.
-fn check_log(cluster: &Cluster) -> Result<()> {
-    let hearth = cluster.hearth();
-    hearth.text(&["log", "verify"])?;
-    let view = hearth.json(&["status"])?;
-    let (seq, digest) = (view["seq"].as_u64().context("no position")?, &view["digest"]);
-    let replayed = hearth.json(&["replay", "--at", &seq.to_string()])?;
-    ensure!(
-        &replayed["state_digest"] == digest,
-        "at {seq} the scheduler has {digest}, a replay {}",
-        replayed["state_digest"]
-    );
-    ensure!(replayed["differences"] == 0, "decisions or digests differ: {replayed}");
-    Ok(())
-}
-
 #[test]
 fn every_part_may_crash_in_any_order_under_load() -> Result<()> {
     let Some(mut cluster) = start()? else { return Ok(()) };
@@ -100,7 +85,7 @@ fn every_part_may_crash_in_any_order_under_load() -> Result<()> {
             .with_context(|| format!("after crashes in the order {order:?}"))?;
         wait_for_requests(&mut load, 100).with_context(|| format!("after crashes in the order {order:?}"))?;
     }
-    check_log(&cluster)?;
+    digests_agree(&cluster)?;
     load.stop()?;
     Ok(())
 }
@@ -128,7 +113,7 @@ fn a_scheduler_with_an_empty_directory_refills_to_the_same_state() -> Result<()>
         "at {seq} it was {digest}, refilled it is {}",
         again["state_digest"]
     );
-    check_log(&cluster)?;
+    digests_agree(&cluster)?;
     load.stop()?;
     Ok(())
 }
