@@ -88,6 +88,10 @@ impl Terms {
             let text = format!("flags {:#x} do not go with command {}", request.flags, request.command);
             return Err(Failure::new(Errno::Inval, text));
         }
+        if request.command == command::WRITE && request.payload_length != request.length {
+            // Extended headers without the payload flag: what follows is the next request, not data.
+            return Err(Failure::new(Errno::Inval, "a write without its payload"));
+        }
         if is_write && self.read_only {
             return Err(Failure::new(Errno::Perm, "the export is read-only"));
         }
@@ -376,6 +380,13 @@ mod tests {
             (request(BLOCK_STATUS, REQ_ONE, 0, END), None),
             (request(BLOCK_STATUS, 0, 0, 0), Some(Errno::Inval)),
             (request(8, 0, 0, 0), Some(Errno::Inval)),
+            (
+                Request {
+                    payload_length: 0,
+                    ..request(WRITE, 0, 0, 512)
+                },
+                Some(Errno::Inval),
+            ),
         ];
         for (request, expected) in cases {
             let found = terms().check(&request).err().map(|failure| failure.errno);
