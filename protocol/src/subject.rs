@@ -20,6 +20,12 @@ pub fn image(id: ImageId, publisher: &Publisher) -> String {
     format!("hearth.log.image.{id}.{}", publisher.token())
 }
 
+/// The image whose history a subject belongs to, if it belongs to one's.
+pub fn image_of(subject: &str) -> Option<ImageId> {
+    let (image, _) = subject.strip_prefix("hearth.log.image.")?.split_once('.')?;
+    image.parse().ok()
+}
+
 /// All publishers' events of one image: the filter of its compare-and-publish.
 pub fn image_all(id: ImageId) -> String {
     format!("hearth.log.image.{id}.*")

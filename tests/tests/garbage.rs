@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use hearth_protocol::{ImageId, LayerId, Publisher, subject};
 use hearth_tests::digests_agree;
 use hearth_tests::load::Load;
@@ -173,8 +173,17 @@ fn garbage_on_every_subject_changes_nothing() -> Result<()> {
         load.check()?;
         Ok((load.done() > done + 50).then_some(()))
     })?;
-    // Everything that came before a change that counts has been read when the change is seen.
-    hearth.text(&["image", "snapshot", &format!("{IMAGE}@after")])?;
+    // Until the node has read what came before, somebody else was faster; then a change counts as ever.
+    wait::until("a snapshot", WITHIN, || {
+        let output = hearth
+            .command(&["image", "snapshot", &format!("{IMAGE}@after")])
+            .output()?;
+        match output.status.code() {
+            Some(0) => Ok(Some(())),
+            Some(6) => Ok(None),
+            _ => bail!("{}: {}", output.status, String::from_utf8_lossy(&output.stderr)),
+        }
+    })?;
     cluster.wait_ready()?;
     digests_agree(&cluster)?;
     let after = hearth.json(&["image", "list"])?;

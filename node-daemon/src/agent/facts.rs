@@ -10,7 +10,7 @@ use hearth_protocol::event::ImageCreated;
 use hearth_protocol::validity::{Validity, Verdict};
 use hearth_protocol::{
     Command, CommandId, Envelope, Event, ImageId, ImageName, Incarnation, LayerId, NodeId, Publisher, Seq,
-    SnapshotName, TickNo,
+    SnapshotName, TickNo, subject,
 };
 
 /// Verdicts remembered for requests that wait for their own event; a request waits for one at a time.
@@ -38,6 +38,7 @@ pub struct ClusterFacts {
     seen: BTreeMap<(Publisher, Incarnation), u64>,
     images: BTreeMap<ImageId, ImageFacts>,
     aggregates: BTreeMap<ImageId, Seq>,
+    tails: BTreeMap<ImageId, Seq>,
     holders: BTreeMap<LayerId, BTreeSet<NodeId>>,
     addresses: BTreeMap<NodeId, String>,
     verdicts: VecDeque<(Seq, Verdict)>,
@@ -46,6 +47,15 @@ pub struct ClusterFacts {
 }
 
 impl ClusterFacts {
+    /// Notes where a message stands, whatever it says: the server compares with the last message of an aggregate, and
+    /// counts repeats and garbage among them.
+    pub fn saw(&mut self, seq: Seq, subject: &str) {
+        let image = subject::image_of(subject);
+        if let Some(image) = image {
+            self.tails.insert(image, seq);
+        }
+    }
+
     /// Folds the next message. `own` is this node.
     pub fn apply(&mut self, own: &NodeId, seq: Seq, envelope: &Envelope, event: &Event) {
         self.seq = seq;
@@ -199,6 +209,11 @@ impl ClusterFacts {
     /// All images, ascending by id.
     pub fn images(&self) -> impl Iterator<Item = (ImageId, &ImageFacts)> {
         self.images.iter().map(|(id, facts)| (*id, facts))
+    }
+
+    /// The last message of an image's aggregate, the expectation of the next compare-and-publish; 0 if there is none.
+    pub fn tail(&self, id: ImageId) -> Seq {
+        self.tails.get(&id).copied().unwrap_or_default()
     }
 
     /// The last event of an image's aggregate; 0 if there is none.

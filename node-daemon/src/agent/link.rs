@@ -143,6 +143,7 @@ impl Link {
         {
             let mut facts = self.facts.write().expect("facts lock");
             for message in &fetched {
+                facts.saw(message.seq, &message.subject);
                 match message.decode() {
                     Ok(decoded) => {
                         batch.places |= is_about_places(&decoded.event);
@@ -196,7 +197,7 @@ impl Link {
     /// `Conflict` when someone else was first or the event is void; `Timeout` when its fate is not known in time.
     pub async fn publish_image(&self, image: ImageId, event: &Event) -> Result<Seq, Failure> {
         self.ready()?;
-        let expected = self.facts().aggregate(image);
+        let expected = self.facts().tail(image);
         let subject = subject::image(image, self.publisher.publisher());
         let seq = self
             .publisher
