@@ -1,9 +1,9 @@
 //! Crowds, hoarders and flooders: what they can make the server spend is bounded, and another image is served as fast
 //! as before.
 //!
-//! The figures are printed. `HEARTH_STRICT_P99=1` holds the other image's p99 to 1.5 times the undisturbed one, pair
-//! by pair in the median of 20 pairs (for a quiet machine); without it the bound is 4 times in 6 pairs, so that a busy
-//! machine does not fail the test for others' load.
+//! The figures are printed. `HEARTH_STRICT_P99=1` holds the other image's p99 to 1.5 times the undisturbed one in the
+//! median of 20 pairs (for a quiet machine). Without it one of 6 pairs must show that: a busy machine disturbs single
+//! pairs, a server that lets the attacker through disturbs them all.
 
 mod nbd_support;
 
@@ -107,6 +107,14 @@ fn ten_thousand_half_open_connections_keep_nobody_out() {
             reads(&mut Raw::transmitting(&served.socket, OTHER));
         }
     }
+    // The last of them may still stand in the listener's queue.
+    while served.handle.connections_refused() < (CROWD - limit) as u64 {
+        assert!(
+            start.elapsed() < Duration::from_secs(60),
+            "the server stopped accepting"
+        );
+        reads(&mut guest);
+    }
     let grown = resident().saturating_sub(before);
     let held = served.handle.connections().len();
     println!(
@@ -116,7 +124,6 @@ fn ten_thousand_half_open_connections_keep_nobody_out() {
         grown >> 10
     );
     assert!(held <= limit, "{held} connections");
-    assert!(served.handle.connections_refused() >= (CROWD - limit) as u64);
     assert!(grown < 64 * MIB, "memory grew by {} MiB", grown / MIB);
     reads(&mut guest);
     drop(crowd);
@@ -178,6 +185,28 @@ fn one_image_takes_its_share_of_connections_and_says_so() {
         let (inside, _) = crowd_in(&served.socket, 20);
         CONNECTIONS_UNCOUNTED.store(false, Ordering::SeqCst);
         assert_eq!(inside.len(), 20, "without the count the test must notice");
+    }
+}
+
+#[test]
+fn a_request_over_the_payload_limit_is_refused_before_memory_is_spent() {
+    let _alone = alone();
+    let served = Served::with(two(), NbdLimits::default());
+    let mut raw = Raw::transmitting(&served.socket, HIT);
+    let oversize = proto::PAYLOAD_BYTES_MAX + 4_096;
+    raw.request(command::READ, 0, 7, 0, oversize);
+    raw.refused(7, proto::Errno::Inval);
+    reads(&mut raw);
+
+    #[cfg(feature = "mutants")]
+    {
+        use hearth_node::export::nbd::mutants::OVERSIZE_TAKEN;
+        OVERSIZE_TAKEN.store(true, Ordering::SeqCst);
+        raw.request(command::READ, 0, 8, 0, oversize);
+        let reply = raw.receive(16);
+        OVERSIZE_TAKEN.store(false, Ordering::SeqCst);
+        let refused = reply.is_some_and(|head| be32(&head, 4) == proto::Errno::Inval as u32);
+        assert!(!refused, "without the check the test must notice");
     }
 }
 
@@ -314,7 +343,7 @@ fn another_image_is_as_fast_during_the_attack() {
         return;
     }
     let strict = std::env::var("HEARTH_STRICT_P99").as_deref() == Ok("1");
-    let (pairs, most) = if strict { (20, 1.5) } else { (6, 4.0) };
+    let pairs = if strict { 20 } else { 6 };
     let table = two();
     (0..table.0.blocks()).for_each(|block| table.0.set_in_ram(block, block % 2 == 0));
     let served = Served::with(table, NbdLimits::default());
@@ -377,9 +406,10 @@ fn another_image_is_as_fast_during_the_attack() {
             ratios[0],
             ratios[pairs - 1]
         );
+        let judged = if strict { median } else { ratios[0] };
         assert!(
-            median <= most,
-            "{name}: the other image's p99 is {median:.2} times the undisturbed one"
+            judged <= 1.5,
+            "{name}: the other image's p99 is {judged:.2} times the undisturbed one"
         );
     }
 }

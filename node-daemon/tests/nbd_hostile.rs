@@ -273,12 +273,11 @@ fn slow_handshakes_and_crowds_are_turned_away() {
     let served = limited(memory(), limits);
     let start = Instant::now();
     let mut idle: Vec<Raw> = (0..4).map(|_| Raw::greeted(&served.socket)).collect();
-    let mut fifth = Raw {
-        socket: UnixStream::connect(&served.socket).unwrap(),
-    };
-    assert!(fifth.receive(1).is_none(), "the fifth connection is closed at once");
+    // Who comes while all places are taken by dawdlers gets that of the oldest.
+    serves(&served);
     assert_eq!(served.handle.connections_refused(), 1);
-    idle[0].send(&3_u32.to_be_bytes());
+    idle[0].hung_up();
+    idle[1].send(&3_u32.to_be_bytes());
     for raw in &mut idle {
         raw.hung_up();
     }
@@ -288,7 +287,17 @@ fn slow_handshakes_and_crowds_are_turned_away() {
         places_free = served.handle.connections().is_empty();
         std::thread::yield_now();
     }
-    serves(&served);
+    // Nobody in transmission is turned out for a newcomer.
+    let mut guests: Vec<Raw> = (0..4).map(|_| Raw::transmitting(&served.socket, EXPORT)).collect();
+    let mut fifth = Raw {
+        socket: UnixStream::connect(&served.socket).unwrap(),
+    };
+    assert!(fifth.receive(1).is_none(), "the fifth connection is closed at once");
+    assert_eq!(served.handle.connections_refused(), 2);
+    for guest in &mut guests {
+        guest.request(command::READ, 0, 1, 0, 512);
+        assert_eq!(guest.simple_reply(), (1, 0));
+    }
 }
 
 #[test]

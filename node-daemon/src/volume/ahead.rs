@@ -21,6 +21,9 @@ const QUEUE: usize = 64;
 /// Bytes read below with one request.
 const RUN_BYTES_MAX: u64 = 1 << 20;
 
+/// The same in units, which have 4,096 bytes or more.
+const RUN_UNITS_MAX: usize = (RUN_BYTES_MAX / 4096) as usize;
+
 struct Job {
     volume: Weak<Volume>,
     first: u32,
@@ -136,8 +139,9 @@ impl Volume {
             static RUN: std::cell::RefCell<AlignedBuf> = std::cell::RefCell::default();
         }
         let most = count.min((RUN_BYTES_MAX / self.unit_bytes()) as u32);
-        let mut leads = Vec::with_capacity(most as usize);
-        let mut bytes = 0;
+        // A lead and a token per unit, on the stack of this call.
+        let mut leads = [const { None }; RUN_UNITS_MAX];
+        let (mut led, mut bytes) = (0, 0);
         for next in unit..unit + most {
             if stack.find(self.block_of(next), 0) != found || self.tier.region(handle, next).is_some() {
                 break;
@@ -145,20 +149,23 @@ impl Volume {
             let Some(lead) = self.tier.try_lead(handle, next) else {
                 break;
             };
-            leads.push((lead, self.tier.begin_fill(handle, next)));
+            leads[led] = Some((lead, self.tier.begin_fill(handle, next)));
+            led += 1;
             bytes += self.unit_len(next);
         }
-        if leads.is_empty() {
+        if led == 0 {
             return Ok(0);
         }
         with_buffer(&RUN, bytes, |buf| {
             stack.read_from(found, u64::from(unit) * self.unit_bytes(), buf, &*self.remote)?;
-            for (i, part) in buf.chunks(self.unit_bytes() as usize).enumerate() {
-                self.tier.fill_ahead(handle, unit + i as u32, leads[i].1, part);
+            for ((i, part), lead) in buf.chunks(self.unit_bytes() as usize).enumerate().zip(&leads) {
+                if let Some((_, token)) = lead {
+                    self.tier.fill_ahead(handle, unit + i as u32, *token, part);
+                }
             }
             Ok::<(), DiskError>(())
         })?;
-        add(&self.stats.prefetched, leads.len() as u64);
-        Ok(leads.len() as u32)
+        add(&self.stats.prefetched, led as u64);
+        Ok(led as u32)
     }
 }

@@ -32,6 +32,10 @@ enum Segment {
         start: usize,
         end: usize,
     },
+    Whole {
+        buffer: Buffer,
+        start: usize,
+    },
     Owned {
         bytes: Vec<u8>,
         start: usize,
@@ -45,6 +49,7 @@ impl Segment {
         match self {
             Segment::Arena { start, end } => &arena[*start..*end],
             Segment::Shared { buffer, start, end } => &buffer[*start..*end],
+            Segment::Whole { buffer, start } => &buffer[*start..],
             Segment::Owned { bytes, start } => &bytes[*start..],
             Segment::Release(_) => &[],
         }
@@ -52,9 +57,10 @@ impl Segment {
 
     fn skip(&mut self, sent: usize) {
         match self {
-            Segment::Arena { start, .. } | Segment::Shared { start, .. } | Segment::Owned { start, .. } => {
-                *start += sent;
-            }
+            Segment::Arena { start, .. }
+            | Segment::Shared { start, .. }
+            | Segment::Whole { start, .. }
+            | Segment::Owned { start, .. } => *start += sent,
             Segment::Release(_) => {}
         }
     }
@@ -123,13 +129,8 @@ impl Output {
             Outcome::Done => self.head(&proto::simple_reply(0, cookie)),
             Outcome::Failed(failure) => self.failure(framing, request, &failure),
             Outcome::Data(buffer) => {
-                let end = buffer.len();
-                self.head(&proto::read_header(framing, cookie, offset, end as u64));
-                self.segments.push_back(Segment::Shared {
-                    buffer: Arc::new(buffer),
-                    start: 0,
-                    end,
-                });
+                self.head(&proto::read_header(framing, cookie, offset, buffer.len() as u64));
+                self.segments.push_back(Segment::Whole { buffer, start: 0 });
             }
             Outcome::Pieces(buffer, pieces) => self.pieces(framing, request, buffer, &pieces),
             Outcome::Status(contexts) => {
