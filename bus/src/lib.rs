@@ -32,6 +32,14 @@ pub use memory::MemoryCluster;
 pub use nats::NatsOptions;
 pub use publisher::{LogPublisher, new_incarnation, wall_now};
 
+/// Checks that a text names NATS servers, without asking whether they are there.
+///
+/// # Errors
+/// [`BusError::Address`].
+pub fn check_address(url: &str) -> Result<(), BusError> {
+    nats::servers(url).map(drop)
+}
+
 use arm::{Arm, Outgoing};
 
 /// Longest frame of the log, in bytes: the server's limit counts the headers too, which stay under 4 KiB.

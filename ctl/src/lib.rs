@@ -26,10 +26,36 @@ pub fn command() -> clap::Command {
     cli::Cli::command()
 }
 
+/// Longest argument that an error repeats, in characters.
+const SHOWN_CHARS_MAX: usize = 100;
+
+/// Ends with clap's words, in which arguments that nobody wants to read again are cut.
+fn usage(error: &clap::Error) -> ! {
+    let arguments: Vec<String> = std::env::args_os().map(|a| a.to_string_lossy().into_owned()).collect();
+    let cut = |text: &str| {
+        text.chars()
+            .take(SHOWN_CHARS_MAX)
+            .chain("…".chars())
+            .collect::<String>()
+    };
+    let long: Vec<_> = arguments
+        .iter()
+        .filter(|a| a.chars().count() > SHOWN_CHARS_MAX)
+        .collect();
+    if long.is_empty() || !error.use_stderr() {
+        error.exit();
+    }
+    let text = long.iter().fold(error.to_string(), |text, argument| {
+        text.replace(argument.as_str(), &cut(argument))
+    });
+    eprint!("{text}");
+    std::process::exit(error.exit_code());
+}
+
 /// Reads the command line, does what it says, and reports.
 pub fn main() -> ExitCode {
     // Usage errors leave here with exit code 2, help and version with 0.
-    let cli = cli::Cli::parse();
+    let cli = cli::Cli::try_parse().unwrap_or_else(|error| usage(&error));
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()

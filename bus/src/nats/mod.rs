@@ -93,15 +93,7 @@ impl NatsArm {
             url: options.url.clone(),
             reason,
         };
-        let servers = options
-            .url
-            .split(',')
-            .map(|url| url.trim().parse::<ServerAddr>())
-            .collect::<Result<Vec<_>, _>>()
-            .map_err(|error| BusError::Address {
-                url: options.url.clone(),
-                reason: error.to_string(),
-            })?;
+        let servers = servers(&options.url)?;
         let mut connect = ConnectOptions::new()
             .name(&options.name)
             .max_reconnects(None)
@@ -306,6 +298,17 @@ impl Parts {
 }
 
 /// A transient failure with the client's words.
+/// The servers of a URL, several separated by commas.
+pub(crate) fn servers(url: &str) -> Result<Vec<ServerAddr>, BusError> {
+    url.split(',')
+        .map(|url| url.trim().parse())
+        .collect::<Result<_, _>>()
+        .map_err(|error: std::io::Error| BusError::Address {
+            url: url.to_owned(),
+            reason: error.to_string(),
+        })
+}
+
 fn unavailable(what: &'static str, reason: impl std::fmt::Display) -> BusError {
     BusError::Unavailable {
         what,

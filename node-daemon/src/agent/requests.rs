@@ -21,6 +21,9 @@ use crate::volume::map_of;
 /// Runs of a map in one answer, so that it fits a message.
 const MAP_RUNS_MAX: usize = 4_096;
 
+/// Longest path, in bytes (`PATH_MAX` without its final zero).
+const PATH_BYTES_MAX: usize = 4_095;
+
 /// What a request can reach. Cheap to clone.
 #[derive(Clone)]
 pub struct Requests {
@@ -148,6 +151,16 @@ impl Requests {
 
     fn import(self, name: ImageName, path: String, block_size: ByteLen) -> Answer<NodeReply> {
         self.name_is_free(&name)?;
+        if path.len() > PATH_BYTES_MAX {
+            return Err(Failure::new(
+                FailureKind::Usage,
+                format!(
+                    "a path of {} bytes is no path: the system takes {PATH_BYTES_MAX}",
+                    path.len()
+                ),
+                "",
+            ));
+        }
         if !Path::new(&path).is_absolute() {
             return Err(Failure::new(
                 FailureKind::Usage,

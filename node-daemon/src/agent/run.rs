@@ -43,6 +43,8 @@ const RESUME_AGAIN: Duration = Duration::from_secs(2);
 /// # Errors
 /// What kept it from starting, with what to do.
 pub fn run(config: NodeConfig, faults: Faults) -> anyhow::Result<()> {
+    // A server that is away comes back; an address that is none never will.
+    hearth_bus::check_address(&config.nats)?;
     let fdstore = match &config.fd_holder {
         Some(socket) => Some(Arc::new(FdStore::connect(socket)?)),
         None => None,
@@ -93,6 +95,7 @@ async fn serve(node: Arc<Node>, listeners: Vec<Listener>) -> anyhow::Result<()> 
     let stop = Arc::new(Notify::new());
     let limits = NbdLimits {
         workers_max: node.config.io_threads,
+        workers_per_connection_max: (node.config.io_threads * 3 / 4).max(1),
         ..NbdLimits::default()
     };
     let mut nbd = {
