@@ -84,7 +84,8 @@ fn exchange(raw: &mut Raw, requests: &[u8], replies: &mut [u8], rounds: usize) {
 #[test]
 fn ram_hits_and_writes_allocate_nothing() {
     const DEPTH: u64 = 16;
-    const ROUNDS: usize = 500;
+    const ROUNDS: usize = 200;
+    const PASSES: usize = 6;
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     let node = Node::new();
     let volume = node.attach(NAME, 8 * MIB);
@@ -126,15 +127,15 @@ fn ram_hits_and_writes_allocate_nothing() {
         let requests = batch(command, flags, length, stride);
         let mut replies = vec![0; (16 + data) * DEPTH as usize];
         let rounds = if flags == 0 { ROUNDS } else { ROUNDS / 20 };
-        // Threads start, queues and tables grow to their size.
-        exchange(&mut raw, &requests, &mut replies, rounds);
-        let before = ALLOCATIONS.load(Ordering::SeqCst);
-        exchange(&mut raw, &requests, &mut replies, rounds);
-        let allocated = ALLOCATIONS.load(Ordering::SeqCst) - before;
-        let ios = rounds as u64 * DEPTH;
-        println!("{name}: {allocated} allocations in {ios} requests");
-        // A queue may still grow once for a burst it had not seen; an allocation per request would be thousands.
-        assert!(allocated <= 8, "{name}: {allocated} allocations in {ios} requests");
+        // Threads start as work demands, queues and tables grow to their size: the quietest pass is the steady state.
+        let least = (0..PASSES).map(|_| {
+            let before = ALLOCATIONS.load(Ordering::SeqCst);
+            exchange(&mut raw, &requests, &mut replies, rounds);
+            ALLOCATIONS.load(Ordering::SeqCst) - before
+        });
+        let least = least.min().expect("there are passes");
+        println!("{name}: {least} allocations in {} requests", rounds as u64 * DEPTH);
+        assert_eq!(least, 0, "{name}");
     }
 }
 
