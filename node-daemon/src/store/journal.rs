@@ -170,7 +170,8 @@ impl Journal {
     }
 }
 
-/// Reads the records that count off a journal's bytes, in order; see [`Journal::replay`].
+/// Reads the records that count off a journal's bytes, in order. The second value is how many intact block records did
+/// not count.
 pub fn records(bytes: &[u8], generation: u32, trust: Trust) -> (Vec<Record>, usize) {
     let mut blocks = Vec::new();
     let mut committed = 0;
