@@ -82,4 +82,10 @@ switches! {
     POWER_LOSS_UNSEEN, "power-loss-unseen";
     /// Bytes of writes that a power loss undid stay in the data file.
     UNSCRUBBED, "unscrubbed";
+    /// NBD requests over the payload limit are carried out.
+    OVERSIZE_TAKEN, "oversize-taken";
+    /// NBD connections are taken however many there are, of one image and in all.
+    CONNECTIONS_UNCOUNTED, "connections-uncounted";
+    /// NBD replies and payloads are held whatever memory they take.
+    MEMORY_UNCOUNTED, "memory-uncounted";
 }

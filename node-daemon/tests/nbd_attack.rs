@@ -180,10 +180,10 @@ fn one_image_takes_its_share_of_connections_and_says_so() {
 
     #[cfg(feature = "mutants")]
     {
-        use hearth_node::export::nbd::mutants::CONNECTIONS_UNCOUNTED;
-        CONNECTIONS_UNCOUNTED.store(true, Ordering::SeqCst);
+        use hearth_node::mutants::CONNECTIONS_UNCOUNTED;
+        CONNECTIONS_UNCOUNTED.set(true);
         let (inside, _) = crowd_in(&served.socket, 20);
-        CONNECTIONS_UNCOUNTED.store(false, Ordering::SeqCst);
+        CONNECTIONS_UNCOUNTED.set(false);
         assert_eq!(inside.len(), 20, "without the count the test must notice");
     }
 }
@@ -200,11 +200,11 @@ fn a_request_over_the_payload_limit_is_refused_before_memory_is_spent() {
 
     #[cfg(feature = "mutants")]
     {
-        use hearth_node::export::nbd::mutants::OVERSIZE_TAKEN;
-        OVERSIZE_TAKEN.store(true, Ordering::SeqCst);
+        use hearth_node::mutants::OVERSIZE_TAKEN;
+        OVERSIZE_TAKEN.set(true);
         raw.request(command::READ, 0, 8, 0, oversize);
         let reply = raw.receive(16);
-        OVERSIZE_TAKEN.store(false, Ordering::SeqCst);
+        OVERSIZE_TAKEN.set(false);
         let refused = reply.is_some_and(|head| be32(&head, 4) == proto::Errno::Inval as u32);
         assert!(!refused, "without the check the test must notice");
     }
@@ -277,10 +277,10 @@ fn clients_that_never_read_hold_no_more_than_their_budget() {
 
     #[cfg(feature = "mutants")]
     {
-        use hearth_node::export::nbd::mutants::MEMORY_UNCOUNTED;
-        MEMORY_UNCOUNTED.store(true, Ordering::SeqCst);
+        use hearth_node::mutants::MEMORY_UNCOUNTED;
+        MEMORY_UNCOUNTED.set(true);
         let grown = grown_by_hoarders(&table);
-        MEMORY_UNCOUNTED.store(false, Ordering::SeqCst);
+        MEMORY_UNCOUNTED.set(false);
         assert!(grown >= bound, "without the budget the test must notice: {grown}");
     }
 }

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use tokio::sync::Notify;
 
-use super::mutants;
+use crate::mutants;
 
 /// Alignment of every buffer: a direct-I/O file's largest usual logical block.
 pub const ALIGNMENT_BYTES: usize = 4_096;
@@ -178,7 +178,7 @@ impl Budget {
     /// whatever the size, as soon as the shared part has room.
     pub fn reserve(&mut self, bytes: usize) -> bool {
         let held = self.held + bytes;
-        if mutants::MEMORY_UNCOUNTED.load(Ordering::Relaxed) {
+        if mutants::MEMORY_UNCOUNTED.is_on() {
             self.pool
                 .shared_bytes
                 .fetch_add(self.shared(held) - self.shared(self.held), Ordering::AcqRel);

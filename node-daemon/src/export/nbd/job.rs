@@ -1,12 +1,11 @@
 //! What a request does to a disk: checks before it is admitted, and the blocking call itself.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use super::buffer::Buffer;
-use super::mutants;
 use super::proto::{Errno, Head, PAYLOAD_BYTES_MAX, Request, command, command_flag};
 use crate::disk::{Disk, DiskError, Extent, ExtentKind};
+use crate::mutants;
 
 /// Reads shorter than this are not searched for holes: copying them costs less than asking.
 const SPARSE_READ_BYTES_MIN: usize = 64 << 10;
@@ -118,7 +117,7 @@ impl Terms {
         }
         let moves_data = matches!(request.command, command::READ | command::WRITE);
         let oversize = moves_data && request.length > PAYLOAD_BYTES_MAX.into();
-        if oversize && !mutants::OVERSIZE_TAKEN.load(Ordering::Relaxed) {
+        if oversize && !mutants::OVERSIZE_TAKEN.is_on() {
             return Err(Failure::new(
                 Errno::Inval,
                 format!("the limit is {PAYLOAD_BYTES_MAX} bytes in one request"),

@@ -10,7 +10,6 @@
 //! | [`buffer`], [`limits`] | memory, and every bound on what a client can make the daemon spend |
 //! | [`output`], [`connection`], [`stream`], [`server`] | sockets and the tasks that serve them |
 //! | [`memory`] | a disk in memory for measurements and tests |
-//! | [`mutants`] | switches with which tests show that they would notice a bound gone |
 //!
 //! Fixed newstyle only. TLS is not served, so nothing but unix sockets and loopback addresses is.
 //! `CAN_MULTI_CONN` is announced because it is true: all connections use one [`Disk`], and its flush covers every
@@ -22,7 +21,6 @@ pub mod handshake;
 pub mod job;
 pub mod limits;
 pub mod memory;
-pub mod mutants;
 pub mod name;
 pub mod output;
 pub mod proto;

@@ -19,10 +19,10 @@ use tokio::task::JoinSet;
 use super::buffer::{Budget, BufferPool};
 use super::connection::{Connection, Control, End, shake_hands};
 use super::limits::NbdLimits;
-use super::mutants;
 use super::stream::{Accepted, Listener};
 use super::workers::Workers;
 use super::{ExportEntry, ExportTable, NbdError};
+use crate::mutants;
 
 /// A connection as an operator sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,7 +68,7 @@ impl Registered {
     /// nobody out: the one that has dawdled longest goes.
     fn new(registry: &Arc<Registry>, connections_max: usize) -> Option<Self> {
         let mut connections = registry.lock();
-        if connections.len() >= connections_max && !mutants::CONNECTIONS_UNCOUNTED.load(Ordering::Relaxed) {
+        if connections.len() >= connections_max && !mutants::CONNECTIONS_UNCOUNTED.is_on() {
             registry.refused.fetch_add(1, Ordering::Relaxed);
             let dawdlers = connections.iter().filter(|(_, held)| held.info.image.is_none());
             let oldest = dawdlers.map(|(id, _)| *id).min()?;
@@ -105,7 +105,7 @@ impl Registered {
         let uses = |held: &&Held| held.info.image == Some(image) && !held.is_view;
         if !entry.read_only
             && connections.values().filter(uses).count() >= per_image_max
-            && !mutants::CONNECTIONS_UNCOUNTED.load(Ordering::Relaxed)
+            && !mutants::CONNECTIONS_UNCOUNTED.is_on()
         {
             self.registry.refused.fetch_add(1, Ordering::Relaxed);
             return Err(format!(
