@@ -141,6 +141,38 @@ impl Bus {
         self.arm.acked(durable).await
     }
 
+    /// Puts a message back at the very place it had in the log's stream, which must end right before it. Only for an
+    /// operator's recovery of a stream that lost its end.
+    ///
+    /// # Errors
+    /// [`PublishError::Conflict`] when the stream ends elsewhere, else as for a publish.
+    pub async fn put_back(&self, message: &Fetched) -> Result<(), PublishError> {
+        let before = Seq(message.seq.0 - 1);
+        let conflict = |found: String| PublishError::Conflict {
+            filter: subject::LOG_ALL.into(),
+            expected: before,
+            description: found,
+        };
+        let out = Outgoing {
+            subject: message.subject.clone(),
+            frame: message.frame.clone(),
+            message_id: message
+                .message_id
+                .clone()
+                .unwrap_or_else(|| format!("put-back.{}", message.seq)),
+            expect: Some((subject::LOG_ALL.into(), before)),
+        };
+        match self.publish_frame(out).await {
+            Ok(seq) if seq == message.seq => Ok(()),
+            Ok(seq) => Err(conflict(format!("the stream has it at {seq} already"))),
+            // Its answer may have been lost and the message be there.
+            Err(error) => match self.get(message.seq).await {
+                Ok(Some(there)) if there.subject == message.subject && there.frame == message.frame => Ok(()),
+                _ => Err(error),
+            },
+        }
+    }
+
     /// Reads heat reports in order of arrival, from the oldest kept.
     pub fn heat_reader(&self) -> Reader {
         self.arm.reader(arm::ReaderSpec {

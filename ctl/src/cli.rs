@@ -474,8 +474,19 @@ pub enum Log {
     },
     /// Checks contiguity and the hash chain, and derives every decision and digest again
     Verify {
+        /// Holds it against what a node has seen (the file log-witness.json in its store); repeat for several
+        #[arg(long, value_name = "FILE")]
+        witness: Vec<PathBuf>,
         #[command(flatten)]
         from: From,
+    },
+    /// Puts back what the stream lost at its end, from a scheduler's event log, and writes that down in the log
+    Recover {
+        /// The scheduler's event log in this folder
+        #[arg(long, value_name = "DIR")]
+        log_dir: PathBuf,
+        #[command(flatten)]
+        change: Change,
     },
 }
 

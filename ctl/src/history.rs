@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::time::Duration;
 
 use hearth_bus::{BusError, Fetched};
-use hearth_protocol::chain::{self, Hash};
+use hearth_protocol::chain::Hash;
 use hearth_protocol::rpc::{Failure, FailureKind};
 use hearth_protocol::{DecodeError, Message, Seq};
 use hearth_scheduler::log::{EventLog, LogError, RocksLog};
@@ -36,9 +36,12 @@ pub struct Logged {
     pub message: Message,
     /// The chain value the folder keeps for it.
     pub chain: Option<Hash>,
+    /// The scheduler dropped what it says: heat older than it keeps.
+    pub thinned: bool,
 }
 
-fn log_failure(error: &LogError) -> Failure {
+/// A failure of a scheduler's log, with what to do.
+pub fn log_failure(error: &LogError) -> Failure {
     let hint = match error {
         LogError::Directory { .. } => "name the scheduler's --dir, the folder with the file CURRENT in it",
         LogError::Damaged { .. } => "`hearth log verify` without --log-dir checks the stream",
@@ -78,6 +81,7 @@ pub fn logged(fetched: &Fetched) -> Outcome<Logged> {
         seq: fetched.seq,
         message,
         chain: None,
+        thinned: false,
     })
 }
 
@@ -116,6 +120,18 @@ impl History {
     /// Exit code 4.
     pub async fn check_whole(&self) -> Outcome<Seq> {
         let (first, last) = self.bounds().await?;
+        if let Self::Folder(log) = self {
+            let thinned = log.thinned().map_err(|e| log_failure(&e))?;
+            if thinned > Seq(0) {
+                return Err(Failure::new(
+                    FailureKind::NotSupported,
+                    format!(
+                        "heat up to #{thinned} was thinned in this log, so its state cannot be folded from nothing"
+                    ),
+                    "read the stream, which holds it all: leave --log-dir out",
+                ));
+            }
+        }
         if first > Seq(1) && last >= first {
             return Err(Failure::new(
                 FailureKind::NotSupported,
@@ -142,6 +158,7 @@ impl History {
                     seq: r.seq,
                     message: r.message,
                     chain: Some(r.chain),
+                    thinned: r.thinned.is_some(),
                 }))
             }
         }
@@ -163,6 +180,7 @@ impl History {
                         seq,
                         message: record.message,
                         chain: Some(record.chain),
+                        thinned: record.thinned.is_some(),
                     });
                     next.is_continue() && seq < last
                 });
@@ -212,42 +230,5 @@ impl History {
                 Ok(())
             }
         }
-    }
-}
-
-/// The chain over a log, computed from its bytes.
-#[derive(Debug, Clone)]
-pub struct Chain {
-    value: Hash,
-    /// The first position whose kept value is another one.
-    pub broken: Option<Seq>,
-}
-
-impl Chain {
-    /// Before the first message.
-    pub fn new() -> Self {
-        Self {
-            value: chain::GENESIS,
-            broken: None,
-        }
-    }
-
-    /// Takes the next message.
-    pub fn push(&mut self, logged: &Logged) {
-        let message = &logged.message;
-        self.value = chain::link(
-            &self.value,
-            logged.seq,
-            &chain::part(&message.envelope),
-            &chain::part(&message.payload),
-        );
-        if self.broken.is_none() && logged.chain.is_some_and(|kept| kept != self.value) {
-            self.broken = Some(logged.seq);
-        }
-    }
-
-    /// The value, hexadecimal.
-    pub fn hex(&self) -> String {
-        chain::hex(&self.value)
     }
 }

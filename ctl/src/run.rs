@@ -10,9 +10,11 @@ mod meta;
 mod node;
 mod plan;
 mod policy;
+mod recover;
 mod replay;
 mod status;
 mod top;
+mod verify;
 mod watch;
 mod why;
 

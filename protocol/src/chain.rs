@@ -3,6 +3,8 @@
 //! `chain_n = blake3(chain_{n-1} ‖ seq ‖ blake3(envelope) ‖ blake3(payload))`. A payload can be replaced by its hash
 //! and the chain still verifies.
 
+use serde::{Deserialize, Serialize};
+
 use crate::units::Seq;
 
 /// 32 bytes of blake3.
@@ -30,4 +32,22 @@ pub fn link(previous: &Hash, seq: Seq, envelope: &Hash, payload: &Hash) -> Hash 
 /// A hash as 64 hexadecimal digits.
 pub fn hex(hash: &Hash) -> String {
     blake3::Hash::from_bytes(*hash).to_hex().to_string()
+}
+
+/// Reads [`hex`]'s digits back; `None` for anything else.
+pub fn from_hex(text: &str) -> Option<Hash> {
+    blake3::Hash::from_hex(text).ok().map(|hash| *hash.as_bytes())
+}
+
+/// What somebody saw of the log while the cluster ran, and keeps elsewhere than the log: `hearth log verify --witness`
+/// holds a log against it, so that another history or a cut end shows. One JSON document.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Witness {
+    /// A position.
+    pub seq: Seq,
+    /// The chain value there, as a leader recorded it; hexadecimal.
+    pub chain: String,
+    /// The message that recorded it: its position, and the blake3 of its frame in hexadecimal.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<(Seq, String)>,
 }

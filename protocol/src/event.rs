@@ -153,6 +153,18 @@ pub enum Event {
         /// blake3 chain of the decisions.
         #[serde(with = "serde_bytes")]
         decisions: [u8; 32],
+        /// The log's chain value at `at`, for whoever reads the stream to witness; `None` from leaders before it.
+        #[serde(default, skip_serializing_if = "Option::is_none", with = "serde_bytes")]
+        chain: Option<[u8; 32]>,
+    },
+    /// An operator put back what the stream had lost, from a scheduler's log.
+    LogRecovered {
+        /// Under which term.
+        term: Term,
+        /// The first and last position put back.
+        positions: (Seq, Seq),
+        /// The operator's words.
+        reason: String,
     },
 
     // -- command.<node> ---------------------------------------------------------------------------------------
@@ -274,6 +286,7 @@ impl Event {
             Event::HeatFolded(_) => "heat_folded",
             Event::PolicySet { .. } => "policy_set",
             Event::DigestRecorded { .. } => "digest_recorded",
+            Event::LogRecovered { .. } => "log_recovered",
             Event::CommandGiven(_) => "command_given",
         }
     }
@@ -284,7 +297,8 @@ impl Event {
             Event::TermStarted { term, .. }
             | Event::Ticked { term, .. }
             | Event::PolicySet { term, .. }
-            | Event::DigestRecorded { term, .. } => Some(*term),
+            | Event::DigestRecorded { term, .. }
+            | Event::LogRecovered { term, .. } => Some(*term),
             Event::HeatFolded(heat) => Some(heat.term),
             Event::CommandGiven(command) => Some(command.term),
             _ => None,

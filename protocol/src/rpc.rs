@@ -351,6 +351,13 @@ pub enum SchedulerRequest {
         /// The operator's words.
         reason: String,
     },
+    /// Writes down in the log that an operator put back what the stream had lost.
+    LogRecovered {
+        /// The first and last position put back.
+        positions: (Seq, Seq),
+        /// The operator's words.
+        reason: String,
+    },
 }
 
 /// Answers of the scheduler.

@@ -12,6 +12,8 @@ pub const HEAT_STREAM: &str = "HEARTH_HEAT";
 pub const HEAT_ALL: &str = "hearth.heat.*";
 /// Terms and ticks of all schedulers: the subject filter on which leadership is compared and published.
 pub const LEAD_ALL: &str = "hearth.log.scheduler.*.lead";
+/// Policies and digests recorded by all schedulers.
+pub const RECORD_ALL: &str = "hearth.log.scheduler.*.record";
 /// Where the leading scheduler answers requests ([`crate::rpc::SchedulerRequest`]).
 pub const SCHEDULER_RPC: &str = "hearth.rpc.scheduler";
 
@@ -76,11 +78,12 @@ pub fn node_rpc(id: &NodeId) -> String {
     format!("hearth.rpc.node.{id}")
 }
 
-/// What one node reads of the log through its ordered consumer: terms and ticks, all images, layers and nodes (their
-/// addresses), and its commands.
+/// What one node reads of the log through its ordered consumer: terms and ticks, recorded digests (whose chain values it
+/// witnesses), all images, layers and nodes (their addresses), and its commands.
 pub fn node_filters(id: &NodeId) -> Vec<String> {
     vec![
         LEAD_ALL.into(),
+        RECORD_ALL.into(),
         "hearth.log.image.>".into(),
         "hearth.log.layer.>".into(),
         "hearth.log.node.*".into(),

@@ -286,6 +286,25 @@ fn events() -> Vec<(&'static str, Event)> {
                 at: Seq(41),
                 state: [0x5a; 32],
                 decisions: [0xa5; 32],
+                chain: None,
+            },
+        ),
+        (
+            "digest_recorded_chain",
+            Event::DigestRecorded {
+                term: Term(3),
+                at: Seq(41),
+                state: [0x5a; 32],
+                decisions: [0xa5; 32],
+                chain: Some([0xc3; 32]),
+            },
+        ),
+        (
+            "log_recovered",
+            Event::LogRecovered {
+                term: Term(3),
+                positions: (Seq(40), Seq(44)),
+                reason: "the disk of nats-1 was restored".into(),
             },
         ),
         (
@@ -387,7 +406,7 @@ fn every_event_has_a_golden_file_and_still_reads_as_its_json() {
         );
     }
     // Every variant of `Event`: adding one without a golden file fails here.
-    assert_eq!(kinds.len(), 19);
+    assert_eq!(kinds.len(), 20);
 }
 
 #[test]

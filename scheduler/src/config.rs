@@ -1,6 +1,7 @@
 //! The scheduler's configuration: command line over file. Unknown keys are errors, and nothing has a hidden default.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::Parser;
 use hearth_bus::settings::Wanted;
@@ -11,7 +12,8 @@ use serde::Deserialize;
 #[derive(Debug, Parser)]
 #[command(name = "hearth-scheduler", version)]
 pub struct Arguments {
-    /// TOML file with the same settings (nats, id, dir, dev, replicas, nats_monitor, nats_credentials)
+    /// TOML file with the same settings (nats, id, dir, dev, replicas, nats_monitor, nats_credentials,
+    /// heat_retention)
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// NATS servers, separated by commas
@@ -35,6 +37,10 @@ pub struct Arguments {
     /// NATS credentials file
     #[arg(long, value_name = "FILE")]
     nats_credentials: Option<PathBuf>,
+    /// How long the log keeps what heat events say, such as 30d; decisions older than that can be verified by hash but
+    /// not derived again [default: for ever]
+    #[arg(long, value_name = "TIME")]
+    heat_retention: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -47,6 +53,7 @@ struct File {
     replicas: Option<usize>,
     nats_monitor: Option<Vec<String>>,
     nats_credentials: Option<PathBuf>,
+    heat_retention: Option<String>,
 }
 
 /// What a scheduler is told.
@@ -66,6 +73,8 @@ pub struct Config {
     pub nats_monitor: Vec<String>,
     /// NATS credentials file.
     pub nats_credentials: Option<PathBuf>,
+    /// See [`crate::run::Retention::heat`].
+    pub heat_retention: Option<Duration>,
 }
 
 /// Why there is no configuration.
@@ -92,6 +101,14 @@ pub enum ConfigError {
     /// Something that must be said is missing.
     #[error("{0} is not set: give --{0}, or {0} in the file of --config")]
     Missing(&'static str),
+    /// A time that is none.
+    #[error("heat_retention is {text:?}: {why}; use a number with its unit, such as 30d or 12h")]
+    Retention {
+        /// What was given.
+        text: String,
+        /// What is wrong with it.
+        why: humantime::DurationError,
+    },
     /// A number that makes no sense.
     #[error("replicas is {0}, use 1, 3 or 5")]
     Replicas(usize),
@@ -126,7 +143,13 @@ impl Arguments {
         } else {
             self.nats_monitor
         };
+        let heat_retention = self
+            .heat_retention
+            .or(file.heat_retention)
+            .map(|text| humantime::parse_duration(&text).map_err(|why| ConfigError::Retention { text, why }))
+            .transpose()?;
         Ok(Config {
+            heat_retention,
             nats: self.nats.or(file.nats).ok_or(ConfigError::Missing("nats"))?,
             id: self.id.or(file.id).ok_or(ConfigError::Missing("id"))?,
             dir: self.dir.or(file.dir).ok_or(ConfigError::Missing("dir"))?,
@@ -183,5 +206,8 @@ mod tests {
         assert!(missing.contains("--dir"), "{missing}");
         assert!(resolve("id = 'NOT AN ID'", &[]).is_err());
         assert!(resolve("nats = 'n'\nid = 's'\ndir = '/d'\nreplicas = 2", &[]).is_err());
+        let unit = resolve("nats = 'n'\nid = 's'\ndir = '/d'\nheat_retention = '30'", &["--dev"]);
+        let unit = unit.unwrap_err().to_string();
+        assert!(unit.contains("such as 30d"), "{unit}");
     }
 }

@@ -10,6 +10,7 @@ use hearth_protocol::{DecodeError, SchedulerId, Seq};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep};
 
+use crate::keeper::Keeper;
 use crate::log::{Entry, EventLog, LogError};
 
 /// Messages per write batch, at most: one synced write covers them all.
@@ -62,17 +63,25 @@ pub(crate) struct Ingest {
     log: Box<dyn EventLog>,
     id: SchedulerId,
     to: mpsc::Sender<Ingested>,
+    keeper: Keeper,
     flowing: bool,
     complained: Option<Instant>,
 }
 
 impl Ingest {
-    pub(crate) fn new(bus: Bus, log: Box<dyn EventLog>, id: SchedulerId, to: mpsc::Sender<Ingested>) -> Self {
+    pub(crate) fn new(
+        bus: Bus,
+        log: Box<dyn EventLog>,
+        id: SchedulerId,
+        to: mpsc::Sender<Ingested>,
+        keeper: Keeper,
+    ) -> Self {
         Self {
             bus,
             log,
             id,
             to,
+            keeper,
             flowing: false,
             complained: None,
         }
@@ -238,6 +247,7 @@ impl Ingest {
         }
         // A closed channel is the end of the scheduler, which the loop sees.
         let _ = self.to.send(Ingested::Entries(entries)).await;
+        tokio::task::block_in_place(|| self.keeper.work(self.log.as_mut()))?;
         Ok(())
     }
 }

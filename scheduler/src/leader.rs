@@ -85,8 +85,10 @@ pub(crate) struct Leader {
     /// The stream is not known to continue the log.
     frozen: bool,
     asked: (mpsc::Sender<Asked>, mpsc::Receiver<Asked>),
-    /// A policy change on its way through the log, and who waits for it.
-    policy: Option<(Seq, oneshot::Sender<Answer<SchedulerReply>>)>,
+    /// Snapshots on their way into the log's directory.
+    snapshots: mpsc::Sender<(Seq, Vec<u8>)>,
+    /// A record asked for on its way through the log, and who waits for it.
+    asked_record: Option<(Seq, oneshot::Sender<Answer<SchedulerReply>>)>,
 }
 
 /// Inputs of the loop.
@@ -98,7 +100,14 @@ enum Input {
 }
 
 impl Leader {
-    pub(crate) fn new(bus: Bus, id: SchedulerId, replica: Replica, publisher: LogPublisher, timing: Timing) -> Self {
+    pub(crate) fn new(
+        bus: Bus,
+        id: SchedulerId,
+        replica: Replica,
+        publisher: LogPublisher,
+        timing: Timing,
+        snapshots: mpsc::Sender<(Seq, Vec<u8>)>,
+    ) -> Self {
         // Whoever led last and is gone for sure (nobody yet, or an earlier life of this scheduler) is not waited for.
         let at_once = replica.state().leader().is_none_or(|leader| *leader == id);
         let wait = if at_once { Duration::ZERO } else { timing.takeover };
@@ -114,7 +123,8 @@ impl Leader {
             },
             frozen: true,
             asked: mpsc::channel(REQUESTS_MAX),
-            policy: None,
+            snapshots,
+            asked_record: None,
         }
     }
 
@@ -176,7 +186,12 @@ impl Leader {
             if let (Some((_, Event::HeatFolded(heat))), Some(Judged::Valid)) = (&entry.event, step.judged) {
                 self.heat.folded(heat);
             }
-            self.confirm_policy(&step);
+            if let Some(snapshot) = &step.snapshot
+                && self.snapshots.try_send(snapshot.clone()).is_err()
+            {
+                tracing::debug!("the log is busy; a later snapshot will do");
+            }
+            self.confirm_record(&step);
             self.mind_leadership(&step);
             self.decide(&step).await;
         }
@@ -232,6 +247,7 @@ impl Leader {
                 at: step.seq,
                 state,
                 decisions,
+                chain: Some(step.chain),
             };
             if let Err(error) = self.publisher.publish(subject::record(&self.id), &event).await {
                 tracing::warn!(at = %step.seq, %error, "a digest was not recorded");
@@ -351,63 +367,77 @@ impl Leader {
                     )
                 }),
             SchedulerRequest::PolicySet { policy, reason } => {
-                match self.set_policy(policy, reason).await {
-                    // Answered once the log has judged it.
-                    Ok(seq) => {
-                        self.policy = Some((seq, reply));
-                        return;
-                    }
-                    Err(failure) => Err(failure),
-                }
+                let asked = self.policy_set(policy, reason);
+                return self.record(asked, reply).await;
+            }
+            SchedulerRequest::LogRecovered { positions, reason } => {
+                let asked = self.term().map(|term| Event::LogRecovered {
+                    term,
+                    positions,
+                    reason,
+                });
+                return self.record(asked, reply).await;
             }
         };
         // Who asked may have given up.
         let _ = reply.send(answer);
     }
 
-    async fn set_policy(
-        &mut self,
-        policy: hearth_protocol::policy::TierPolicy,
-        reason: String,
-    ) -> Result<Seq, Failure> {
-        let Role::Leading { term, .. } = &self.role else {
-            return Err(Failure::new(
+    fn term(&self) -> Result<Term, Failure> {
+        match &self.role {
+            Role::Leading { term, .. } => Ok(*term),
+            Role::Following { .. } => Err(Failure::new(
                 FailureKind::Failed,
                 "this scheduler leads no more",
                 "ask again",
-            ));
-        };
+            )),
+        }
+    }
+
+    fn policy_set(&self, policy: hearth_protocol::policy::TierPolicy, reason: String) -> Result<Event, Failure> {
         policy
             .check()
             .map_err(|why| Failure::new(FailureKind::Usage, format!("the policy is not valid: {why}"), ""))?;
-        if self.policy.is_some() {
-            return Err(Failure::new(
-                FailureKind::Conflict,
-                "another change of the policy is under way",
-                "look at it first, then ask again: hearth policy show",
-            ));
-        }
-        let event = Event::PolicySet {
-            term: *term,
+        Ok(Event::PolicySet {
+            term: self.term()?,
             version: self.replica.state().policy().0 + 1,
             policy,
             reason,
-        };
-        let published = self.publisher.publish(subject::record(&self.id), &event).await;
-        published.map_err(|error| {
-            Failure::new(
-                FailureKind::Failed,
-                error.to_string(),
-                "look whether it took effect, then ask again: hearth policy show",
-            )
         })
     }
 
-    fn confirm_policy(&mut self, step: &Step) {
-        if self.policy.as_ref().is_none_or(|(seq, _)| *seq > step.seq) {
+    /// Publishes what an operator asked for; answered once the log has judged it.
+    async fn record(&mut self, asked: Result<Event, Failure>, reply: oneshot::Sender<Answer<SchedulerReply>>) {
+        let published = match asked {
+            Err(failure) => Err(failure),
+            Ok(_) if self.asked_record.is_some() => Err(Failure::new(
+                FailureKind::Conflict,
+                "another change is under way",
+                "look at it first, then ask again: hearth log tail",
+            )),
+            Ok(event) => {
+                let published = self.publisher.publish(subject::record(&self.id), &event).await;
+                published.map_err(|error| {
+                    Failure::new(
+                        FailureKind::Failed,
+                        error.to_string(),
+                        "look whether it took effect, then ask again: hearth log tail",
+                    )
+                })
+            }
+        };
+        match published {
+            Ok(seq) => self.asked_record = Some((seq, reply)),
+            // Who asked may have given up.
+            Err(failure) => drop(reply.send(Err(failure))),
+        }
+    }
+
+    fn confirm_record(&mut self, step: &Step) {
+        if self.asked_record.as_ref().is_none_or(|(seq, _)| *seq > step.seq) {
             return;
         }
-        let Some((seq, reply)) = self.policy.take() else {
+        let Some((seq, reply)) = self.asked_record.take() else {
             return;
         };
         let answer = match step.judged {

@@ -6,10 +6,13 @@
 pub mod config;
 mod heat;
 pub mod ingest;
+mod keeper;
 mod leader;
 pub mod log;
 pub mod replica;
 pub mod run;
+pub mod snapshot;
+pub mod verify;
 
 use tokio::signal::unix::{SignalKind, signal};
 

@@ -4,10 +4,11 @@
 
 use hearth_bus::new_incarnation;
 use hearth_protocol::chain::{self, Hash};
-use hearth_protocol::{Envelope, Event, Incarnation, Publisher, SchedulerId, Seq, Term};
+use hearth_protocol::{Envelope, Event, Incarnation, Publisher, SchedulerId, Seq, Term, TickNo};
 use scheduler_core::{DigestBook, DigestCheck, Judged, State};
 
-use crate::log::{Entry, EventLog, Head, LogError, Record};
+use crate::log::{Content, Entry, EventLog, Head, LogError, Record};
+use crate::snapshot::{self, Snapshot, Taken};
 
 /// The folded log.
 #[derive(Debug)]
@@ -16,12 +17,17 @@ pub struct Replica {
     incarnation: Incarnation,
     state: State,
     book: DigestBook,
-    /// The last message folded, foreign ones included.
-    position: Seq,
+    /// The last message folded, foreign ones included, and the chain value there.
+    head: Head,
     /// The last message on the leadership subjects: what the next term or tick compares with.
     last_lead: Seq,
     /// This scheduler's previous incarnation and the last seq seen of it.
     previous: Option<(Incarnation, Seq)>,
+    /// The last event of this scheduler, of any incarnation.
+    own_last: Option<(Incarnation, Seq)>,
+    /// The tick from which on another snapshot is due, and one that waits for its digest to be recorded.
+    snapshot_at: TickNo,
+    taken: Option<Taken>,
     /// Set for good when a leader's digest differs from ours.
     diverged: Option<String>,
 }
@@ -41,7 +47,17 @@ pub struct Step {
     pub decide: Option<Term>,
     /// The digests after it (state, decisions), when they are due.
     pub digests: Option<(Hash, Hash)>,
+    /// The chain value after it.
+    pub chain: Hash,
+    /// A snapshot to keep: its position and bytes.
+    pub snapshot: Option<(Seq, Vec<u8>)>,
 }
+
+/// Ticks between two snapshots at least.
+pub const SNAPSHOT_EVERY_TICKS: u64 = 60;
+
+/// Tracked blocks that put the next snapshot off by one more tick: taking one stays below a thousandth of the time.
+const SNAPSHOT_BLOCKS_PER_TICK: u64 = 4_096;
 
 impl Replica {
     /// A replica of nothing yet.
@@ -51,35 +67,74 @@ impl Replica {
             incarnation: new_incarnation(),
             state: State::default(),
             book: DigestBook::default(),
-            position: Seq(0),
+            head: Head::default(),
             last_lead: Seq(0),
             previous: None,
+            own_last: None,
+            snapshot_at: TickNo(SNAPSHOT_EVERY_TICKS),
+            taken: None,
             diverged: None,
         }
     }
 
-    /// Replays a log from nothing, checking its chain on the way.
+    /// A replica that starts at a snapshot.
+    fn at(me: SchedulerId, snapshot: Snapshot) -> Self {
+        let head = snapshot.head();
+        let Snapshot { taken, state } = snapshot;
+        let own_last = taken.own_last.filter(|_| taken.by == me);
+        let mut replica = Self {
+            // Snapshots are taken after ticks, which are published on the leadership subjects.
+            last_lead: head.seq,
+            head,
+            previous: own_last,
+            own_last,
+            snapshot_at: TickNo(state.tick().0 + SNAPSHOT_EVERY_TICKS),
+            state,
+            ..Self::new(me)
+        };
+        replica.book.note(&replica.state);
+        replica
+    }
+
+    /// Opens a log: goes on from its newest sound snapshot, else from nothing, checking the chain on the way.
     ///
     /// # Errors
-    /// [`LogError::Damaged`] at the first record that does not follow from the one before.
+    /// [`LogError::Damaged`] at the first record that does not follow from the one before, or whose payload is needed
+    /// and was thinned; [`LogError::Newer`] for an event that this build cannot read.
+    pub fn open(me: SchedulerId, log: &dyn EventLog) -> Result<Self, LogError> {
+        let start = match snapshot::newest(log)? {
+            Some(snapshot) => Self::at(me, snapshot),
+            None => Self::new(me),
+        };
+        start.follow(log)
+    }
+
+    /// Replays a log from nothing.
+    ///
+    /// # Errors
+    /// As [`Replica::open`].
     pub fn replay(me: SchedulerId, log: &dyn EventLog) -> Result<Self, LogError> {
-        let mut replica = Self::new(me);
-        let mut head = Head::default();
+        Self::new(me).follow(log)
+    }
+
+    /// Folds the rest of a log.
+    fn follow(mut self, log: &dyn EventLog) -> Result<Self, LogError> {
+        let replica = &mut self;
         let mut wrong = None;
-        log.scan(Seq(1), &mut |record| match record.check(&head) {
-            Ok(next) => {
-                head = next;
-                replica.take_record(&record);
-                true
-            }
-            Err(why) => {
-                wrong = Some((record.seq, why));
-                false
+        log.scan(replica.head.seq.next(), &mut |record| {
+            let taken = record.check(&replica.head).and_then(|_| replica.take_record(&record));
+            match taken {
+                Ok(_) => true,
+                Err(why) => {
+                    wrong = Some((record.seq, why));
+                    false
+                }
             }
         })?;
-        if wrong.is_none() && head != log.head() {
-            wrong = Some((head.seq.next(), "the log ends before its head".into()));
+        if wrong.is_none() && self.head != log.head() {
+            wrong = Some((self.head.seq.next(), "the log ends before its head".into()));
         }
+        let replica = self;
         match wrong {
             None => Ok(replica),
             Some((seq, why)) => Err(log.damage_at(seq, why)),
@@ -98,7 +153,12 @@ impl Replica {
 
     /// The last message folded.
     pub fn position(&self) -> Seq {
-        self.position
+        self.head.seq
+    }
+
+    /// The chain value there.
+    pub fn chain(&self) -> Hash {
+        self.head.chain
     }
 
     /// The last message on the leadership subjects.
@@ -118,15 +178,29 @@ impl Replica {
 
     /// Folds an entry of the log.
     pub fn take(&mut self, entry: &Entry) -> Step {
-        self.fold(entry.seq, &entry.subject, entry.event.as_ref())
+        let head = entry.after(&self.head);
+        self.fold(head, &entry.subject, entry.event.as_ref())
     }
 
-    fn take_record(&mut self, record: &Record) -> Step {
-        self.fold(record.seq, &record.subject(), record.event().as_ref())
+    fn take_record(&mut self, record: &Record) -> Result<Step, String> {
+        let head = Head {
+            seq: record.seq,
+            chain: record.chain,
+        };
+        let event = match record.content() {
+            Ok(Content::Event(event)) => Some(event),
+            Ok(Content::Foreign) => None,
+            Ok(Content::Thinned) => {
+                return Err("its payload was thinned, and no sound snapshot is left behind it".into());
+            }
+            Err(newer) => return Err(newer.to_string()),
+        };
+        Ok(self.fold(head, &record.subject(), event.as_deref()))
     }
 
-    fn fold(&mut self, seq: Seq, subject: &str, event: Option<&(Envelope, Event)>) -> Step {
-        self.position = seq;
+    fn fold(&mut self, head: Head, subject: &str, event: Option<&(Envelope, Event)>) -> Step {
+        let seq = head.seq;
+        self.head = head;
         if is_lead(subject) {
             self.last_lead = seq;
         }
@@ -137,13 +211,18 @@ impl Replica {
             term_started: None,
             decide: None,
             digests: None,
+            chain: self.head.chain,
+            snapshot: None,
         };
         let Some((envelope, event)) = event else {
             return step;
         };
         let mine = matches!(&envelope.publisher, Publisher::Scheduler(id) if *id == self.me);
-        if mine && envelope.incarnation != self.incarnation {
-            self.previous = Some((envelope.incarnation, seq));
+        if mine {
+            self.own_last = Some((envelope.incarnation, seq));
+            if envelope.incarnation != self.incarnation {
+                self.previous = self.own_last;
+            }
         }
         let applied = self.state.apply(seq, envelope, event);
         step.judged = Some(applied.judged);
@@ -155,6 +234,7 @@ impl Replica {
         }
         if applied.digest {
             step.digests = Some(self.book.note(&self.state));
+            self.take_snapshot();
         }
         if applied.judged == Judged::Valid {
             match event {
@@ -168,11 +248,30 @@ impl Replica {
                 }
                 Event::DigestRecorded {
                     at, state, decisions, ..
-                } => self.compare(*at, state, decisions),
+                } => {
+                    self.compare(*at, state, decisions);
+                    step.snapshot = self.seal_snapshot(*at, seq);
+                }
                 _ => {}
             }
         }
         step
+    }
+
+    /// Takes a snapshot if one is due; it is kept once its digest stands in the log.
+    fn take_snapshot(&mut self) {
+        let tick = self.state.tick();
+        if tick < self.snapshot_at {
+            return;
+        }
+        let pause = SNAPSHOT_EVERY_TICKS.max(self.state.tracked_blocks() / SNAPSHOT_BLOCKS_PER_TICK);
+        self.snapshot_at = TickNo(tick.0 + pause);
+        self.taken = Some(Taken::of(&self.state, &self.head, self.me.clone(), self.own_last));
+    }
+
+    fn seal_snapshot(&mut self, at: Seq, recorded: Seq) -> Option<(Seq, Vec<u8>)> {
+        let taken = self.taken.take_if(|taken| taken.at == at && self.diverged.is_none())?;
+        Some((at, taken.seal(recorded)))
     }
 
     fn compare(&mut self, at: Seq, state: &Hash, decisions: &Hash) {

@@ -8,11 +8,13 @@ use tokio::sync::mpsc;
 
 use crate::config::Config;
 use crate::ingest::{Ingest, IngestError};
+use crate::keeper::Keeper;
 use crate::leader::Leader;
 use crate::log::{EventLog, LogError, RocksLog};
 use crate::replica::Replica;
 
 pub use crate::leader::Timing;
+pub use crate::snapshot::Retention;
 
 /// Batches between the tasks: enough to overlap writing and folding, few enough to bound memory.
 const BATCHES_MAX: usize = 4;
@@ -47,6 +49,8 @@ pub struct Parts {
     pub id: SchedulerId,
     /// The clock of leadership.
     pub timing: Timing,
+    /// How long heat is kept.
+    pub retention: Retention,
 }
 
 impl std::fmt::Debug for Parts {
@@ -71,6 +75,9 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         log: Box::new(log),
         id: config.id,
         timing: Timing::default(),
+        retention: Retention {
+            heat: config.heat_retention,
+        },
     };
     run_with(parts, shutdown).await
 }
@@ -114,8 +121,14 @@ async fn connect(config: &Config) -> Result<Bus, BusError> {
 /// # Errors
 /// As [`run`].
 pub async fn run_with(parts: Parts, shutdown: impl Future<Output = ()>) -> Result<(), RunError> {
-    let Parts { bus, log, id, timing } = parts;
-    let replica = tokio::task::block_in_place(|| Replica::replay(id.clone(), log.as_ref()))?;
+    let Parts {
+        bus,
+        log,
+        id,
+        timing,
+        retention,
+    } = parts;
+    let replica = tokio::task::block_in_place(|| Replica::open(id.clone(), log.as_ref()))?;
     tracing::info!(
         scheduler = %id,
         incarnation = %replica.incarnation(),
@@ -125,16 +138,23 @@ pub async fn run_with(parts: Parts, shutdown: impl Future<Output = ()>) -> Resul
     );
     let publisher = LogPublisher::new(bus.clone(), Publisher::Scheduler(id.clone()), replica.incarnation());
     let (to_leader, ingested) = mpsc::channel(BATCHES_MAX);
+    let (snapshots_to, snapshots) = mpsc::channel(1);
     let (heat_to, heat) = mpsc::channel(BATCHES_MAX);
     let mut tasks = tokio::task::JoinSet::new();
-    let ingest = Ingest::new(bus.clone(), log, id.clone(), to_leader);
+    let ingest = Ingest::new(
+        bus.clone(),
+        log,
+        id.clone(),
+        to_leader,
+        Keeper::new(snapshots, retention),
+    );
     tasks.spawn(async move { ingest.run().await.map_err(RunError::from) });
     let heat_bus = bus.clone();
     tasks.spawn(async move {
         read_heat(heat_bus, heat_to).await;
         Ok(())
     });
-    let leader = Leader::new(bus.clone(), id, replica, publisher, timing);
+    let leader = Leader::new(bus.clone(), id, replica, publisher, timing, snapshots_to);
     tasks.spawn(async move {
         leader.run(ingested, heat).await;
         Ok(())

@@ -15,7 +15,8 @@ use hearth_protocol::view::ClusterView;
 use hearth_protocol::{Event, Order, Publisher, SchedulerId, Term, TickNo, WallMs, subject};
 use hearth_scheduler::log::{EventLog, MemoryLog, RocksLog};
 use hearth_scheduler::replica::Replica;
-use hearth_scheduler::run::{Parts, RunError, Timing, run_with};
+use hearth_scheduler::run::{Parts, Retention, RunError, Timing, run_with};
+use hearth_scheduler::verify::verify_log;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
@@ -73,6 +74,10 @@ impl Arena {
     }
 
     async fn start(&self, id: &str, log: &str) -> Running {
+        self.start_keeping(id, log, Retention::default()).await
+    }
+
+    async fn start_keeping(&self, id: &str, log: &str, retention: Retention) -> Running {
         let parts = Parts {
             bus: self.bus().await,
             log: self.log(log),
@@ -81,6 +86,7 @@ impl Arena {
                 tick: Duration::from_millis(50),
                 takeover: Duration::from_millis(400),
             },
+            retention,
         };
         let (stop, stopped) = oneshot::channel::<()>();
         let task = tokio::spawn(run_with(parts, async move {
@@ -125,6 +131,7 @@ on_both_arms!(
     what_a_deposed_leader_publishes_is_void,
     the_leader_answers_requests,
     foreign_messages_stay_in_the_log_and_count_for_nothing,
+    old_heat_is_thinned_and_a_start_goes_on_from_a_snapshot,
 );
 
 async fn view(bus: &Bus) -> Answer<ClusterView> {
@@ -241,6 +248,43 @@ fn prefix_digest(log: &dyn EventLog, end: hearth_protocol::Seq) -> ([u8; 32], [u
     })
     .unwrap();
     (state.digest(), state.decisions_digest())
+}
+
+async fn old_heat_is_thinned_and_a_start_goes_on_from_a_snapshot(arena: &Arena) {
+    let bus = arena.bus().await;
+    let mut watch = Watch::new(&bus);
+    let retention = Retention {
+        heat: Some(Duration::from_secs(2)),
+    };
+    let s1 = arena.start_keeping("s1", "s1", retention).await;
+    let node = tokio::spawn(TalkingNode::new(&bus, "n1", 7).talk());
+    watch.ticks(200).await;
+    s1.stop().await;
+    node.abort();
+    let log = arena.log("s1");
+    let thinned = log.thinned().unwrap();
+    assert!(thinned > hearth_protocol::Seq(0) && thinned < log.head().seq);
+    let verified = verify_log(log.as_ref(), &[log.head()]).unwrap();
+    assert!(verified.verified, "{verified:#?}");
+    assert!(verified.not_derivable.unwrap().heat > 0 && verified.replay.digests_same > 0);
+    let replica = Replica::open("s1".parse().unwrap(), log.as_ref()).unwrap();
+    // The stream still holds it all: what it gives from nothing is what the snapshot led to.
+    let mut state = scheduler_core::State::default();
+    let mut reader = bus.log_reader(hearth_protocol::Seq(1), Vec::new());
+    while state.seq() < replica.position() {
+        for fetched in reader.fetch(500, SOON).await.unwrap() {
+            if fetched.seq <= replica.position() {
+                let decoded = fetched.decode().unwrap();
+                state.apply(fetched.seq, &decoded.envelope, &decoded.event);
+            }
+        }
+    }
+    assert_eq!(replica.state().digest(), state.digest());
+    drop(log);
+    let s1 = arena.start("s1", "s1").await;
+    assert_eq!(term_of(&mut watch, "s1").await, Term(2));
+    watch.ticks(1).await;
+    s1.stop().await;
 }
 
 async fn what_a_deposed_leader_publishes_is_void(arena: &Arena) {

@@ -201,6 +201,9 @@ pub fn line(logged: &Logged, catalog: &Catalog) -> LogLine {
 
 fn decoded(logged: &Logged) -> Result<(Envelope, Event), String> {
     let envelope = logged.message.envelope().map_err(|e| e.to_string())?;
+    if logged.thinned {
+        return Err("heat older than its scheduler keeps: only its hash is left".into());
+    }
     let event = logged.message.event().map_err(|e| e.to_string())?;
     Ok((envelope, event))
 }
@@ -253,9 +256,17 @@ fn body(event: &Event) -> Value {
                 }
             }
         }
-        Event::DigestRecorded { state, decisions, .. } => {
+        Event::DigestRecorded {
+            state,
+            decisions,
+            chain,
+            ..
+        } => {
             value["state"] = hex(state).into();
             value["decisions"] = hex(decisions).into();
+            if let Some(chain) = chain {
+                value["chain"] = hex(chain).into();
+            }
         }
         _ => {}
     }

@@ -8,15 +8,13 @@ use hearth_bus::BusError;
 use hearth_protocol::Seq;
 use hearth_protocol::rpc::{Failure, FailureKind};
 use hearth_tui::{fmt, tables};
-use scheduler_core::replay::{Difference, ReplayReport, Replayer, Until};
-use serde::Serialize;
 
 use super::Context;
 use super::events::{self, Catalog, Filter};
 use crate::Outcome;
 use crate::cli::{From, Log, Only};
 use crate::cluster::bus_failure;
-use crate::history::{Chain, History, Logged, logged};
+use crate::history::{History, Logged, logged};
 use crate::moment::Moment;
 use crate::output::{self, Format};
 
@@ -38,7 +36,8 @@ pub async fn run(context: &Context, verb: Log) -> Outcome {
             from,
         } => list(context, since, until, limit, &only, &from).await,
         Log::Show { seq, from } => show(context, Seq(seq), &from).await,
-        Log::Verify { from } => verify(context, &from).await,
+        Log::Verify { witness, from } => super::verify::run(context, &witness, &from).await,
+        Log::Recover { log_dir, change } => super::recover::run(context, &log_dir, change).await,
     }
 }
 
@@ -188,122 +187,4 @@ async fn show(context: &Context, seq: Seq, from: &From) -> Outcome {
     };
     context.out.one(&events::document(&logged), || events::text_of(&logged));
     Ok(())
-}
-
-/// What `verify` found.
-#[derive(Debug, Serialize)]
-struct Verified {
-    /// Everything is as it must be.
-    verified: bool,
-    /// Messages read; contiguous from 1.
-    events: u64,
-    /// Chain value after the last one, computed.
-    chain: String,
-    /// First position whose kept chain value is another one; only a scheduler's folder keeps them.
-    chain_broken_at: Option<Seq>,
-    /// What disagrees within the state that the log gives.
-    audit: Option<String>,
-    /// Decisions and digests, derived again.
-    replay: ReplayReport,
-}
-
-async fn verify(context: &Context, from: &From) -> Outcome {
-    let history = History::open(&context.global, from).await?;
-    let last = history.check_whole().await?;
-    let mut chain = Chain::new();
-    let mut replayer = Replayer::new(Until::End);
-    let mut events = 0;
-    history
-        .walk(Seq(1), last, |logged| {
-            chain.push(&logged);
-            replayer.step(logged.seq, &logged.message);
-            events += 1;
-            ControlFlow::Continue(())
-        })
-        .await?;
-    let (state, replay) = replayer.finish();
-    let audit = state.audit().err();
-    let verified = Verified {
-        verified: replay.is_sound() && chain.broken.is_none() && audit.is_none() && events == last.0,
-        events,
-        chain: chain.hex(),
-        chain_broken_at: chain.broken,
-        audit,
-        replay,
-    };
-    context.out.one(&verified, || text(&verified));
-    if verified.verified {
-        Ok(())
-    } else {
-        Err(Failure::new(
-            FailureKind::Failed,
-            "the log does not verify",
-            "the differences are above; compare with another scheduler's folder: hearth log verify --log-dir DIR",
-        ))
-    }
-}
-
-fn text(v: &Verified) -> String {
-    let r = &v.replay;
-    let mut out = format!(
-        "events       {}, contiguous from #1, {} void, {} repeats, {} foreign\n\
-         chain        {}{}\n\
-         decisions    {} follow from {} ticks, {} withheld, {} digests agree, {} not compared\n\
-         state        {}\n",
-        fmt::count(v.events),
-        r.void,
-        r.repeats,
-        r.foreign,
-        v.chain,
-        match v.chain_broken_at {
-            Some(seq) => format!(", BROKEN at #{seq}"),
-            None => String::new(),
-        },
-        fmt::count(r.commands_same),
-        fmt::count(r.ticks),
-        r.commands_withheld,
-        r.digests_same,
-        r.digests_unchecked,
-        v.audit.as_deref().unwrap_or("its accounts agree with a recount")
-    );
-    for difference in &r.differences {
-        out += &format!("DIFFERENCE   {}\n", told(difference));
-    }
-    let hidden = r.differences_total - r.differences.len() as u64;
-    if hidden > 0 {
-        out += &format!("DIFFERENCE   and {hidden} more\n");
-    }
-    out += if v.verified { "verified\n" } else { "NOT VERIFIED\n" };
-    out
-}
-
-fn told(difference: &Difference) -> String {
-    match difference {
-        Difference::Command {
-            seq,
-            tick_seq,
-            derived,
-            logged,
-        } => format!(
-            "command #{seq} ({}) does not follow from its tick{}: {}",
-            hearth_tui::narrate::command(logged, &[]),
-            tick_seq.map_or(String::new(), |s| format!(" #{s}")),
-            match derived {
-                Some(derived) => format!("that gives {}", hearth_tui::narrate::command(derived, &[])),
-                None => "that gives nothing more".into(),
-            }
-        ),
-        Difference::State {
-            seq,
-            at,
-            derived,
-            logged,
-        } => format!("digest #{seq} of the state at #{at} is {logged}, the log gives {derived}"),
-        Difference::Decisions {
-            seq,
-            at,
-            derived,
-            logged,
-        } => format!("digest #{seq} of the decisions at #{at} is {logged}, the log gives {derived}"),
-    }
 }

@@ -13,6 +13,7 @@ use hearth_protocol::{Event, ImageId, Incarnation, NodeId, Publisher, Seq, subje
 use tokio::sync::watch;
 
 use super::facts::ClusterFacts;
+use super::seen::Seen;
 
 /// Messages taken from the stream at once.
 const FETCH_MAX: usize = 512;
@@ -56,6 +57,7 @@ fn is_about_places(event: &Event) -> bool {
             | Event::HeatFolded(_)
             | Event::PolicySet { .. }
             | Event::DigestRecorded { .. }
+            | Event::LogRecovered { .. }
     )
 }
 
@@ -107,22 +109,20 @@ impl Link {
     }
 
     /// Reads the log for ever; `applied` is called after each batch, outside all locks, and told what the batch was
-    /// about.
-    pub async fn follow(&self, applied: impl Fn(Batch)) {
+    /// about. Reads nothing from a stream that does not hold what `seen` remembers, until it does.
+    pub async fn follow(&self, mut seen: Seen, applied: impl Fn(Batch)) {
         let mut reader = self.bus.log_reader(Seq(1), subject::node_filters(&self.own));
         let mut said = String::new();
+        let mut checked_opening = None;
         loop {
-            match self.follow_once(&mut reader).await {
+            let followed = self.follow_once(&mut reader, &mut seen, &mut checked_opening).await;
+            match followed {
                 Ok(None) => {}
                 Ok(Some(batch)) => {
                     said.clear();
                     applied(batch);
                 }
-                Err(error @ BusError::RolledBack { .. }) => {
-                    tracing::error!(%error, "changes to images are frozen; their I/O goes on");
-                    self.progress.send_modify(|p| p.frozen = Some(error.to_string()));
-                    return;
-                }
+                Err(error @ BusError::RolledBack { .. }) => self.freeze(error.to_string()),
                 Err(error) => {
                     let text = error.to_string();
                     if text != said {
@@ -134,8 +134,52 @@ impl Link {
         }
     }
 
-    async fn follow_once(&self, reader: &mut Reader) -> Result<Option<Batch>, BusError> {
+    fn freeze(&self, why: String) {
+        let fresh = self.progress.borrow().frozen.as_ref() != Some(&why);
+        if fresh {
+            tracing::error!("changes to images are frozen, their I/O goes on: {why}");
+            self.progress.send_modify(|p| p.frozen = Some(why));
+        }
+    }
+
+    /// Whether a reader that began anew reads the stream that this node has read before; freezes if not.
+    async fn belongs(&self, seen: &Seen) -> Result<bool, BusError> {
+        if let Err(why) = seen.is_in(&self.bus).await? {
+            self.freeze(why);
+            return Ok(false);
+        }
+        let thawed = self.progress.send_if_modified(|p| p.frozen.take().is_some());
+        if thawed {
+            tracing::info!("the stream continues what this node has read; changes are possible again");
+        }
+        Ok(true)
+    }
+
+    async fn follow_once(
+        &self,
+        reader: &mut Reader,
+        seen: &mut Seen,
+        checked_opening: &mut Option<u64>,
+    ) -> Result<Option<Batch>, BusError> {
+        if checked_opening.is_none() {
+            // Before anything is read: what an earlier process saw must be there.
+            while !self.belongs(seen).await? {
+                tokio::time::sleep(FETCH_WAIT).await;
+            }
+            *checked_opening = Some(reader.openings());
+        }
         let fetched = reader.fetch(FETCH_MAX, FETCH_WAIT).await?;
+        if *checked_opening != Some(reader.openings()) {
+            if !self.belongs(seen).await? {
+                // What was fetched comes from a stream that does not count: read again from where the facts end.
+                *reader = self
+                    .bus
+                    .log_reader(self.facts().seq().next(), subject::node_filters(&self.own));
+                *checked_opening = None;
+                return Ok(None);
+            }
+            *checked_opening = Some(reader.openings());
+        }
         let Some(last) = fetched.last().map(|f| f.seq) else {
             return Ok(None);
         };
@@ -144,7 +188,11 @@ impl Link {
             let mut facts = self.facts.write().expect("facts lock");
             for message in &fetched {
                 facts.saw(message.seq, &message.subject);
-                match message.decode() {
+                let decoded = message.decode();
+                if let Err(error) = seen.take(message, decoded.as_ref().ok().map(|d| &d.event)) {
+                    tracing::warn!(%error, "cannot write down what was seen of the log");
+                }
+                match decoded {
                     Ok(decoded) => {
                         batch.places |= is_about_places(&decoded.event);
                         facts.apply(&self.own, message.seq, &decoded.envelope, &decoded.event);

@@ -11,6 +11,7 @@ pub mod report;
 pub mod requests;
 mod resize;
 mod run;
-pub mod served;
+pub mod seen;
+mod served;
 
 pub use run::run;

@@ -22,6 +22,7 @@ use super::link::Link;
 use super::node::Node;
 use super::report::{self, ImageContext};
 use super::requests::{self, Requests};
+use super::seen::Seen;
 use super::{commands, peers::Peers};
 use crate::config::NodeConfig;
 use crate::export::device::prepare_process;
@@ -53,10 +54,11 @@ pub fn run(config: NodeConfig, faults: Faults) -> anyhow::Result<()> {
         tracing::warn!("{warning}");
     }
     let listeners = listeners(&config, fdstore.as_deref())?;
+    let seen = Seen::open(config.store_dir.join(super::seen::FILE))?;
     let node = Node::open(config, fdstore, faults)?;
     node.resume()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(serve(node, listeners))
+    runtime.block_on(serve(node, listeners, seen))
 }
 
 /// The listening sockets: inherited from systemd, taken back from the holder, or made.
@@ -89,7 +91,7 @@ fn listeners(config: &NodeConfig, fdstore: Option<&FdStore>) -> anyhow::Result<V
     Ok(listeners)
 }
 
-async fn serve(node: Arc<Node>, listeners: Vec<Listener>) -> anyhow::Result<()> {
+async fn serve(node: Arc<Node>, listeners: Vec<Listener>, seen: Seen) -> anyhow::Result<()> {
     let server = NbdServer::new(listeners);
     let connections = server.handle();
     let stop = Arc::new(Notify::new());
@@ -116,7 +118,7 @@ async fn serve(node: Arc<Node>, listeners: Vec<Listener>) -> anyhow::Result<()> 
     tracing::info!(node = %node.config.id, socket = %node.config.socket.display(), heat = node.heat_source(), "serving");
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tokio::select! {
-        () = agent(Arc::clone(&node), connections) => unreachable!("the agent runs for ever"),
+        () = agent(Arc::clone(&node), connections, seen) => unreachable!("the agent runs for ever"),
         () = retry => unreachable!("images are waited for for ever"),
         // Without its sockets the daemon serves nobody: better started again than alive and deaf.
         ended = &mut nbd => return ended?.context("the NBD server ended by itself"),
@@ -138,14 +140,14 @@ async fn serve(node: Arc<Node>, listeners: Vec<Listener>) -> anyhow::Result<()> 
 }
 
 /// Everything that needs NATS. Images are served without it.
-async fn agent(node: Arc<Node>, connections: NbdHandle) {
+async fn agent(node: Arc<Node>, connections: NbdHandle, seen: Seen) {
     let bus = connect(&node).await;
     let link = Link::new(node.config.id.clone(), bus.clone(), node.incarnation);
     let wake = Arc::new(Notify::new());
     let follower = {
         let (link, node, wake) = (link.clone(), Arc::clone(&node), Arc::clone(&wake));
         async move {
-            link.follow(|batch| {
+            link.follow(seen, |batch| {
                 if batch.places {
                     remember_peers(&link, &node);
                 }

@@ -22,6 +22,7 @@ mod decay;
 mod digest;
 #[cfg(test)]
 mod laws;
+pub mod mutants;
 mod orders;
 pub mod policy;
 mod publishers;

@@ -154,16 +154,29 @@ pub struct Replayer {
 impl Replayer {
     /// A replay from nothing.
     pub fn new(until: Until) -> Self {
-        Self::from_snapshot(State::default(), until)
-    }
-
-    /// A replay from the state at a log position.
-    pub fn from_snapshot(state: State, until: Until) -> Self {
         Self {
-            state,
             until,
             ..Self::default()
         }
+    }
+
+    /// A replay that goes on from a state right after a tick with its digests due, as snapshots are taken: what
+    /// follows from that very tick is expected behind it.
+    pub fn from_snapshot(state: State, until: Until) -> Self {
+        let mut replayer = Self {
+            until,
+            ..Self::default()
+        };
+        replayer.skip_to(state);
+        replayer
+    }
+
+    /// Leaves out a part of the log: goes on from a snapshot behind it, as [`Replayer::from_snapshot`]. What was
+    /// decided before and not given yet is not asked for any more.
+    pub fn skip_to(&mut self, state: State) {
+        self.pending.clear();
+        self.state = state;
+        self.derive(self.state.seq(), true, true);
     }
 
     /// The state so far.
@@ -223,8 +236,8 @@ impl Replayer {
         }
     }
 
-    fn check(&mut self, seq: Seq, event: &Event, applied: Applied) {
-        if applied.decide {
+    fn derive(&mut self, seq: Seq, decide: bool, digest: bool) {
+        if decide {
             let tick = self.state.tick();
             self.report.ticks += 1;
             self.give_up_before(TickNo(tick.0.saturating_sub(PENDING_TICKS)));
@@ -232,10 +245,14 @@ impl Replayer {
             let term = self.state.term();
             self.pending.insert(tick, Pending { term, seq, commands });
         }
-        if applied.digest {
+        if digest {
             let (state, decisions) = self.book.note(&self.state);
             self.report.newest_digest = Some((seq, hex(&state), hex(&decisions)));
         }
+    }
+
+    fn check(&mut self, seq: Seq, event: &Event, applied: Applied) {
+        self.derive(seq, applied.decide, applied.digest);
         match event {
             Event::CommandGiven(command) => self.check_command(seq, command),
             Event::DigestRecorded {

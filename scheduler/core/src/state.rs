@@ -21,6 +21,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use crate::blocks::{HeatAt, NodeBlocks, Place};
 use crate::catalog::{Catalog, LastWindow};
 use crate::decay::{DecayClock, Weight, shifted};
+use crate::mutants;
 use crate::orders::Orders;
 use crate::publishers::{Arrival, Publishers};
 
@@ -219,12 +220,12 @@ impl State {
         facts.seq = seq;
         facts.totals.events += 1;
         let gap = match facts.publishers.arrive(envelope) {
-            Arrival::Repeat => {
+            Arrival::Repeat if !mutants::is_on("duplicate-applied") => {
                 facts.totals.repeats += 1;
                 return ignored(Judged::Repeat);
             }
             Arrival::Gap { missing } => missing,
-            Arrival::Next | Arrival::Late => 0,
+            Arrival::Next | Arrival::Late | Arrival::Repeat => 0,
         };
         facts.odd.publisher_gaps = facts.odd.publisher_gaps.saturating_add(gap);
         let void = match facts.validity.judge(&envelope.publisher, event) {
@@ -236,7 +237,7 @@ impl State {
                 _ => None,
             },
         };
-        if let Some(why) = void {
+        if let Some(why) = void.filter(|_| !mutants::is_on("void-applied")) {
             facts.totals.void += 1;
             return Applied {
                 gap,
@@ -300,7 +301,7 @@ impl State {
                     None => facts.odd.foreign_answers += 1,
                 }
             }
-            Event::TermStarted { .. } | Event::DigestRecorded { .. } => {}
+            Event::TermStarted { .. } | Event::DigestRecorded { .. } | Event::LogRecovered { .. } => {}
             Event::Ticked { tick, time, .. } => self.ticked(*tick, *time),
             Event::HeatFolded(heat) => self.heat_folded(seq, heat),
             Event::PolicySet { version, policy, .. } => self.policy_set(*version, policy),
@@ -475,7 +476,7 @@ impl State {
                     block_bytes: layer.block_size.0,
                     seq,
                     reports,
-                    clean: image_heat.omitted.lost == 0,
+                    clean: image_heat.omitted.lost == 0 || mutants::is_on("lost-uncounted"),
                 };
                 on.fold(at, &records);
             }
@@ -559,6 +560,22 @@ impl State {
         }
     }
 
+    /// The state as bytes that every later build reads, self-describing: MessagePack with field names.
+    ///
+    /// # Panics
+    /// Never: a state always encodes.
+    pub fn encode(&self) -> Vec<u8> {
+        rmp_serde::to_vec_named(self).expect("a state always encodes")
+    }
+
+    /// Reads what [`State::encode`] wrote. Whether it is the state of a log is for its digest to say.
+    ///
+    /// # Errors
+    /// The decoder's complaint.
+    pub fn decode(bytes: &[u8]) -> Result<Self, String> {
+        rmp_serde::from_slice(bytes).map_err(|error| error.to_string())
+    }
+
     /// The digest of the state: blake3 of its canonical encoding. Costs a pass over everything: some 25 bytes per
     /// tracked block at about 1 GB/s, and the encoding of nodes, images and commands.
     pub fn digest(&self) -> [u8; 32] {
@@ -572,7 +589,11 @@ impl State {
 
     /// The commands that the policy wants now. Called after a valid tick; the order is fixed.
     pub fn decide(&self) -> Vec<Command> {
-        crate::policy::tier::decide(&self.data)
+        let commands = crate::policy::tier::decide(&self.data);
+        if mutants::is_on("hash-order") {
+            return mutants::in_hash_order(commands);
+        }
+        commands
     }
 
     /// The last log position applied.

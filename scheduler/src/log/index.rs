@@ -17,6 +17,9 @@ pub enum Index {
     Kind(String),
 }
 
+/// The kind of the events whose payloads may be thinned.
+pub(super) const HEAT: &str = "heat_folded";
+
 /// The groups of keys; each is a column family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Group {
@@ -124,7 +127,11 @@ pub(super) fn keys(seq: Seq, envelope: &Envelope, event: &Event) -> Vec<(Group, 
             found.push(Index::Node(heat.node.clone()));
             found.extend(heat.images.iter().map(|image| Index::Image(image.image)));
         }
-        Event::TermStarted { .. } | Event::Ticked { .. } | Event::PolicySet { .. } | Event::DigestRecorded { .. } => {}
+        Event::TermStarted { .. }
+        | Event::Ticked { .. }
+        | Event::PolicySet { .. }
+        | Event::DigestRecorded { .. }
+        | Event::LogRecovered { .. } => {}
     }
     let mut keys: Vec<_> = found.iter().map(|index| (index.group(), index.key(seq))).collect();
     if let Event::Ticked { time, .. } = event {

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use hearth_protocol::{Seq, WallMs};
 
-use super::index::{self, Group};
+use super::index::{self, Group, HEAT};
 use super::{Entry, EventLog, Head, Index, LogError, Record};
 
 /// A log in memory.
@@ -21,6 +21,8 @@ struct Held {
     head: Head,
     records: BTreeMap<Seq, Vec<u8>>,
     indexes: BTreeSet<(Group, Vec<u8>)>,
+    thinned: Seq,
+    snapshots: BTreeMap<Seq, Vec<u8>>,
 }
 
 fn dir() -> PathBuf {
@@ -73,12 +75,8 @@ impl EventLog for MemoryLog {
                     found: entry.seq,
                 });
             }
-            let record = Record::after(&head, entry);
-            head = Head {
-                seq: record.seq,
-                chain: record.chain,
-            };
-            held.records.insert(record.seq, record.encode());
+            head = entry.after(&head);
+            held.records.insert(entry.seq, entry.encode(&head.chain));
             if let Some((envelope, event)) = &entry.event {
                 held.indexes.extend(index::keys(entry.seq, envelope, event));
             }
@@ -108,6 +106,47 @@ impl EventLog for MemoryLog {
                 break;
             }
         }
+        Ok(())
+    }
+
+    fn thin(&mut self, through: Seq, max: usize) -> Result<usize, LogError> {
+        let seqs = self.find(&Index::Kind(HEAT.into()), self.thinned()?.next(), max)?;
+        // More may follow before `through` only when as many as were asked for stand before it.
+        let more = seqs.len() == max && seqs.last().is_some_and(|last| *last <= through);
+        let seqs: Vec<Seq> = seqs.into_iter().filter(|seq| *seq <= through).collect();
+        for seq in &seqs {
+            let record = self.get(*seq)?.expect("what is indexed is there");
+            self.held().records.insert(*seq, record.thin().encode());
+        }
+        let done = if more {
+            seqs.last().copied().unwrap_or(through)
+        } else {
+            through
+        };
+        let mut held = self.held();
+        held.thinned = held.thinned.max(done);
+        Ok(seqs.len())
+    }
+
+    fn thinned(&self) -> Result<Seq, LogError> {
+        Ok(self.held().thinned)
+    }
+
+    fn put_snapshot(&mut self, at: Seq, bytes: &[u8]) -> Result<(), LogError> {
+        self.held().snapshots.insert(at, bytes.to_vec());
+        Ok(())
+    }
+
+    fn snapshots(&self) -> Result<Vec<Seq>, LogError> {
+        Ok(self.held().snapshots.keys().copied().collect())
+    }
+
+    fn snapshot(&self, at: Seq) -> Result<Option<Vec<u8>>, LogError> {
+        Ok(self.held().snapshots.get(&at).cloned())
+    }
+
+    fn drop_snapshot(&mut self, at: Seq) -> Result<(), LogError> {
+        self.held().snapshots.remove(&at);
         Ok(())
     }
 

@@ -16,11 +16,11 @@ use hearth_protocol::{Seq, WallMs};
 
 pub use index::Index;
 pub use memory::MemoryLog;
-pub use record::{Entry, Record};
+pub use record::{Content, Entry, Record};
 pub use rocks::RocksLog;
 
 /// Layout of the directory that this build writes. Older ones open, newer ones are refused.
-pub const LAYOUT: u32 = 1;
+pub const LAYOUT: u32 = 2;
 
 /// Where a log ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -55,7 +55,10 @@ pub struct Verification {
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
     /// The store under it failed.
-    #[error("the event log in {dir} failed at {attempted}: {source}")]
+    #[error(
+        "the event log in {dir} failed at {attempted}: {source}. If its disk is well and its files are yours to write, \
+         they are damaged: move {dir} away and start again, an empty directory is refilled from the stream"
+    )]
     Store {
         /// The directory.
         dir: PathBuf,
@@ -86,6 +89,17 @@ pub enum LogError {
         seq: Seq,
         /// What is wrong.
         why: String,
+    },
+    /// A later Hearth wrote here.
+    #[error(
+        "the event log in {dir} was written by a newer Hearth ({found}): start that one, or move {dir} away and start \
+         again: an empty directory is refilled from the stream"
+    )]
+    Newer {
+        /// The directory.
+        dir: PathBuf,
+        /// What shows it.
+        found: String,
     },
     /// An append that would leave a gap or write twice: a mistake of the caller, nothing was written.
     #[error("the next position of the event log is {expected}, not {found}")]
@@ -154,6 +168,43 @@ pub trait EventLog: Send + Sync {
     /// # Errors
     /// A failure of the store.
     fn seq_at_time(&self, time: WallMs) -> Result<Option<Seq>, LogError>;
+
+    /// Drops the payloads of the next heat events that have one, at positions up to `through`, `max` at most; the
+    /// chain stays as it is, because it is made of the payloads' hashes. Returns how many were dropped.
+    ///
+    /// # Errors
+    /// A failure of the store or [`LogError::Damaged`].
+    fn thin(&mut self, through: Seq, max: usize) -> Result<usize, LogError>;
+
+    /// The last position that may have been thinned; 0 if nothing was.
+    ///
+    /// # Errors
+    /// A failure of the store.
+    fn thinned(&self) -> Result<Seq, LogError>;
+
+    /// Keeps a snapshot of the state at a position, on stable storage when it returns.
+    ///
+    /// # Errors
+    /// [`LogError::Directory`] or a failure of the store.
+    fn put_snapshot(&mut self, at: Seq, bytes: &[u8]) -> Result<(), LogError>;
+
+    /// Positions of the snapshots kept, ascending.
+    ///
+    /// # Errors
+    /// As [`EventLog::put_snapshot`].
+    fn snapshots(&self) -> Result<Vec<Seq>, LogError>;
+
+    /// A snapshot's bytes, as they are now; `None` if there is none.
+    ///
+    /// # Errors
+    /// As [`EventLog::put_snapshot`].
+    fn snapshot(&self, at: Seq) -> Result<Option<Vec<u8>>, LogError>;
+
+    /// Removes a snapshot.
+    ///
+    /// # Errors
+    /// As [`EventLog::put_snapshot`].
+    fn drop_snapshot(&mut self, at: Seq) -> Result<(), LogError>;
 
     /// Up to `max` records from `from` on.
     ///

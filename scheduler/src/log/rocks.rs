@@ -3,6 +3,7 @@
 //! One write batch per append, its WAL synced before the append returns. Readers open the directory as a secondary,
 //! also while a scheduler writes it.
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -13,12 +14,18 @@ use rocksdb::{
     WriteBatch, WriteOptions,
 };
 
-use super::index::{self, Group};
-use super::{Entry, EventLog, Head, Index, LogError, Record};
+use super::index::{self, Group, HEAT};
+use super::{Entry, EventLog, Head, Index, LAYOUT, LogError, Record};
 
 const META: &str = "meta";
 const HEAD: &[u8] = b"head";
 const IDENTITY: &[u8] = b"stream";
+/// The directory's layout as u32 big-endian; directories of layout 1 have no such entry.
+const LAYOUT_KEY: &[u8] = b"layout";
+const THINNED: &[u8] = b"thinned";
+
+/// Where snapshots are, within the directory.
+const SNAPSHOTS: &str = "snapshots";
 
 /// Bytes of memory for one column family's fresh writes before they become a file.
 const WRITE_BUFFER_BYTES: usize = 32 << 20;
@@ -77,8 +84,21 @@ impl RocksLog {
         options.create_if_missing(true);
         options.create_missing_column_families(true);
         let descriptors = families().map(|name| ColumnFamilyDescriptor::new(name, store_options()));
-        let db = DB::open_cf_descriptors(&options, dir, descriptors);
-        Self::from_db(db.map_err(|source| store(dir, "opening it", source))?, dir, None)
+        let db = DB::open_cf_descriptors(&options, dir, descriptors).map_err(|source| {
+            // RocksDB wants every family named: one more than ours was made by a later build.
+            if source.as_ref().contains("olumn families not opened") {
+                return LogError::Newer {
+                    dir: dir.into(),
+                    found: source.to_string(),
+                };
+            }
+            store(dir, "opening it", source)
+        })?;
+        let log = Self::from_db(db, dir, None)?;
+        let mut batch = WriteBatch::default();
+        batch.put_cf(log.family(META), LAYOUT_KEY, LAYOUT.to_be_bytes());
+        log.write(batch)?;
+        Ok(log)
     }
 
     /// Opens a directory for reading, also while a scheduler writes it. [`RocksLog::refresh`] reads on.
@@ -108,8 +128,44 @@ impl RocksLog {
             head: Head::default(),
             scratch,
         };
+        log.check_layout()?;
         log.head = log.stored_head()?;
         Ok(log)
+    }
+
+    fn check_layout(&self) -> Result<(), LogError> {
+        let Some(value) = self.meta(LAYOUT_KEY)? else {
+            return Ok(());
+        };
+        let layout = <[u8; 4]>::try_from(value.as_slice()).map(u32::from_be_bytes);
+        match layout {
+            Ok(layout) if layout <= LAYOUT => Ok(()),
+            Ok(layout) => Err(LogError::Newer {
+                dir: self.dir.clone(),
+                found: format!("its layout is {layout}, this build knows up to {LAYOUT}"),
+            }),
+            Err(_) => Err(self.damaged(Seq(0), "its layout cannot be read")),
+        }
+    }
+
+    /// The identity of the stream it was filled from; `None` before it was.
+    ///
+    /// # Errors
+    /// A failure of the store.
+    pub fn identity(&self) -> Result<Option<String>, LogError> {
+        let identity = self.meta(IDENTITY)?;
+        Ok(identity.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()))
+    }
+
+    fn snapshot_path(&self, at: Seq) -> PathBuf {
+        self.dir.join(SNAPSHOTS).join(format!("{at}.snapshot"))
+    }
+
+    fn io(&self, source: std::io::Error) -> LogError {
+        LogError::Directory {
+            dir: self.dir.clone(),
+            source,
+        }
     }
 
     /// Catches up with what the writer appended since. Does nothing for the writer itself.
@@ -254,17 +310,13 @@ impl EventLog for RocksLog {
                     found: entry.seq,
                 });
             }
-            let record = Record::after(&head, entry);
-            batch.put(record.seq.0.to_be_bytes(), record.encode());
+            head = entry.after(&head);
+            batch.put(entry.seq.0.to_be_bytes(), entry.encode(&head.chain));
             if let Some((envelope, event)) = &entry.event {
                 for (group, key) in index::keys(entry.seq, envelope, event) {
                     batch.put_cf(self.family(group.name()), key, []);
                 }
             }
-            head = Head {
-                seq: record.seq,
-                chain: record.chain,
-            };
         }
         batch.put_cf(self.family(META), HEAD, encode_head(&head));
         self.write(batch)?;
@@ -306,6 +358,85 @@ impl EventLog for RocksLog {
             }
         }
         Ok(())
+    }
+
+    fn thin(&mut self, through: Seq, max: usize) -> Result<usize, LogError> {
+        let from = self.thinned()?.next();
+        if from > through {
+            return Ok(0);
+        }
+        let mut seqs = self.find(&Index::Kind(HEAT.into()), from, max)?;
+        // More may follow before `through` only when as many as were asked for stand before it.
+        let more = seqs.len() == max && seqs.last().is_some_and(|last| *last <= through);
+        seqs.retain(|seq| *seq <= through);
+        let done = if more {
+            seqs.last().copied().unwrap_or(through)
+        } else {
+            through
+        };
+        let mut batch = WriteBatch::default();
+        for seq in &seqs {
+            let record = self
+                .get(*seq)?
+                .ok_or_else(|| self.damaged(*seq, "the record is missing"))?;
+            batch.put(seq.0.to_be_bytes(), record.thin().encode());
+        }
+        batch.put_cf(self.family(META), THINNED, done.0.to_be_bytes());
+        self.write(batch)?;
+        Ok(seqs.len())
+    }
+
+    fn thinned(&self) -> Result<Seq, LogError> {
+        let value = self.meta(THINNED)?;
+        let seq = value.map(|v| <[u8; 8]>::try_from(v.as_slice()).map(u64::from_be_bytes));
+        match seq {
+            None => Ok(Seq(0)),
+            Some(Ok(seq)) => Ok(Seq(seq)),
+            Some(Err(_)) => Err(self.damaged(Seq(0), "how far it was thinned cannot be read")),
+        }
+    }
+
+    fn put_snapshot(&mut self, at: Seq, bytes: &[u8]) -> Result<(), LogError> {
+        let path = self.snapshot_path(at);
+        let fresh = path.with_extension("fresh");
+        let dir = self.dir.join(SNAPSHOTS);
+        let written = || {
+            std::fs::create_dir_all(&dir)?;
+            let mut file = std::fs::File::create(&fresh)?;
+            file.write_all(bytes)?;
+            file.sync_all()?;
+            std::fs::rename(&fresh, &path)?;
+            std::fs::File::open(&dir)?.sync_all()
+        };
+        written().map_err(|source| self.io(source))
+    }
+
+    fn snapshots(&self) -> Result<Vec<Seq>, LogError> {
+        let entries = match std::fs::read_dir(self.dir.join(SNAPSHOTS)) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(self.io(error)),
+        };
+        let mut found = Vec::new();
+        for entry in entries {
+            let name = entry.map_err(|source| self.io(source))?.file_name();
+            let number = name.to_str().and_then(|n| n.strip_suffix(".snapshot"));
+            found.extend(number.and_then(|n| n.parse().ok()).map(Seq));
+        }
+        found.sort();
+        Ok(found)
+    }
+
+    fn snapshot(&self, at: Seq) -> Result<Option<Vec<u8>>, LogError> {
+        match std::fs::read(self.snapshot_path(at)) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(self.io(error)),
+        }
+    }
+
+    fn drop_snapshot(&mut self, at: Seq) -> Result<(), LogError> {
+        std::fs::remove_file(self.snapshot_path(at)).map_err(|source| self.io(source))
     }
 
     fn find(&self, index: &Index, from: Seq, max: usize) -> Result<Vec<Seq>, LogError> {

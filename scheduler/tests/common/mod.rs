@@ -263,6 +263,11 @@ impl Process {
         std::fs::read_to_string(self.dir.join("stderr.log")).unwrap()
     }
 
+    /// Its process id while it runs.
+    pub fn pid(&self) -> Option<u32> {
+        self.child.as_ref().map(Child::id)
+    }
+
     /// Whether this handle has ended it.
     pub fn is_dead(&self) -> bool {
         self.child.is_none()

@@ -1,0 +1,159 @@
+//! What this node has seen of the log, remembered over restarts: JetStream orders the events, but is not the only
+//! witness of them. A stream that does not hold what was seen was rolled back or replaced.
+
+use std::io;
+use std::path::PathBuf;
+
+use hearth_bus::{Bus, BusError, Fetched};
+use hearth_protocol::chain::{self, Hash, Witness};
+use hearth_protocol::{Event, Seq};
+
+use crate::store::fault::Faults;
+use crate::store::os::replace_note;
+
+/// Name of the file in the store's directory; `hearth log verify --witness` reads it.
+pub const FILE: &str = "log-witness.json";
+
+/// The newest message seen, and a witness on disk.
+#[derive(Debug)]
+pub struct Seen {
+    file: PathBuf,
+    /// Position and frame hash of the newest message.
+    newest: Option<(Seq, Hash)>,
+}
+
+impl Seen {
+    /// What an earlier process has seen.
+    ///
+    /// # Errors
+    /// When the file cannot be read or is damaged: says what to do.
+    pub fn open(file: PathBuf) -> io::Result<Self> {
+        let newest = match std::fs::read(&file) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => return Err(error),
+            Ok(bytes) => {
+                let witness = serde_json::from_slice::<Witness>(&bytes).ok();
+                let message = witness.and_then(|w| w.message);
+                let newest = message.and_then(|(seq, frame)| Some((seq, chain::from_hex(&frame)?)));
+                Some(newest.ok_or_else(|| {
+                    io::Error::other(format!(
+                        "{} is damaged: it says what this node saw of the log; remove it if the stream is known to be \
+                         whole",
+                        file.display()
+                    ))
+                })?)
+            }
+        };
+        Ok(Self { file, newest })
+    }
+
+    /// Takes a message; one that records the log's chain value is witnessed on disk.
+    ///
+    /// # Errors
+    /// The file system's; the message is remembered all the same while this process lives.
+    pub fn take(&mut self, fetched: &Fetched, event: Option<&Event>) -> io::Result<()> {
+        let frame = chain::part(&fetched.frame);
+        self.newest = Some((fetched.seq, frame));
+        let Some(Event::DigestRecorded {
+            at, chain: Some(value), ..
+        }) = event
+        else {
+            return Ok(());
+        };
+        let witness = Witness {
+            seq: *at,
+            chain: chain::hex(value),
+            message: Some((fetched.seq, chain::hex(&frame))),
+        };
+        replace_note(&self.file, &serde_json::to_vec_pretty(&witness)?, &Faults::default())
+    }
+
+    /// Whether the stream still holds the newest message seen; the inner error says what it holds instead.
+    ///
+    /// # Errors
+    /// Transient ones, which say nothing.
+    pub async fn is_in(&self, bus: &Bus) -> Result<Result<(), String>, BusError> {
+        let Some((seq, frame)) = &self.newest else {
+            return Ok(Ok(()));
+        };
+        match bus.get(*seq).await? {
+            Some(there) if chain::part(&there.frame) == *frame => Ok(Ok(())),
+            Some(_) => Ok(Err(format!(
+                "the stream HEARTH holds another message at {seq} than this node has read there: it was rolled back and \
+                 went on, or was replaced"
+            ))),
+            None => {
+                let last = bus.bounds().await?.last;
+                Ok(Err(BusError::RolledBack { seen: *seq, last }.to_string()))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use hearth_bus::MemoryCluster;
+    use hearth_bus::settings::Wanted;
+    use hearth_bus::{LogPublisher, new_incarnation};
+    use hearth_protocol::{Publisher, Term, subject};
+
+    use super::*;
+
+    async fn events(bus: &Bus, count: u64) {
+        let id = "s1".parse().unwrap();
+        let publisher = LogPublisher::new(
+            bus.clone(),
+            Publisher::Scheduler("s1".parse().unwrap()),
+            new_incarnation(),
+        );
+        for n in 0..count {
+            let event = Event::DigestRecorded {
+                term: Term(1),
+                at: Seq(n),
+                state: [1; 32],
+                decisions: [2; 32],
+                chain: Some([3; 32]),
+            };
+            publisher.publish(subject::record(&id), &event).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_stream_that_lost_or_changed_what_was_seen_is_known_also_after_a_restart() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join(FILE);
+        let cluster = MemoryCluster::default();
+        let bus = Bus::memory(&cluster);
+        let wanted = Wanted {
+            replicas: 1,
+            dev: true,
+            monitors: Vec::new(),
+        };
+        bus.ensure_streams(&wanted).await.unwrap();
+        events(&bus, 5).await;
+        let mut seen = Seen::open(file.clone()).unwrap();
+        assert_eq!(seen.is_in(&bus).await.unwrap(), Ok(()), "nothing was seen yet");
+        let fetched = bus
+            .log_reader(Seq(1), Vec::new())
+            .fetch(9, std::time::Duration::ZERO)
+            .await
+            .unwrap();
+        for message in &fetched {
+            seen.take(message, message.decode().ok().map(|d| d.event).as_ref())
+                .unwrap();
+        }
+        let witness: Witness = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+        assert_eq!((witness.seq, witness.chain), (Seq(4), chain::hex(&[3; 32])));
+        drop(seen);
+        let seen = Seen::open(file.clone()).unwrap();
+        assert_eq!(seen.is_in(&bus).await.unwrap(), Ok(()));
+        cluster.roll_back(3);
+        let why = seen.is_in(&bus).await.unwrap().unwrap_err();
+        assert!(why.contains("ends at 3, but 5"), "{why}");
+        events(&bus, 4).await;
+        let why = seen.is_in(&bus).await.unwrap().unwrap_err();
+        assert!(why.contains("another message at 5"), "{why}");
+        std::fs::write(&file, "{").unwrap();
+        assert!(Seen::open(file).unwrap_err().to_string().contains("is damaged"));
+    }
+}
