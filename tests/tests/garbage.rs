@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use hearth_protocol::{ImageId, LayerId, Publisher, subject};
 use hearth_tests::digests_agree;
 use hearth_tests::load::Load;
@@ -173,17 +173,8 @@ fn garbage_on_every_subject_changes_nothing() -> Result<()> {
         load.check()?;
         Ok((load.done() > done + 50).then_some(()))
     })?;
-    // Until the node has read what came before, somebody else was faster; then a change counts as ever.
-    wait::until("a snapshot", WITHIN, || {
-        let output = hearth
-            .command(&["image", "snapshot", &format!("{IMAGE}@after")])
-            .output()?;
-        match output.status.code() {
-            Some(0) => Ok(Some(())),
-            Some(6) => Ok(None),
-            _ => bail!("{}: {}", output.status, String::from_utf8_lossy(&output.stderr)),
-        }
-    })?;
+    // A change counts as ever, although garbage stands where the last event of the image should.
+    hearth.text(&["image", "snapshot", &format!("{IMAGE}@after")])?;
     cluster.wait_ready()?;
     digests_agree(&cluster)?;
     let after = hearth.json(&["image", "list"])?;

@@ -21,6 +21,8 @@ const FETCH_MAX: usize = 512;
 const FETCH_WAIT: Duration = Duration::from_secs(1);
 /// How long a request waits for this node to read back what it published.
 const READ_BACK: Duration = Duration::from_secs(10);
+/// Times that a change is published again because only garbage came before it.
+const GARBAGE_MAX: u32 = 100;
 
 /// How far the node has read, and whether it may go on.
 #[derive(Debug, Clone, Default)]
@@ -245,13 +247,26 @@ impl Link {
     /// `Conflict` when someone else was first or the event is void; `Timeout` when its fate is not known in time.
     pub async fn publish_image(&self, image: ImageId, event: &Event) -> Result<Seq, Failure> {
         self.ready()?;
-        let expected = self.facts().tail(image);
         let subject = subject::image(image, self.publisher.publisher());
-        let seq = self
-            .publisher
-            .publish_expecting(subject, event, subject::image_all(image), expected)
-            .await
-            .map_err(|error| publish_failure(&error))?;
+        let known = self.facts().aggregate(image);
+        let mut lost = 0;
+        let seq = loop {
+            let expected = self.facts().tail(image);
+            let filter = subject::image_all(image);
+            match self
+                .publisher
+                .publish_expecting(subject.clone(), event, filter, expected)
+                .await
+            {
+                Ok(seq) => break seq,
+                Err(PublishError::Conflict { .. })
+                    if lost < GARBAGE_MAX && self.only_garbage_came(image, expected, known).await =>
+                {
+                    lost += 1;
+                }
+                Err(error) => return Err(publish_failure(&error)),
+            }
+        };
         match self.verdict(seq).await? {
             Verdict::Valid => Ok(seq),
             Verdict::Void(why) => Err(Failure::new(
@@ -260,6 +275,14 @@ impl Link {
                 "look at what came first: hearth log list",
             )),
         }
+    }
+
+    /// Reads what came on an image's subjects after `expected`, and says whether no event was among it.
+    async fn only_garbage_came(&self, image: ImageId, expected: Seq, known: Seq) -> bool {
+        let mut progress = self.progress();
+        let read = progress.wait_for(|_| self.facts().tail(image) > expected);
+        let came = tokio::time::timeout(READ_BACK, read).await.is_ok();
+        came && self.facts().aggregate(image) == known
     }
 
     async fn verdict(&self, seq: Seq) -> Result<Verdict, Failure> {
