@@ -10,16 +10,20 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use hearth_node::disk::{Disk, DiskError};
 use hearth_node::store::fault::Faults;
-use hearth_node::store::{Store, StoreOptions};
+use hearth_node::store::{Store, StoreError, StoreOptions};
 use hearth_node::tier::{RamTier, TierOptions};
 use hearth_node::volume::{NoPeers, Volume};
 use hearth_protocol::{Epoch, Incarnation, LeaseId};
 
 /// What a disk writes whole or not at all.
 pub const SECTOR: usize = 512;
+
+/// Time between fork and exec, with much room.
+const CHILD_EXECS_WITHIN: Duration = Duration::from_secs(5);
 
 /// A folder in RAM where there is one.
 pub fn fast_dir() -> tempfile::TempDir {
@@ -36,12 +40,20 @@ pub fn long() -> bool {
     std::env::var("HEARTH_TEST_LONG").as_deref() == Ok("1")
 }
 
+/// Opens a store. Its lock belongs to the open file, which a child that another test of this process starts shares
+/// between its fork and its exec; so a store that was just closed may look open for that moment.
 pub fn open(dir: &Path, incarnation: u128, faults: Faults) -> Arc<Store> {
-    let options = StoreOptions {
-        incarnation: Some(Incarnation(incarnation)),
-        faults,
-    };
-    Arc::new(Store::open(dir, options).unwrap())
+    let began = Instant::now();
+    loop {
+        let options = StoreOptions {
+            incarnation: Some(Incarnation(incarnation)),
+            faults: faults.clone(),
+        };
+        match Store::open(dir, options) {
+            Err(StoreError::InUse(_)) if began.elapsed() < CHILD_EXECS_WITHIN => std::thread::yield_now(),
+            opened => return Arc::new(opened.unwrap()),
+        }
+    }
 }
 
 pub fn attach(store: &Arc<Store>, name: &str, epoch: u64) -> Arc<Volume> {
