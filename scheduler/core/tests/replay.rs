@@ -215,3 +215,21 @@ fn why_says_what_is_missing() {
     let untouched = why(&sim.log, named("appl/vm-1"), 999).unwrap();
     assert_eq!(untouched.verdict, "on disk: no heat event ever counted a read of it");
 }
+
+/// A tick of a scheduler that did not win the term: void, and nothing but counters knows of it.
+#[test]
+fn a_void_event_changes_nothing_but_counters() {
+    let mut sim = session();
+    let before = sim.state.clone();
+    let rival = hearth_protocol::Publisher::Scheduler("rival".parse().unwrap());
+    let tick = Event::Ticked {
+        term: sim.term,
+        tick: hearth_protocol::TickNo(sim.tick.0 + 1_000),
+        time: WallMs(sim.time.0 + 1_000_000),
+    };
+    let applied = sim.publish(rival, hearth_protocol::Incarnation(9), &tick);
+    assert!(matches!(applied.judged, scheduler_core::Judged::Void(_)), "{applied:?}");
+    assert_eq!((sim.state.tick(), sim.state.time()), (before.tick(), before.time()));
+    assert_eq!(sim.state.totals().void, before.totals().void + 1);
+    assert_eq!(sim.state.decide(), before.decide());
+}
