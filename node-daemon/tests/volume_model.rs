@@ -1,15 +1,22 @@
-//! Random writes, trims, zeroes, snapshots, clones, reopens, promotions and demotions against a plain vector of bytes.
+//! Random writes, trims, zeroes, snapshots, clones, growth, reopens, promotions and demotions against a plain vector of
+//! bytes; and at the end its export into a file.
 
 use std::sync::Arc;
 
 use hearth_node::disk::{Disk, ExtentKind};
+use hearth_node::imagefile::ImageFile;
 use hearth_node::store::{Store, StoreOptions};
 use hearth_node::tier::{RamTier, TierOptions};
-use hearth_node::volume::{NoPeers, Volume};
+use hearth_node::volume::{NoPeers, Volume, copy_out};
+use hearth_protocol::rpc::ImageFormat;
 use hearth_protocol::{BlockIndex, Epoch, ImageId, LeaseId};
 use proptest::prelude::*;
 
+/// Size of a new image.
 const PAGES: u64 = 96;
+
+/// Size to which it may grow.
+const PAGES_MAX: u64 = 160;
 
 #[derive(Debug, Clone)]
 enum Op {
@@ -21,6 +28,7 @@ enum Op {
     Cache { at: u64, len: u64 },
     Flush,
     Snapshot,
+    Grow { pages: u64 },
     Clone,
     Detach,
     Crash,
@@ -30,16 +38,15 @@ enum Op {
 }
 
 fn range() -> impl Strategy<Value = (u64, u64)> {
-    let size = PAGES * 4096;
+    let size = PAGES_MAX * 4096;
     prop_oneof![
         // Any bytes.
         (0..size, 0..40_000u64),
         // Whole pages.
-        (0..PAGES, 0..40u64).prop_map(|(a, n)| (a * 4096, n * 4096)),
+        (0..PAGES_MAX, 0..40u64).prop_map(|(a, n)| (a * 4096, n * 4096)),
         // Whole 64 KiB blocks.
-        (0..PAGES / 16, 0..4u64).prop_map(|(a, n)| (a << 16, n << 16)),
+        (0..PAGES_MAX / 16, 0..4u64).prop_map(|(a, n)| (a << 16, n << 16)),
     ]
-    .prop_map(move |(at, len)| (at, len.min(size - at)))
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -52,6 +59,7 @@ fn op() -> impl Strategy<Value = Op> {
         1 => range().prop_map(|(at, len)| Op::Cache { at, len }),
         1 => Just(Op::Flush),
         1 => Just(Op::Snapshot),
+        1 => (1..40u64).prop_map(|pages| Op::Grow { pages }),
         1 => Just(Op::Clone),
         1 => Just(Op::Detach),
         1 => Just(Op::Crash),
@@ -158,7 +166,7 @@ impl World {
 
     fn apply(&mut self, op: &Op) {
         let all = |at: u64, len: u64| at as usize..(at + len) as usize;
-        match *op {
+        match self.within(op) {
             Op::Write { at, len, fill, fua } => {
                 let data: Vec<u8> = (0..len).map(|i| fill ^ (i / 512) as u8).collect();
                 self.volume().write(at, &data, fua).unwrap();
@@ -185,6 +193,20 @@ impl World {
             }
             Op::Cache { at, len } => self.volume().cache(at, len).unwrap(),
             Op::Flush => self.volume().flush().unwrap(),
+            Op::Grow { pages } => {
+                let size = (self.model.len() as u64 + pages * 4096).min(PAGES_MAX * 4096);
+                match self.volume().grow(size) {
+                    Ok(meta) => assert_eq!(meta.size, size),
+                    Err(err) if size == self.model.len() as u64 => {
+                        assert!(err.to_string().contains("already"), "{err}");
+                    }
+                    Err(err) => {
+                        assert!(err.to_string().contains("layers"), "{err}");
+                        return;
+                    }
+                }
+                self.model.resize(size as usize, 0);
+            }
             Op::Snapshot | Op::Clone => {
                 let name = self.fresh_name();
                 let meta = match self.volume().snapshot(&name.parse().unwrap()) {
@@ -226,7 +248,7 @@ impl World {
                 self.reopen(true);
             }
             Op::Promote { first, count } => {
-                for block in first..(first + count).min(PAGES * 4096 / self.block_size) {
+                for block in first..(first + count).min(self.model.len() as u64 / self.block_size) {
                     if let Some(layer) = self.volume().resolve(BlockIndex(block)) {
                         let epoch = self.volume().epoch();
                         let got = self
@@ -238,7 +260,7 @@ impl World {
                 }
             }
             Op::Demote { first, count } => {
-                for block in first..(first + count).min(PAGES * 4096 / self.block_size) {
+                for block in first..(first + count).min(self.model.len() as u64 / self.block_size) {
                     if let Some(layer) = self.volume().resolve(BlockIndex(block)) {
                         self.volume().demote(layer, &[BlockIndex(block)]);
                     }
@@ -249,14 +271,44 @@ impl World {
         assert!(usage.front <= usage.front_capacity && usage.main <= usage.main_capacity);
     }
 
+    /// The operation with its range cut at the image's end.
+    fn within(&self, op: &Op) -> Op {
+        let size = self.model.len() as u64;
+        let mut op = op.clone();
+        if let Op::Write { at, len, .. }
+        | Op::Trim { at, len }
+        | Op::Zero { at, len, .. }
+        | Op::Read { at, len }
+        | Op::ReadRam { at, len }
+        | Op::Cache { at, len } = &mut op
+        {
+            *at = (*at).min(size);
+            *len = (*len).min(size - *at);
+        }
+        op
+    }
+
+    /// The image, detached, as a file.
+    fn export(&self) -> Vec<u8> {
+        let (meta, layers) = self.store().look_at(self.image).unwrap();
+        let path = self.dir.path().join("disk.raw");
+        let mut file = ImageFile::create(&path, ImageFormat::Raw, meta.size).unwrap();
+        let shape = (meta.size, meta.block_size);
+        copy_out(layers, shape, &self.tier, &NoPeers, &mut file, &mut |_, _| true).unwrap();
+        file.finish(false).unwrap();
+        std::fs::read(&path).unwrap()
+    }
+
     fn check_all(&mut self) {
+        let size = self.model.len() as u64;
+        assert_eq!(self.volume().size_bytes(), size);
         let mut buf = vec![0; self.model.len()];
         self.volume().read(0, &mut buf).unwrap();
         assert!(buf == self.model, "the image differs from the model");
         // What is called a hole reads as zero, and extents cover the image.
         let extents = self
             .volume()
-            .extents(0, PAGES * 4096, ExtentKind::Allocation, usize::MAX)
+            .extents(0, size, ExtentKind::Allocation, usize::MAX)
             .unwrap();
         let mut at = 0;
         for extent in extents {
@@ -265,9 +317,12 @@ impl World {
             }
             at += extent.length as usize;
         }
-        assert_eq!(at as u64, PAGES * 4096);
+        assert_eq!(at as u64, size);
+        self.volume().detach().unwrap();
+        assert!(self.export() == self.model, "the exported file differs from the model");
         for (image, model) in std::mem::take(&mut self.others) {
             let other = self.attach_image(image);
+            let mut buf = vec![0; model.len()];
             other.read(0, &mut buf).unwrap();
             assert!(buf == model, "a parent differs from its model");
             other.detach().unwrap();

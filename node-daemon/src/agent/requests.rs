@@ -13,6 +13,7 @@ use hearth_protocol::{ByteLen, Epoch, Event, ImageId, ImageName, LayerId, LeaseI
 use super::jobs::Jobs;
 use super::link::Link;
 use super::node::{Node, SET_VERSION, failed, store_failure};
+use super::resize;
 use super::served::Served;
 use crate::export::nbd::NbdHandle;
 use crate::store::{ImageMeta, StoreError};
@@ -495,15 +496,28 @@ pub fn created(node: &Node, meta: &ImageMeta) -> Event {
     })
 }
 
+/// Tells the size to which an image grew before the process died.
+async fn tell_size(requests: &Requests, meta: &ImageMeta) {
+    let (event, _) = resize::resized(meta);
+    match requests.link.publish_image(meta.id, &event).await {
+        Ok(_) => tracing::info!(image = %meta.name, size = meta.size, "told a size that the log did not know"),
+        Err(error) => tracing::error!(image = %meta.name, %error, "store and log differ about an image's size"),
+    }
+}
+
 /// Brings store and log together after a crash between the two: images that the log does not know are announced,
-/// images that the log says are deleted go.
+/// images that the log says are deleted go, sizes that the log does not know are told.
 pub async fn reconcile(requests: &Requests) {
     for meta in requests.node.store.images() {
-        let (known, deleted) = {
+        let (known_size, deleted) = {
             let facts = requests.link.facts();
-            (facts.image(meta.id).is_some(), facts.aggregate(meta.id) > Seq(0))
+            let known = facts.image(meta.id).map(|image| image.created.size);
+            (known, facts.aggregate(meta.id) > Seq(0))
         };
-        if known {
+        if let Some(size) = known_size {
+            if size < ByteLen(meta.size) {
+                tell_size(requests, &meta).await;
+            }
             continue;
         }
         let served = requests.node.served.get(meta.id).is_some();
