@@ -5,7 +5,7 @@ use clap::{Parser, Subcommand};
 
 use crate::setup::{Purpose, SetupMode};
 use crate::workspace::Workspace;
-use crate::{bench, check, demo, setup};
+use crate::{bench, check, demo, mutants, setup};
 
 #[derive(Parser)]
 #[command(bin_name = "cargo xtask", about = "Set-up, demo and test of the Hearth workspace")]
@@ -56,6 +56,12 @@ enum Task {
         /// Test names to run, as `cargo test` takes them; all without
         filters: Vec<String>,
     },
+    /// Breaks one safety rule at a time and shows the test that notices
+    Mutants {
+        /// Only mutants whose names contain this
+        #[arg(default_value = "")]
+        only: String,
+    },
     /// Measures Hearth beside its peers
     Bench {
         #[command(subcommand)]
@@ -82,6 +88,10 @@ pub fn run() -> Result<()> {
         } => {
             let machine = setup::run(&workspace, Purpose::Test, args.mode())?;
             check::run(&workspace, &machine, tests_only, &filters)
+        }
+        Task::Mutants { only } => {
+            setup::run(&workspace, Purpose::Test, SetupMode::Install)?;
+            mutants::run(&workspace, &only)
         }
         Task::Bench { what } => bench::run(&workspace, what),
     }

@@ -1,0 +1,211 @@
+//! `cargo xtask mutants`: breaks one safety rule at a time and shows the test that notices.
+//!
+//! The switches are compiled in by the feature `mutants` of the crates that hold the rules; `HEARTH_MUTANT` turns one on
+//! for a whole process. The tests are the ordinary ones: each passes with every switch off, and has to fail with its own
+//! switch on.
+
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::setup;
+use crate::step::{note, seconds};
+use crate::workspace::Workspace;
+
+/// The variable that names the switch that is on.
+const SWITCH: &str = "HEARTH_MUTANT";
+
+/// One broken rule.
+struct Mutant {
+    /// Its switch.
+    name: &'static str,
+    /// The rule that it breaks.
+    rule: &'static str,
+    /// What notices: a package, its test program (the library's own tests if empty), and the test's name.
+    test: [&'static str; 3],
+}
+
+/// Every switch.
+const MUTANTS: &[Mutant] = &[
+    Mutant {
+        name: "write-back",
+        rule: "a write is acknowledged when the disk has it",
+        test: ["hearth-node", "store_crash", "kill_9"],
+    },
+    Mutant {
+        name: "flush-without-fsync",
+        rule: "FLUSH syncs",
+        test: ["hearth-node", "power_loss", ""],
+    },
+    Mutant {
+        name: "commit-without-data",
+        rule: "a block's bytes are durable before its record",
+        test: ["hearth-node", "power_loss", ""],
+    },
+    Mutant {
+        name: "fsync-retried",
+        rule: "a failed sync is never retried into success",
+        test: ["hearth-node", "store_faults", "every_site"],
+    },
+    Mutant {
+        name: "failed-flush-forgotten",
+        rule: "a failed flush closes the image for writes",
+        test: ["hearth-node", "store_faults", "every_site"],
+    },
+    Mutant {
+        name: "closed-forgotten",
+        rule: "it stays closed over a restart",
+        test: ["hearth-node", "store_faults", "every_site"],
+    },
+    Mutant {
+        name: "short-write-trusted",
+        rule: "a short write is not the whole write",
+        test: ["hearth-node", "store_faults", "every_site"],
+    },
+    Mutant {
+        name: "compaction-unchecked",
+        rule: "a failed sync of the journal is a failed sync",
+        test: ["hearth-node", "", "store::layer"],
+    },
+    Mutant {
+        name: "durable-uncommitted",
+        rule: "FUA makes a block's record durable too",
+        test: ["hearth-node", "power_loss", ""],
+    },
+    Mutant {
+        name: "power-loss-unseen",
+        rule: "uncommitted records do not count after a power loss",
+        test: ["hearth-node", "power_loss", ""],
+    },
+    Mutant {
+        name: "unscrubbed",
+        rule: "bytes that a power loss undid do not come back",
+        test: ["hearth-node", "power_loss", ""],
+    },
+    Mutant {
+        name: "fill-unchecked",
+        rule: "a fill is dropped if a write began meanwhile",
+        test: ["hearth-node", "volume_fill_race", ""],
+    },
+    Mutant {
+        name: "oversize-taken",
+        rule: "a request over the payload limit is refused",
+        test: ["hearth-node", "nbd_attack", "a_request_over"],
+    },
+    Mutant {
+        name: "connections-uncounted",
+        rule: "connections are counted, per image and in all",
+        test: ["hearth-node", "nbd_attack", "one_image_takes"],
+    },
+    Mutant {
+        name: "memory-uncounted",
+        rule: "what clients can make the server hold is bounded",
+        test: ["hearth-node", "nbd_attack", "clients_that_never_read"],
+    },
+    Mutant {
+        name: "chain-unchecked",
+        rule: "a record's chain value is compared",
+        test: ["hearth-scheduler", "tamper", "one_flipped_bit"],
+    },
+    Mutant {
+        name: "void-applied",
+        rule: "a void event changes nothing",
+        test: ["scheduler-core", "replay", "a_void_event"],
+    },
+    Mutant {
+        name: "duplicate-applied",
+        rule: "an event counts once",
+        test: ["scheduler-core", "", "laws::whatever_happens"],
+    },
+    Mutant {
+        name: "lost-uncounted",
+        rule: "heat with lost samples is not clean",
+        test: ["scheduler-core", "scripts", "every_script"],
+    },
+    Mutant {
+        name: "hash-order",
+        rule: "decisions do not depend on hash order",
+        test: ["scheduler-core", "", "laws::whatever_happens"],
+    },
+];
+
+/// How a run of a test ended.
+#[derive(Debug, PartialEq, Eq)]
+enum Run {
+    Passed,
+    /// The tests that failed, as the runner names them.
+    Failed(String),
+}
+
+fn run_test(workspace: &Workspace, mutant: &Mutant, on: bool) -> Result<Run> {
+    let [package, program, name] = mutant.test;
+    let mut command = workspace.command("cargo");
+    command.args(["test", "--package", package, "--features", "mutants"]);
+    match program {
+        "" => command.arg("--lib"),
+        program => command.args(["--test", program]),
+    };
+    command
+        .arg(name)
+        .env("HEARTH_BIN_DIR", workspace.bin_dir())
+        .env("PROPTEST_DISABLE_FAILURE_PERSISTENCE", "1")
+        .env_remove(SWITCH);
+    if let Ok(nats_server) = setup::nats_server(workspace) {
+        command.env("HEARTH_NATS_SERVER", nats_server);
+    }
+    if on {
+        command.env(SWITCH, mutant.name);
+    }
+    let output = command.output().context("starting cargo test")?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    ensure!(
+        said.contains("running ") && !said.contains(" 0 passed; 0 failed; 0 ignored"),
+        "no test {name} ran in {package} {program}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    if output.status.success() {
+        return Ok(Run::Passed);
+    }
+    let lines = said
+        .lines()
+        .filter_map(|line| line.strip_prefix("test ")?.strip_suffix(" ... FAILED"));
+    let failed: Vec<&str> = lines.collect();
+    // A test program that a broken rule brings down has no such line.
+    Ok(Run::Failed(if failed.is_empty() {
+        name.to_owned()
+    } else {
+        failed.join(", ")
+    }))
+}
+
+/// Runs the mutants whose names contain `only`, and prints a table.
+///
+/// # Errors
+/// A test that fails without a mutant, or a mutant that lives.
+pub fn run(workspace: &Workspace, only: &str) -> Result<()> {
+    let chosen: Vec<&Mutant> = MUTANTS.iter().filter(|mutant| mutant.name.contains(only)).collect();
+    ensure!(!chosen.is_empty(), "no mutant's name contains {only:?}");
+    println!("| mutant | the rule it breaks | killed by |\n|---|---|---|");
+    let mut alive = Vec::new();
+    let mut sound: Vec<[&str; 3]> = Vec::new();
+    for mutant in chosen {
+        let started = Instant::now();
+        if !sound.contains(&mutant.test) {
+            if let Run::Failed(names) = run_test(workspace, mutant, false)? {
+                bail!("{names} fails without any mutant: `cargo xtask test` first");
+            }
+            sound.push(mutant.test);
+        }
+        let killer = match run_test(workspace, mutant, true)? {
+            Run::Failed(names) => names,
+            Run::Passed => {
+                alive.push(mutant.name);
+                "ALIVE".to_owned()
+            }
+        };
+        println!("| `{}` | {} | {killer} |", mutant.name, mutant.rule);
+        note(format!("{} took {}", mutant.name, seconds(started.elapsed())));
+    }
+    ensure!(alive.is_empty(), "no test notices {}", alive.join(", "));
+    Ok(())
+}
