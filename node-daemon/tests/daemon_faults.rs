@@ -5,6 +5,8 @@ mod daemon_support;
 mod nbd_support;
 mod store_support;
 
+use std::time::Duration;
+
 use daemon_support::{Daemon, IMAGE, become_daemon};
 use nbd_support::have;
 use store_support::{LibNbd, Refusal, Request};
@@ -54,7 +56,7 @@ fn a_flush_that_failed_stays_failed_over_a_restart_of_the_daemon() {
             assert_eq!(nbd.ask(again, 0, 4096, 3), Err(Refusal::Io), "{fault}: {again:?}");
         }
         // A client that asks again after a reconnect is not told that all is well.
-        daemon.die_and_restart();
+        daemon.die_and_restart(Duration::ZERO);
         assert!(nbd.connect(&daemon.socket(), IMAGE));
         for again in [Request::Flush, WRITE] {
             assert_eq!(
@@ -91,7 +93,7 @@ fn a_write_that_failed_may_be_asked_again() {
         );
         nbd.ask(WRITE, 65_536, 4096, 3).unwrap();
         nbd.ask(Request::Flush, 0, 0, 0).unwrap();
-        daemon.die_and_restart();
+        daemon.die_and_restart(Duration::ZERO);
         assert!(nbd.connect(&daemon.socket(), IMAGE));
         for (at, value) in [(0, 1), (65_536, 3), (69_632, 0)] {
             assert_eq!(nbd.tell(&format!("read {at} 4096 {value}")), "ok", "{fault}: at {at}");

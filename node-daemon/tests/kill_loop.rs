@@ -29,6 +29,9 @@ fn number(name: &str, default: u64) -> u64 {
     })
 }
 
+/// How long the daemon is gone at least, each time: more than what the guest calls a stall.
+const AWAY: Duration = Duration::from_millis(300);
+
 /// Kills the daemon on a schedule until it was killed often enough and the load has ended.
 struct Killer {
     thread: std::thread::JoinHandle<(Daemon, Vec<Outage>)>,
@@ -44,7 +47,7 @@ impl Killer {
             while outages.len() < kills as usize {
                 // The schedule is the test: this waits for the next death, or for a load that failed.
                 match stopped.recv_timeout(every) {
-                    Err(RecvTimeoutError::Timeout) => outages.push(daemon.die_and_restart()),
+                    Err(RecvTimeoutError::Timeout) => outages.push(daemon.die_and_restart(AWAY)),
                     _ => break,
                 }
             }

@@ -168,10 +168,14 @@ impl Daemon {
     }
 
     /// `kill -9`, and a new process.
-    pub fn die_and_restart(&mut self) -> Outage {
+    ///
+    /// It stays away for `away`: a restart alone is over before anybody feels it.
+    pub fn die_and_restart(&mut self, away: Duration) -> Outage {
         let began = Instant::now();
         self.node.kill().unwrap();
         self.node.wait().unwrap();
+        // The outage itself, not a wait for anything.
+        std::thread::sleep(away);
         self.node = Self::spawn_node(&self.dir);
         self.wait_greeting();
         Outage {
