@@ -44,6 +44,14 @@ const RAM_BYTES: u64 = 256 << 20;
 
 const SOURCE: &str = "masters/os@v1";
 
+/// `nbdsh` with the distribution's Python, which is the one that has libnbd, whichever comes first in the user's path.
+fn nbdsh() -> Command {
+    let mut command = Command::new("nbdsh");
+    let path = std::env::var("PATH").unwrap_or_default();
+    command.env("PATH", format!("/usr/bin:/bin:{path}"));
+    command
+}
+
 #[test]
 fn fifty_clones_boot_from_one_read_of_their_boot_set() -> Result<()> {
     let programs = match Programs::for_tests() {
@@ -53,7 +61,7 @@ fn fifty_clones_boot_from_one_read_of_their_boot_set() -> Result<()> {
             return Ok(());
         }
     };
-    if !process::succeeds(Command::new("nbdsh").arg("--version")) {
+    if !process::succeeds(nbdsh().arg("--version")) {
         hearth_tests::skip("nbdsh is missing: apt-get install python3-libnbd");
         return Ok(());
     }
@@ -214,7 +222,7 @@ fn boot(cluster: &Cluster, raw: &Path, names: &[String], plan: &BootPlan) -> Res
     });
     fs::write(&file, text.to_string())?;
     let told = process::output(
-        Command::new("nbdsh")
+        nbdsh()
             .args(["-n", "-c", include_str!("boot_storm.py")])
             .env("BOOT_PLAN", &file),
     )?;

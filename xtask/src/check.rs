@@ -167,10 +167,10 @@ fn note_once() {
 
 /// Reads the summary line of `cargo test` or of nextest.
 fn counted(line: &str) -> Option<Tally> {
-    let line = line.trim();
+    // Nextest repeats what a failed test program said, indented: that is in its own summary already.
     let body = if let Some(rest) = line.strip_prefix("test result: ") {
         rest.split_once(". ")?.1
-    } else if line.starts_with("Summary [") {
+    } else if line.trim_start().starts_with("Summary [") {
         line.split_once("tests run: ")
             .or_else(|| line.split_once("test run: "))?
             .1
@@ -227,5 +227,6 @@ mod tests {
             0,
         );
         assert_eq!(counted("running 3 tests"), None);
+        assert_eq!(counted("    test result: FAILED. 0 passed; 1 failed; 0 ignored"), None);
     }
 }
