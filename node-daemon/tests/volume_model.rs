@@ -268,7 +268,7 @@ impl World {
             }
         }
         let usage = self.tier.usage();
-        assert!(usage.front <= usage.front_capacity && usage.main <= usage.main_capacity);
+        assert!(usage.front.0 + usage.main.0 <= usage.capacity.0, "{usage:?}");
     }
 
     /// The operation with its range cut at the image's end.

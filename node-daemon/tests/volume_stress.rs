@@ -119,7 +119,7 @@ fn stress(block_size: u64, sectors: u64, run: Duration) {
                     }
                 }
                 let usage = tier.usage();
-                assert!(usage.front <= usage.front_capacity && usage.main <= usage.main_capacity);
+                assert!(usage.front.0 + usage.main.0 <= usage.capacity.0, "{usage:?}");
             }
         });
         let end = Instant::now() + run;

@@ -338,7 +338,7 @@ fn within_memory(hearth: &Hearth, memory: &MemoryLimit) -> Result<()> {
         let bytes = |key: &str| tier[key].as_u64().with_context(|| format!("a heat event lacks {key}"));
         let (front, main) = (bytes("front")?, bytes("main")?);
         ensure!(
-            front <= bytes("front_capacity")? && main <= bytes("main_capacity")? && bytes("capacity")? <= RAM_BYTES,
+            front <= bytes("front_capacity")? && front + main <= bytes("capacity")? && bytes("capacity")? <= RAM_BYTES,
             "a region is over its size: {tier}"
         );
         ensure!(front + main <= RAM_BYTES, "the tier is over its size: {tier}");

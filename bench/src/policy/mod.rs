@@ -4,9 +4,11 @@
 //! in RAM, for RAM of a few percent of the trace's footprint. The peers let in what was written as well as what was
 //! read, because that is what the published figures were counted with.
 
+mod hearth;
 mod list;
 mod peers;
 mod table;
+mod targets;
 mod trace;
 
 use std::path::PathBuf;
@@ -17,6 +19,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 
 use crate::report;
+use hearth::Played;
 use peers::Cache;
 use trace::Trace;
 
@@ -49,9 +52,15 @@ enum Policy {
     WTinyLfu,
     Lirs,
     Belady,
+    /// The production code without prefetch, and with it.
+    Hearth {
+        ahead: bool,
+    },
 }
 
-const POLICIES: [Policy; 6] = [
+const POLICIES: [Policy; 8] = [
+    Policy::Hearth { ahead: true },
+    Policy::Hearth { ahead: false },
     Policy::Lru,
     Policy::Arc,
     Policy::S3Fifo,
@@ -69,15 +78,22 @@ impl Policy {
             Policy::WTinyLfu => "W-TinyLFU",
             Policy::Lirs => "LIRS",
             Policy::Belady => "Belady, demand",
+            Policy::Hearth { ahead: false } => "Hearth without prefetch",
+            Policy::Hearth { ahead: true } => "**Hearth**",
         }
     }
 }
+
+/// A policy and what it did at each size.
+type Row = (Policy, Vec<Outcome>);
 
 /// What one policy did with one trace at one size.
 #[derive(Debug, Clone, Copy)]
 struct Outcome {
     hits: u64,
     reads: u64,
+    /// What else is known of a run of the production code.
+    played: Option<Played>,
 }
 
 impl Outcome {
@@ -91,7 +107,7 @@ fn room(trace: &Trace, percent: usize) -> usize {
     (trace.blocks * percent / 100).max(4)
 }
 
-fn peer(trace: &Trace, room: usize, policy: Policy) -> Outcome {
+fn run_one(trace: &Trace, room: usize, policy: Policy) -> Result<Outcome> {
     let blocks = trace.blocks;
     let mut cache: Box<dyn Cache> = match policy {
         Policy::Lru => Box::new(peers::Lru::new(room, blocks)),
@@ -100,15 +116,24 @@ fn peer(trace: &Trace, room: usize, policy: Policy) -> Outcome {
         Policy::WTinyLfu => Box::new(peers::WTinyLfu::new(room, blocks)),
         Policy::Lirs => Box::new(peers::Lirs::new(room, blocks)),
         Policy::Belady => Box::new(peers::Belady::new(room, blocks, trace.accesses.iter().map(|a| a.0))),
+        Policy::Hearth { ahead } => {
+            let played = hearth::play(trace, room, ahead)?;
+            return Ok(Outcome {
+                hits: played.hits,
+                reads: trace.reads,
+                played: Some(played),
+            });
+        }
     };
     let mut hits = 0;
     for (block, read) in &trace.accesses {
         hits += u64::from(cache.access(*block) && *read);
     }
-    Outcome {
+    Ok(Outcome {
         hits,
         reads: trace.reads,
-    }
+        played: None,
+    })
 }
 
 /// The traces of a folder, by name.
@@ -146,35 +171,40 @@ fn traces(options: &Options) -> Result<Vec<(String, PathBuf)>> {
 pub fn run(options: &Options) -> Result<()> {
     let started = Instant::now();
     let mut text = String::new();
+    let mut targets = targets::Targets::default();
     for (name, path) in traces(options)? {
         let requests = Trace::read(&path)?;
         for log in BLOCK_LOGS {
             let trace = Trace::new(&name, &requests, log);
             eprintln!("{name}, {} KiB blocks", (1 << log) >> 10);
-            let rows = rows(&trace);
+            let rows = rows(&trace)?;
             table::section(&mut text, &trace, &rows);
+            targets.look(&trace, &rows);
         }
     }
-    let text = table::whole(&text, started.elapsed());
+    let text = table::whole(&targets.text(), &text, started.elapsed());
     report::publish(&text, options.out.as_deref())
 }
 
 /// All policies at all sizes, in parallel; a row per policy with an outcome per size.
-fn rows(trace: &Trace) -> Vec<(Policy, Vec<Outcome>)> {
+fn rows(trace: &Trace) -> Result<Vec<Row>> {
     let cells: Vec<_> = POLICIES
         .iter()
         .flat_map(|policy| SIZES_PERCENT.map(|percent| (*policy, percent)))
         .collect();
     let next = AtomicUsize::new(0);
-    let done = Mutex::new(vec![None; cells.len()]);
+    let done: Mutex<Vec<Option<Result<Outcome>>>> = Mutex::new(cells.iter().map(|_| None).collect());
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
     std::thread::scope(|scope| {
         for _ in 0..threads {
             scope.spawn(|| {
-                while let Some((policy, percent)) = cells.get(next.fetch_add(1, Ordering::Relaxed)).copied() {
-                    let outcome = peer(trace, room(trace, percent), policy);
-                    let at = cells.iter().position(|c| *c == (policy, percent));
-                    done.lock().expect("results lock")[at.expect("a cell of the list")] = Some(outcome);
+                loop {
+                    let at = next.fetch_add(1, Ordering::Relaxed);
+                    let Some((policy, percent)) = cells.get(at).copied() else {
+                        return;
+                    };
+                    let outcome = run_one(trace, room(trace, percent), policy);
+                    done.lock().expect("results lock")[at] = Some(outcome);
                 }
             });
         }
@@ -184,13 +214,17 @@ fn rows(trace: &Trace) -> Vec<(Policy, Vec<Outcome>)> {
         .iter()
         .map(|policy| {
             let row = outcomes.by_ref().take(SIZES_PERCENT.len());
-            (*policy, row.map(|o| o.expect("every cell was run")).collect())
+            let row: Result<_> = row.map(|o| o.expect("every cell was run")).collect();
+            Ok((*policy, row?))
         })
         .collect()
 }
 
 #[cfg(test)]
 mod tests {
+    use hearth_probes::source::Op;
+    use hearth_probes::trace::TraceRequest;
+
     use super::*;
 
     /// Plays numbered blocks and returns the hits as a string of `x` and `.`.
@@ -200,6 +234,45 @@ mod tests {
             .map(|b| if cache.access(*b) { 'x' } else { '.' })
             .collect();
         assert_eq!(got, expect);
+    }
+
+    /// Reads of 64 KiB blocks, one a tenth of a second.
+    fn trace(blocks: impl Iterator<Item = u64>) -> Trace {
+        let requests: Vec<_> = blocks
+            .enumerate()
+            .map(|(i, block)| TraceRequest {
+                time_us: i as u64 * 100_000,
+                offset: block << 16,
+                length: 1 << 16,
+                volume: 0,
+                op: Op::Read,
+            })
+            .collect();
+        Trace::new("made", &requests, 16)
+    }
+
+    /// What fits is read below once; a scan that never returns is read ahead, once enough was missed to
+    /// risk it, and each block is read once.
+    #[test]
+    fn the_production_code_does_what_was_worked_out_by_hand() {
+        let fits = trace((0..500).map(|i| i * 7 % 50 * 3));
+        let played = hearth::play(&fits, 60, false).unwrap();
+        assert_eq!((played.hits, played.backing), (450, 50));
+        let scan = trace(0..2_000);
+        let without = hearth::play(&scan, 200, false).unwrap();
+        assert_eq!((without.hits, without.backing), (0, 2_000));
+        let with = hearth::play(&scan, 200, true).unwrap();
+        assert_eq!(with.backing, 2_000, "never past the end, and nothing twice");
+        assert!(with.hits > 1_960, "{} of 2000 were read ahead", with.hits);
+    }
+
+    /// A boot of scattered blocks, again and again in one order, through RAM for a tenth of it.
+    #[test]
+    fn the_second_boot_is_replayed() {
+        let boot = |i: u64| (i % 1_000) * 7_919 % 10_007;
+        let played = hearth::play(&trace((0..4_000).map(boot)), 100, true).unwrap();
+        assert!(played.hits > 2_700, "{} of 3000 repeated reads hit", played.hits);
+        assert!(played.backing <= 4_100, "{} blocks read for 4000", played.backing);
     }
 
     const LOOP: [u32; 9] = [0, 1, 2, 0, 1, 2, 0, 1, 2];

@@ -10,30 +10,41 @@
 //! Locks, in this order: `policy` (room, queues; never on a hit), then one shard (which units are resident, and who
 //! may touch their bytes).
 
+mod ahead;
 mod arena;
+mod budget;
+mod burst;
 pub mod front;
-mod front_s3fifo;
+mod front_burst;
+mod ghost;
 mod guard;
+mod history;
 mod inflight;
 pub mod prefetch;
 mod resident;
+mod shadow;
 mod slots;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 
 use hearth_protocol::heat::TierUse;
 use hearth_protocol::{BlockIndex, ByteLen, LayerId};
 
+pub use ahead::Replayed;
 use arena::Arena;
+use budget::Budget;
 use front::FrontPolicy;
-use front_s3fifo::S3Fifo;
+use front_burst::BurstFront;
 pub use guard::FillToken;
 use guard::WriteGuards;
+use history::History;
 use inflight::InFlight;
 pub(crate) use inflight::Lead;
+pub use resident::Look;
 use resident::{Arrival, Residents, key_of};
+use shadow::{Shadows, WINDOWS};
 use slots::{SLOT, Slots};
 
 /// How to build a tier.
@@ -41,7 +52,8 @@ use slots::{SLOT, Slots};
 pub struct TierOptions {
     /// Size of the arena; rounded down to whole slots of 64 KiB.
     pub capacity_bytes: u64,
-    /// Part of it that the node fills by itself, in percent (POLICY: 25).
+    /// Least part of it that the node fills by itself, in percent: it has what the main region leaves, too. With 0 it
+    /// fills nothing by itself.
     pub front_percent: u8,
     /// Lock the arena into RAM, as far as the system allows.
     pub lock: bool,
@@ -125,7 +137,6 @@ struct Counters {
     demoted: AtomicU64,
     fills_dropped: AtomicU64,
     invalidated: AtomicU64,
-    ahead_wasted: AtomicU64,
 }
 
 fn count(counter: &AtomicU64) {
@@ -163,10 +174,25 @@ pub struct RamTier {
     policy: Mutex<Policy>,
     layers: RwLock<Layers>,
     counters: Counters,
+    budget: Budget,
+    history: Mutex<History>,
+    shadows: Mutex<Shadows>,
+    /// Of 65,536 units those whose hash is below this are followed by the shadows.
+    sampled_below: u32,
+    /// The front's window in percent, as the shadows advise.
+    window: AtomicU8,
     capacity: u64,
     front_capacity: u64,
     main_capacity: u64,
+    /// What the main region may hold now: less than its capacity while the front would hit more with the room.
+    main_allowed: AtomicU64,
 }
+
+/// The main region gives room back when the tier hits less than a front alone would, by more than this.
+const MAIN_LOSS_PERMILLE: i64 = 5;
+
+/// It is given more when the tier hits more than a front alone would, by at least this.
+const MAIN_GAIN_PERMILLE: i64 = 10;
 
 /// Spreads a number over 64 bits (the finalizer of splitmix64).
 pub(crate) fn mix(mut x: u64) -> u64 {
@@ -197,13 +223,19 @@ impl RamTier {
             policy: Mutex::new(Policy {
                 slots: Slots::new(count),
                 free_ids: Vec::new(),
-                front: Box::new(S3Fifo::new(front_capacity as usize)),
+                front: Box::new(BurstFront::new(WINDOWS[0])),
                 front_bytes: 0,
                 main_bytes: 0,
                 dropped: HashSet::new(),
             }),
             layers: RwLock::default(),
             counters: Counters::default(),
+            budget: Budget::default(),
+            history: Mutex::new(History::new(ahead::history_misses(capacity))),
+            shadows: Mutex::new(Shadows::new(capacity)),
+            sampled_below: Shadows::sampled_below(capacity),
+            window: AtomicU8::new(WINDOWS[0]),
+            main_allowed: AtomicU64::new(capacity - front_capacity),
             capacity,
             front_capacity,
             main_capacity: capacity - front_capacity,
@@ -237,8 +269,53 @@ impl RamTier {
     /// Copies part of a unit into `buf` if it is resident.
     #[inline]
     pub fn read(&self, layer: LayerHandle, unit: u32, within: usize, buf: &mut [u8]) -> bool {
+        self.look(layer, unit, within, buf) != Look::Miss
+    }
+
+    /// As [`Self::read`]; tells a first use of a unit read ahead, which the prefetchers want to hear of.
+    #[inline]
+    pub fn look(&self, layer: LayerHandle, unit: u32, within: usize, buf: &mut [u8]) -> Look {
         debug_assert!(within + buf.len() <= layer.unit_bytes() as usize);
-        self.residents.read(&self.arena, key_of(layer, unit), within, buf)
+        let key = key_of(layer, unit);
+        let look = self.residents.read(&self.arena, key, within, buf);
+        match look {
+            Look::Miss => return look,
+            Look::Hit => {}
+            Look::FirstUse(class) => self.budget.used(class),
+        }
+        self.sample(key, layer.unit_log, true, look == Look::Hit);
+        look
+    }
+
+    /// Shows an access to the shadows, if its unit is sampled, and takes their advice. Never waits.
+    #[inline]
+    fn sample(&self, key: u64, log: u8, read: bool, hit: bool) {
+        let hash = mix(key);
+        if u32::from((hash >> 16) as u16) >= self.sampled_below || self.front_capacity == 0 {
+            return;
+        }
+        let Ok(mut shadows) = self.shadows.try_lock() else {
+            return;
+        };
+        let Some(advice) = shadows.access(hash, log, read, hit) else {
+            return;
+        };
+        drop(shadows);
+        self.window.store(advice.window, Ordering::Relaxed);
+        let allowed = self.main_allowed.load(Ordering::Relaxed);
+        let next = if advice.missed_permille > MAIN_LOSS_PERMILLE {
+            allowed / 4
+        } else if advice.missed_permille < -MAIN_GAIN_PERMILLE {
+            (allowed + self.main_capacity / 64).min(self.main_capacity)
+        } else {
+            allowed
+        };
+        self.main_allowed.store(next, Ordering::Relaxed);
+    }
+
+    /// Whether misses are let in at all.
+    pub fn has_front(&self) -> bool {
+        self.front_capacity > 0
     }
 
     /// Which region holds a unit, if any does.
@@ -259,12 +336,7 @@ impl RamTier {
 
     /// Offers a whole unit that was read after `token` was taken. The last unit of an image may be shorter.
     pub fn fill(&self, layer: LayerHandle, unit: u32, token: FillToken, data: &[u8], region: Region) -> Filled {
-        self.fill_as(layer, unit, token, data, region, false)
-    }
-
-    /// As [`Self::fill`] into the front, for a unit that nobody has asked for yet.
-    pub(crate) fn fill_ahead(&self, layer: LayerHandle, unit: u32, token: FillToken, data: &[u8]) -> Filled {
-        self.fill_as(layer, unit, token, data, Region::Front, true)
+        self.fill_as(layer, unit, token, data, region, None)
     }
 
     fn fill_as(
@@ -274,7 +346,7 @@ impl RamTier {
         token: FillToken,
         data: &[u8],
         region: Region,
-        ahead: bool,
+        ahead: Option<u8>,
     ) -> Filled {
         let key = key_of(layer, unit);
         let bytes = layer.unit_bytes();
@@ -288,17 +360,14 @@ impl RamTier {
             count(&self.counters.fills_dropped);
             return Filled::Stale;
         }
-        let room = match region {
-            Region::Front if bytes > self.front_capacity => false,
-            Region::Front => {
-                while policy.front_bytes + bytes > self.front_capacity && self.evict(&mut policy) {}
-                policy.front_bytes + bytes <= self.front_capacity
-            }
-            Region::Main => policy.main_bytes + bytes <= self.main_capacity,
+        let allowed = match region {
+            Region::Front => self.front_capacity > 0 && policy.main_bytes + bytes <= self.capacity,
+            Region::Main => policy.main_bytes + bytes <= self.main_allowed.load(Ordering::Relaxed),
         };
-        if !room {
+        if !allowed {
             return Filled::Full;
         }
+        while policy.front_bytes + policy.main_bytes + bytes > self.capacity && self.evict(&mut policy) {}
         let place = loop {
             match policy.slots.take(bytes as usize) {
                 Some(place) => break place,
@@ -314,6 +383,13 @@ impl RamTier {
             let end = place.offset() + data.len();
             self.arena.zero(end, bytes as usize - data.len());
         }
+        let now = self.residents.clock.now();
+        let recalled = policy.front.recall(mix(key));
+        let heat = if ahead.is_some() {
+            recalled
+        } else {
+            recalled.counted(now)
+        };
         let id = policy.free_ids.pop().unwrap_or_else(|| self.residents.new_id());
         let arrival = Arrival {
             key,
@@ -321,6 +397,7 @@ impl RamTier {
             place,
             log: layer.unit_log,
             region,
+            heat,
             ahead,
         };
         let published = self.residents.publish(arrival, || self.guards.is_fresh(token));
@@ -333,7 +410,7 @@ impl RamTier {
         match region {
             Region::Front => {
                 policy.front_bytes += bytes;
-                policy.front.admitted(id, mix(key), bytes as usize);
+                policy.front.admitted(id, bytes as usize, now);
                 count(&self.counters.admitted);
             }
             Region::Main => {
@@ -341,6 +418,11 @@ impl RamTier {
                 policy.dropped.remove(&(layer.number, unit));
                 count(&self.counters.promoted);
             }
+        }
+        drop(policy);
+        if ahead.is_none() && region == Region::Front {
+            self.residents.clock.count(bytes);
+            self.sample(key, layer.unit_log, true, false);
         }
         Filled::Done
     }
@@ -356,7 +438,7 @@ impl RamTier {
     }
 
     fn move_to_main(&self, policy: &mut Policy, key: u64, bytes: u64) -> Filled {
-        if policy.main_bytes + bytes > self.main_capacity {
+        if policy.main_bytes + bytes > self.main_allowed.load(Ordering::Relaxed) {
             return Filled::Full;
         }
         let id = self.residents.set_region(key, Region::Main);
@@ -370,6 +452,7 @@ impl RamTier {
 
     /// Drops one unit of the front; false if it has none.
     fn evict(&self, policy: &mut Policy) -> bool {
+        policy.front.set_window(self.window.load(Ordering::Relaxed));
         let Some(id) = policy.front.victim(&mut &self.residents) else {
             return false;
         };
@@ -378,8 +461,8 @@ impl RamTier {
         policy.slots.give(gone.place, gone.bytes);
         policy.free_ids.push(id);
         count(&self.counters.evicted);
-        if gone.unused {
-            count(&self.counters.ahead_wasted);
+        if let Some(class) = gone.unused {
+            self.budget.wasted(class);
         }
         true
     }
@@ -399,6 +482,9 @@ impl RamTier {
         }
         policy.slots.give(gone.place, gone.bytes);
         policy.free_ids.push(id);
+        if let Some(class) = gone.unused {
+            self.budget.unread(class);
+        }
         Some(gone.region)
     }
 
@@ -451,14 +537,19 @@ impl RamTier {
             capacity: ByteLen(self.capacity),
             front: ByteLen(policy.front_bytes),
             main: ByteLen(policy.main_bytes),
-            front_capacity: ByteLen(self.front_capacity),
-            main_capacity: ByteLen(self.main_capacity),
+            front_capacity: ByteLen(if self.front_capacity == 0 {
+                0
+            } else {
+                self.capacity - policy.main_bytes
+            }),
+            main_capacity: ByteLen(self.main_allowed.load(Ordering::Relaxed)),
         }
     }
 
     /// Totals since the tier was built.
     pub fn counters(&self) -> TierCounters {
         let get = |c: &AtomicU64| c.load(Ordering::Relaxed);
+        let (ahead_used, ahead_wasted) = self.budget.totals();
         TierCounters {
             hits: self.residents.hits(),
             admitted: get(&self.counters.admitted),
@@ -467,8 +558,8 @@ impl RamTier {
             demoted: get(&self.counters.demoted),
             fills_dropped: get(&self.counters.fills_dropped),
             invalidated: get(&self.counters.invalidated),
-            ahead_used: self.residents.ahead_used(),
-            ahead_wasted: get(&self.counters.ahead_wasted),
+            ahead_used,
+            ahead_wasted,
         }
     }
 
@@ -505,13 +596,6 @@ impl RamTier {
         let key = key_of(layer, unit);
         self.in_flight.try_lead(key, mix(key))
     }
-
-    /// How far streams may be read ahead, in units: falls with the share of units read ahead that nobody used.
-    pub(crate) fn ahead_max(&self, unit_bytes: u64) -> u32 {
-        let used = self.residents.ahead_used();
-        let wasted = self.counters.ahead_wasted.load(Ordering::Relaxed);
-        prefetch::ahead_max(self.front_capacity / unit_bytes, used, wasted)
-    }
 }
 
 /// A write under way. Dropping it without [`WriteTicket::keep`] removes the units' RAM copies: that is what a failed
@@ -528,7 +612,10 @@ impl WriteTicket<'_> {
     /// Writes `data`, which the store has taken, into the RAM copies too. `offset` is in bytes from the layer's start.
     pub fn update(&self, offset: u64, data: &[u8]) {
         self.each(offset, data.len(), |key, within, range| {
-            self.tier.residents.write(&self.tier.arena, key, within, &data[range]);
+            if !self.tier.residents.write(&self.tier.arena, key, within, &data[range]) {
+                self.tier.passed_by(self.layer, key);
+            }
+            self.tier.sample(key, self.layer.unit_log, false, false);
         });
     }
 
@@ -574,5 +661,133 @@ impl Drop for WriteTicket<'_> {
         for unit in self.first..self.first + self.count {
             self.tier.guards.end_write(mix(key_of(self.layer, unit)));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const UNIT: u64 = SLOT as u64;
+
+    fn tier(units: u64) -> Arc<RamTier> {
+        let options = TierOptions {
+            lock: false,
+            ..TierOptions::of_bytes(units * UNIT)
+        };
+        RamTier::new(options).expect("address space for the arena")
+    }
+
+    /// Reads a unit as a volume does; says whether it was there.
+    fn access(tier: &RamTier, layer: LayerHandle, unit: u32) -> bool {
+        let hit = tier.read(layer, unit, 0, &mut [0; 8]);
+        if !hit {
+            let token = tier.begin_fill(layer, unit);
+            assert_eq!(tier.fill(layer, unit, token, &[1; 16], Region::Front), Filled::Done);
+        }
+        hit
+    }
+
+    /// POLICY: at most 40 bytes for a resident block, 16 for one that is remembered; shadows and recorded misses
+    /// bounded. Sizes as the allocator was asked for them, after growth and churn.
+    #[test]
+    fn bookkeeping_stays_within_its_bytes() {
+        for units in [4_096u64, 10_000, 16_384] {
+            let tier = tier(units);
+            let layer = tier.register(LayerId(1), UNIT);
+            for i in 0..units * 6 {
+                access(&tier, layer, (mix(i % (units * 2)) % (units * 8)) as u32);
+            }
+            let residents = tier.residents.count();
+            assert_eq!(residents, units, "the tier is full");
+            let (each, _) = tier.overhead();
+            assert!(each <= 40, "{each} bytes for each of {units} residents");
+            let (_, ghosts) = tier.policy().front.overhead_bytes();
+            assert!(
+                ghosts as u64 <= 16 * 4 * units,
+                "{ghosts} bytes of ghosts of {units} units"
+            );
+            let (shadows, history) = tier.fixed_overhead();
+            assert!(shadows <= 256 << 10, "{shadows} bytes of shadows");
+            assert!(
+                history <= 16 * ahead::history_misses(tier.capacity) as u64,
+                "{history} bytes of misses"
+            );
+        }
+    }
+
+    #[test]
+    fn the_front_has_what_the_main_region_leaves() {
+        let tier = tier(16);
+        let layer = tier.register(LayerId(1), UNIT);
+        for unit in 0..16 {
+            access(&tier, layer, unit);
+        }
+        assert_eq!(tier.usage().front, ByteLen(16 * UNIT));
+        assert_eq!(tier.promote_resident(layer, 3), Some(Filled::Done));
+        let token = tier.begin_fill(layer, 40);
+        assert_eq!(tier.fill(layer, 40, token, &[2; 16], Region::Main), Filled::Done);
+        let usage = tier.usage();
+        assert_eq!((usage.main, usage.front), (ByteLen(2 * UNIT), ByteLen(14 * UNIT)));
+        assert_eq!(usage.front_capacity, ByteLen(14 * UNIT));
+        assert!(tier.region(layer, 3) == Some(Region::Main) && tier.region(layer, 40) == Some(Region::Main));
+    }
+
+    /// Promoted blocks that nobody reads cost hits that a front alone would have: the main region shrinks.
+    #[test]
+    fn a_main_region_that_does_not_pay_gives_its_room_back() {
+        let tier = tier(100);
+        let layer = tier.register(LayerId(1), UNIT);
+        for unit in 1_000..1_075 {
+            let token = tier.begin_fill(layer, unit);
+            assert_eq!(tier.fill(layer, unit, token, &[1; 16], Region::Main), Filled::Done);
+        }
+        let before = tier.usage().main_capacity.0;
+        for i in 0..20_000 {
+            access(&tier, layer, i % 60);
+        }
+        assert!(tier.usage().main_capacity.0 < before / 4, "{:?}", tier.usage());
+    }
+
+    #[test]
+    fn with_the_front_off_nothing_comes_in_by_itself() {
+        let tier = RamTier::new(TierOptions {
+            capacity_bytes: 16 * UNIT,
+            front_percent: 0,
+            lock: false,
+        })
+        .expect("address space for the arena");
+        let layer = tier.register(LayerId(1), UNIT);
+        let token = tier.begin_fill(layer, 0);
+        assert!(!tier.has_front());
+        assert_eq!(tier.fill(layer, 0, token, &[1; 16], Region::Front), Filled::Full);
+        assert_eq!(tier.fill(layer, 0, token, &[1; 16], Region::Main), Filled::Done);
+        assert_eq!(tier.grant_sequential(64, 8, UNIT).1, 0);
+        assert_eq!(tier.missed(layer, 1, false), None);
+    }
+
+    #[test]
+    fn a_unit_read_ahead_is_counted_as_used_or_wasted_once() {
+        let tier = tier(64);
+        let layer = tier.register(LayerId(1), UNIT);
+        assert_eq!(
+            tier.grant_sequential(8, 2, UNIT).1,
+            0,
+            "nothing was missed yet: there is nothing to waste"
+        );
+        (1_000..1_100).for_each(|unit| assert_eq!(tier.missed(layer, unit, false), None));
+        let (class, granted) = tier.grant_sequential(8, 2, UNIT);
+        assert_eq!(granted, 2);
+        for unit in 0..2 {
+            let token = tier.begin_fill(layer, unit);
+            assert_eq!(tier.fill_ahead(layer, unit, token, &[1; 16], class), Filled::Done);
+        }
+        assert_eq!(tier.look(layer, 0, 0, &mut [0; 8]), Look::FirstUse(class));
+        assert_eq!(tier.look(layer, 0, 0, &mut [0; 8]), Look::Hit);
+        for unit in 100..600 {
+            access(&tier, layer, unit);
+        }
+        let counters = tier.counters();
+        assert_eq!((counters.ahead_used, counters.ahead_wasted), (1, 1));
     }
 }

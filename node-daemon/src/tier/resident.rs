@@ -3,18 +3,22 @@
 //! A shard's lock also orders access to the bytes of its units: readers copy out under the shared lock, so that an
 //! eviction or an update cannot tear what they see.
 
-use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 use std::sync::{OnceLock, RwLock};
 
 use hashbrown::HashTable;
 
 use super::arena::Arena;
+use super::burst::{BurstClock, Heat};
 use super::front::Marks;
-use super::slots::{PAGE, Place};
+use super::slots::{PAGE, Place, SLOT};
 use super::{LayerHandle, Region, mix};
 
-/// Shards: enough that two readers seldom meet, few enough that the empty tables cost nothing.
-const SHARDS: usize = 256;
+/// Most shards: enough that two readers seldom meet.
+const SHARDS_MAX: usize = 256;
+
+/// Slots of 64 KiB for each shard: fewer would make half-empty tables.
+const SLOTS_PER_SHARD: usize = 64;
 
 /// Entries are made in chunks that never move, so that readers need no lock to reach one.
 const CHUNK: usize = 4096;
@@ -35,7 +39,49 @@ pub fn key_of(layer: LayerHandle, unit: u32) -> u64 {
 struct Entry {
     key: AtomicU64,
     place: AtomicU32,
+    /// When its last burst began.
+    stamp: AtomicU16,
+    /// Bursts; while it is read ahead and unused, in the upper half, and the class of the guess in the lower.
+    count: AtomicU8,
     flags: AtomicU8,
+}
+
+impl Entry {
+    fn heat(&self) -> Heat {
+        let count = self.count.load(Ordering::Relaxed);
+        let ahead = self.flags.load(Ordering::Relaxed) & AHEAD != 0;
+        Heat {
+            count: if ahead { count >> 4 } else { count },
+            stamp: self.stamp.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Stores the unit's heat. Two readers may do so at once; what one of them counted is then lost.
+    fn set_heat(&self, heat: Heat) {
+        self.count.store(heat.count, Ordering::Relaxed);
+        self.stamp.store(heat.stamp, Ordering::Relaxed);
+    }
+
+    /// Counts a touch, if it begins a new burst.
+    #[inline]
+    fn touch(&self, flags: u8, clock: &BurstClock) {
+        if let Some(heat) = self.heat().touched(clock.now()) {
+            self.set_heat(heat);
+            self.flags.fetch_or(TOUCHED, Ordering::Relaxed);
+            clock.count(1 << (flags >> LOG_SHIFT));
+        }
+    }
+}
+
+/// What a look for a unit found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Look {
+    /// It is not in RAM.
+    Miss,
+    /// It was copied out.
+    Hit,
+    /// It was copied out, and had been read ahead of this, its first use, by a guess of this class.
+    FirstUse(u8),
 }
 
 #[derive(Default)]
@@ -49,7 +95,8 @@ pub struct Residents {
     shards: Box<[Shard]>,
     chunks: Box<[OnceLock<Box<[Entry]>>]>,
     ids: AtomicU32,
-    ahead_used: AtomicU64,
+    /// Tells bursts apart.
+    pub clock: BurstClock,
 }
 
 /// A filled unit that is to become visible.
@@ -65,8 +112,10 @@ pub struct Arrival {
     pub log: u8,
     /// Where it goes.
     pub region: Region,
-    /// Read ahead of its use.
-    pub ahead: bool,
+    /// Its bursts so far.
+    pub heat: Heat,
+    /// The class of the guess, if it was read ahead of its use.
+    pub ahead: Option<u8>,
 }
 
 /// A unit that left.
@@ -78,23 +127,27 @@ pub struct Gone {
     pub bytes: usize,
     /// Where it was.
     pub region: Region,
-    /// Read ahead and never used.
-    pub unused: bool,
+    /// The class of the guess, if it was read ahead and never used.
+    pub unused: Option<u8>,
 }
 
 impl Residents {
     /// Nothing resident, in an arena of `bytes`.
     pub fn new(bytes: usize) -> Self {
         Self {
-            shards: (0..SHARDS).map(|_| Shard::default()).collect(),
+            shards: (0..(bytes / SLOT / SLOTS_PER_SHARD)
+                .next_power_of_two()
+                .clamp(8, SHARDS_MAX))
+                .map(|_| Shard::default())
+                .collect(),
             chunks: (0..(bytes / PAGE).div_ceil(CHUNK)).map(|_| OnceLock::new()).collect(),
             ids: AtomicU32::new(0),
-            ahead_used: AtomicU64::new(0),
+            clock: BurstClock::new(bytes as u64),
         }
     }
 
     fn shard(&self, hash: u64) -> &Shard {
-        &self.shards[hash as usize % SHARDS]
+        &self.shards[hash as usize & (self.shards.len() - 1)]
     }
 
     #[inline]
@@ -115,14 +168,14 @@ impl Residents {
         id
     }
 
-    /// Copies out part of a unit, and marks it as touched.
+    /// Copies out part of a unit, and counts the touch.
     #[inline]
-    pub fn read(&self, arena: &Arena, key: u64, within: usize, buf: &mut [u8]) -> bool {
+    pub fn read(&self, arena: &Arena, key: u64, within: usize, buf: &mut [u8]) -> Look {
         let hash = mix(key);
         let shard = self.shard(hash);
         let table = shard.table.read().expect("shard lock");
         let Some(id) = table.find(hash, |id| self.is(*id, key)) else {
-            return false;
+            return Look::Miss;
         };
         let entry = self.entry(*id);
         let flags = entry.flags.load(Ordering::Relaxed);
@@ -130,41 +183,51 @@ impl Residents {
             within + buf.len() <= 1 << (flags >> LOG_SHIFT),
             "a read reaches past its unit"
         );
-        if flags & AHEAD != 0 {
+        let mut look = Look::Hit;
+        if flags & AHEAD == 0 {
+            entry.touch(flags, &self.clock);
+        } else {
             // The first use of a unit read ahead is what its admission would have been: it sets no mark.
+            let (packed, heat) = (entry.count.load(Ordering::Relaxed), entry.heat());
             if entry.flags.fetch_and(!AHEAD, Ordering::Relaxed) & AHEAD != 0 {
-                self.ahead_used.fetch_add(1, Ordering::Relaxed);
+                entry.set_heat(heat.counted(self.clock.now()));
+                self.clock.count(1 << (flags >> LOG_SHIFT));
+                look = Look::FirstUse(packed & 15);
             }
-        } else if flags & TOUCHED == 0 {
-            entry.flags.fetch_or(TOUCHED, Ordering::Relaxed);
         }
         let at = Place(entry.place.load(Ordering::Relaxed)).offset() + within;
         // SAFETY: the unit is in the table, and every writer of its bytes holds the shard's lock exclusively.
         unsafe { arena.read(at, buf) };
         drop(table);
         shard.hits.fetch_add(1, Ordering::Relaxed);
+        look
+    }
+
+    fn change(&self, key: u64, within: usize, len: usize, f: impl FnOnce(usize)) -> bool {
+        let hash = mix(key);
+        let table = self.shard(hash).table.write().expect("shard lock");
+        let Some(id) = table.find(hash, |id| self.is(*id, key)) else {
+            return false;
+        };
+        let entry = self.entry(*id);
+        let flags = entry.flags.load(Ordering::Relaxed);
+        assert!(
+            within + len <= 1 << (flags >> LOG_SHIFT),
+            "a write reaches past its unit"
+        );
+        if flags & AHEAD == 0 {
+            entry.touch(flags, &self.clock);
+        }
+        f(Place(entry.place.load(Ordering::Relaxed)).offset() + within);
         true
     }
 
-    fn change(&self, key: u64, within: usize, len: usize, f: impl FnOnce(usize)) {
-        let hash = mix(key);
-        let table = self.shard(hash).table.write().expect("shard lock");
-        if let Some(id) = table.find(hash, |id| self.is(*id, key)) {
-            let entry = self.entry(*id);
-            assert!(
-                within + len <= 1 << (entry.flags.load(Ordering::Relaxed) >> LOG_SHIFT),
-                "a write reaches past its unit"
-            );
-            f(Place(entry.place.load(Ordering::Relaxed)).offset() + within);
-        }
-    }
-
-    /// Writes part of a unit, if it is resident.
-    pub fn write(&self, arena: &Arena, key: u64, within: usize, data: &[u8]) {
+    /// Writes part of a unit, if it is resident; says whether it is.
+    pub fn write(&self, arena: &Arena, key: u64, within: usize, data: &[u8]) -> bool {
         self.change(key, within, data.len(), |at| {
             // SAFETY: the shard's lock is held exclusively, and the range lies within this unit's room.
             unsafe { arena.write(at, data) }
-        });
+        })
     }
 
     /// Zeroes part of a unit, if it is resident.
@@ -192,6 +255,7 @@ impl Residents {
             place,
             log,
             region,
+            heat,
             ahead,
         } = unit;
         let hash = mix(key);
@@ -203,7 +267,12 @@ impl Residents {
         entry.key.store(key, Ordering::Relaxed);
         entry.place.store(place.0, Ordering::Relaxed);
         let region = if region == Region::Main { MAIN } else { 0 };
-        let ahead = if ahead { AHEAD } else { 0 };
+        let (ahead, packed) = match ahead {
+            Some(class) => (AHEAD, heat.count << 4 | class & 15),
+            None => (0, heat.count),
+        };
+        entry.count.store(packed, Ordering::Relaxed);
+        entry.stamp.store(heat.stamp, Ordering::Relaxed);
         entry.flags.store(log << LOG_SHIFT | region | ahead, Ordering::Relaxed);
         table.insert_unique(hash, id, |id| mix(self.entry(*id).key.load(Ordering::Relaxed)));
         true
@@ -238,7 +307,7 @@ impl Residents {
                 place: Place(entry.place.load(Ordering::Relaxed)),
                 bytes: 1 << (flags >> LOG_SHIFT),
                 region: region_of(flags),
-                unused: flags & AHEAD != 0,
+                unused: (flags & AHEAD != 0).then(|| entry.count.load(Ordering::Relaxed) & 15),
             },
         ))
     }
@@ -249,11 +318,6 @@ impl Residents {
         let (found, gone) = self.remove(key).expect("the policy's units are resident");
         assert_eq!(found, id, "one unit has two entries");
         gone
-    }
-
-    /// Units read ahead that were used.
-    pub fn ahead_used(&self) -> u64 {
-        self.ahead_used.load(Ordering::Relaxed)
     }
 
     /// All resident units of a layer.
@@ -300,6 +364,18 @@ impl Marks for &Residents {
 
     fn key(&self, id: u32) -> u64 {
         mix(self.entry(id).key.load(Ordering::Relaxed))
+    }
+
+    fn heat(&self, id: u32) -> Heat {
+        self.entry(id).heat()
+    }
+
+    fn is_ahead(&self, id: u32) -> bool {
+        self.entry(id).flags.load(Ordering::Relaxed) & AHEAD != 0
+    }
+
+    fn now(&self) -> u16 {
+        self.clock.now()
     }
 }
 

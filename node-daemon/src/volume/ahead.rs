@@ -1,7 +1,8 @@
 //! Carries out what the prefetcher says, on threads of its own: a guest's read never waits for it.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use super::Volume;
@@ -9,8 +10,8 @@ use super::stack::{Stack, Where};
 use super::stats::add;
 use crate::disk::DiskError;
 use crate::store::direct::{AlignedBuf, with_buffer};
-use crate::tier::LayerHandle;
-use crate::tier::prefetch::{Prefetch, Sequential};
+use crate::tier::Replayed;
+use crate::tier::prefetch::Sequential;
 
 /// Threads of the process that read ahead: two streams can wait for a disk at once.
 const THREADS: usize = 2;
@@ -24,15 +25,23 @@ const RUN_BYTES_MAX: u64 = 1 << 20;
 /// The same in units, which have 4,096 bytes or more.
 const RUN_UNITS_MAX: usize = (RUN_BYTES_MAX / 4096) as usize;
 
+/// Granted guesses of one class; each unit that is not filled is given back.
 struct Job {
     volume: Weak<Volume>,
-    first: u32,
-    count: u32,
+    class: u8,
+    wanted: Wanted,
+}
+
+enum Wanted {
+    /// Units of the image, in a row.
+    Run(Range<u32>),
+    /// Units by the level they lay in when they were recorded.
+    Recorded(Vec<(usize, u32)>),
 }
 
 /// One image's prefetcher.
 pub(super) struct Ahead {
-    policy: Mutex<Box<dyn Prefetch>>,
+    streams: Mutex<Sequential>,
     /// The unit touched last: reads within it need no second look.
     last: AtomicU32,
 }
@@ -40,7 +49,7 @@ pub(super) struct Ahead {
 impl Default for Ahead {
     fn default() -> Self {
         Self {
-            policy: Mutex::new(Box::new(Sequential::default())),
+            streams: Mutex::default(),
             last: AtomicU32::new(u32::MAX),
         }
     }
@@ -70,10 +79,19 @@ fn serve(receiver: &Mutex<Receiver<Job>>) {
         let job = receiver.lock().expect("prefetch queue lock").recv();
         let Ok(job) = job else { return };
         if let Some(volume) = job.volume.upgrade()
-            && let Err(err) = volume.read_ahead(job.first, job.count)
+            && let Err(err) = volume.read_ahead(job.class, job.wanted)
         {
             // The guest's own read will meet the failure and report it.
             tracing::debug!(%err, "prefetch failed");
+        }
+    }
+}
+
+impl Wanted {
+    fn len(&self) -> u32 {
+        match self {
+            Wanted::Run(units) => units.len() as u32,
+            Wanted::Recorded(units) => units.len() as u32,
         }
     }
 }
@@ -85,59 +103,110 @@ impl Volume {
             return;
         }
         self.ahead.last.store(last, Ordering::Relaxed);
-        let distance_max = self.tier.ahead_max(self.unit_bytes());
-        if distance_max == 0 {
-            return;
-        }
-        let Ok(mut policy) = self.ahead.policy.try_lock() else {
+        let Ok(mut streams) = self.ahead.streams.try_lock() else {
             return;
         };
-        let wanted = policy.observe(first, last, distance_max);
-        drop(policy);
-        if wanted.is_empty() {
-            return;
-        }
         let units = self.size().div_ceil(self.unit_bytes()) as u32;
-        let end = wanted.end.min(units);
-        if wanted.start < end {
-            let job = Job {
-                volume: self.me.clone(),
-                first: wanted.start,
-                count: end - wanted.start,
-            };
-            let _ = queue().try_send(job);
+        let mut class = 0;
+        let wanted = streams.observe(first, last, |run, count| {
+            // Never past the image's end.
+            let count = count.min(units.saturating_sub(last + 1));
+            let (of, granted) = self.tier.grant_sequential(run, count, self.unit_bytes());
+            class = of;
+            granted
+        });
+        drop(streams);
+        if !wanted.is_empty() {
+            let end = wanted.end.min(units).max(wanted.start);
+            self.tier.unread(class, wanted.end - end);
+            self.send(class, Wanted::Run(wanted.start..end));
         }
     }
 
-    fn read_ahead(&self, first: u32, count: u32) -> Result<(), DiskError> {
+    /// Tells the history of a unit that was missed, or would have been, and hands over what followed it last time.
+    /// Never waits for a disk.
+    pub(super) fn note_missed(&self, stack: &Stack, level: usize, unit: u32, first_use: bool) {
+        let Some(Replayed { class, units }) = self.tier.missed(stack.handle(level), unit, first_use) else {
+            return;
+        };
+        let asked = units.len();
+        let mine = |(number, unit)| {
+            let level = stack.levels.iter().position(|l| l.handle.is_number(number))?;
+            Some((level, unit))
+        };
+        let units: Vec<_> = units.into_iter().filter_map(mine).collect();
+        self.tier.unread(class, (asked - units.len()) as u32);
+        self.send(class, Wanted::Recorded(units));
+    }
+
+    fn send(&self, class: u8, wanted: Wanted) {
+        let job = Job {
+            volume: self.me.clone(),
+            class,
+            wanted,
+        };
+        if let Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) = queue().try_send(job) {
+            self.tier.unread(class, job.wanted.len());
+        }
+    }
+
+    fn read_ahead(&self, class: u8, wanted: Wanted) -> Result<(), DiskError> {
+        let mut left = wanted.len();
+        let done = self.read_wanted(class, wanted, &mut left);
+        self.tier.unread(class, left);
+        done
+    }
+
+    /// Reads what is wanted; `left` counts down the units that were offered to the tier.
+    fn read_wanted(&self, class: u8, wanted: Wanted, left: &mut u32) -> Result<(), DiskError> {
         let stack = self.stack();
-        let mut unit = first;
-        while unit < first + count {
-            let found = stack.find(self.block_of(unit), 0);
-            let (Where::Local(level) | Where::Remote(level)) = found else {
-                unit += 1;
-                continue;
-            };
-            let handle = stack.handle(level);
-            unit += self
-                .read_ahead_run(&stack, found, handle, unit, first + count - unit)?
-                .max(1);
+        match wanted {
+            Wanted::Run(units) => {
+                let mut unit = units.start;
+                while unit < units.end {
+                    let filled = self.read_ahead_run(&stack, class, unit, units.end - unit)?;
+                    *left -= filled;
+                    unit += filled.max(1);
+                }
+            }
+            Wanted::Recorded(units) => {
+                let mut units = units.as_slice();
+                while let [(level, unit), ..] = *units {
+                    // Recorded neighbours are read with one request.
+                    let run = units
+                        .iter()
+                        .zip(unit..)
+                        .take_while(|((l, u), next)| *l == level && u == next)
+                        .count();
+                    units = &units[run..];
+                    // Written meanwhile, it lies elsewhere, and the record means other bytes.
+                    let same = |unit| matches!(stack.find(self.block_of(unit), 0), Where::Local(l) | Where::Remote(l) if l == level);
+                    let (mut at, end) = (unit, unit + run as u32);
+                    while at < end {
+                        let filled = if same(at) {
+                            self.read_ahead_run(&stack, class, at, end - at)?
+                        } else {
+                            0
+                        };
+                        *left -= filled;
+                        at += filled.max(1);
+                    }
+                }
+            }
         }
         Ok(())
     }
 
     /// Reads units from `unit` on that lie in the same place and are neither in RAM nor on their way; says how many.
-    fn read_ahead_run(
-        &self,
-        stack: &Stack,
-        found: Where,
-        handle: LayerHandle,
-        unit: u32,
-        count: u32,
-    ) -> Result<u32, DiskError> {
+    fn read_ahead_run(&self, stack: &Stack, class: u8, unit: u32, count: u32) -> Result<u32, DiskError> {
         thread_local! {
             static RUN: std::cell::RefCell<AlignedBuf> = std::cell::RefCell::default();
         }
+        let found = stack.find(self.block_of(unit), 0);
+        let (Where::Local(level) | Where::Remote(level)) = found else {
+            return Ok(0);
+        };
+        let handle = stack.handle(level);
         let most = count.min((RUN_BYTES_MAX / self.unit_bytes()) as u32);
         // A lead and a token per unit, on the stack of this call.
         let mut leads = [const { None }; RUN_UNITS_MAX];
@@ -160,7 +229,7 @@ impl Volume {
             stack.read_from(found, u64::from(unit) * self.unit_bytes(), buf, &*self.remote)?;
             for ((i, part), lead) in buf.chunks(self.unit_bytes() as usize).enumerate().zip(&leads) {
                 if let Some((_, token)) = lead {
-                    self.tier.fill_ahead(handle, unit + i as u32, *token, part);
+                    self.tier.fill_ahead(handle, unit + i as u32, *token, part, class);
                 }
             }
             Ok::<(), DiskError>(())

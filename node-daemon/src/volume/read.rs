@@ -9,7 +9,7 @@ use super::stack::{Stack, Where};
 use super::stats::add;
 use crate::disk::DiskError;
 use crate::store::direct::{AlignedBuf, with_buffer};
-use crate::tier::{LayerHandle, Region};
+use crate::tier::{LayerHandle, Look, Region};
 
 /// Whole units that are read below with one request, in bytes.
 const RUN_BYTES_MAX: u64 = 1 << 20;
@@ -72,8 +72,10 @@ impl Volume {
             match stack.find(self.block_of(piece.unit), 0) {
                 Where::Hole => part.fill(0),
                 Where::Local(level) | Where::Remote(level) => {
-                    if !self.tier.read(stack.handle(level), piece.unit, piece.within, part) {
-                        return false;
+                    match self.tier.look(stack.handle(level), piece.unit, piece.within, part) {
+                        Look::Miss => return false,
+                        Look::Hit => {}
+                        Look::FirstUse(_) => self.note_missed(&stack, level, piece.unit, true),
                     }
                     hits += 1;
                 }
@@ -108,7 +110,11 @@ impl Volume {
                 }
                 Where::Local(level) | Where::Remote(level) => {
                     let handle = stack.handle(level);
-                    if self.tier.read(handle, piece.unit, piece.within, part) {
+                    let look = self.tier.look(handle, piece.unit, piece.within, part);
+                    if look != Look::Miss {
+                        if look != Look::Hit {
+                            self.note_missed(&stack, level, piece.unit, true);
+                        }
                         add(&self.stats.ram_hits, 1);
                         piece.len
                     } else {
@@ -179,6 +185,9 @@ impl Volume {
                 self.tier.fill(handle, unit + i as u32, *token, part, Region::Front);
             }
         }
+        if let Where::Local(level) | Where::Remote(level) = found {
+            (unit..unit + count as u32).for_each(|unit| self.note_missed(stack, level, unit, false));
+        }
         Ok(len)
     }
 
@@ -191,9 +200,19 @@ impl Volume {
         piece: &Piece,
         buf: &mut [u8],
     ) -> Result<(), DiskError> {
+        if !self.tier.has_front() {
+            // Nobody would keep the rest of the unit.
+            add(&self.stats.ram_misses, 1);
+            let offset = u64::from(piece.unit) * self.unit_bytes() + piece.within as u64;
+            return self.fetch(stack, found, offset, buf);
+        }
         let Some(_lead) = self.tier.lead_or_wait(handle, piece.unit) else {
             // Somebody else read it meanwhile; if it is not there now, its fill was dropped.
-            if self.tier.read(handle, piece.unit, piece.within, buf) {
+            let look = self.tier.look(handle, piece.unit, piece.within, buf);
+            if look != Look::Miss {
+                if let (Look::FirstUse(_), Where::Local(level) | Where::Remote(level)) = (look, found) {
+                    self.note_missed(stack, level, piece.unit, true);
+                }
                 add(&self.stats.ram_hits, 1);
                 return Ok(());
             }
@@ -212,6 +231,9 @@ impl Volume {
             self.fetch(stack, found, u64::from(piece.unit) * self.unit_bytes(), whole)?;
             buf.copy_from_slice(&whole[piece.within..piece.within + piece.len]);
             self.tier.fill(handle, piece.unit, token, whole, Region::Front);
+            if let Where::Local(level) | Where::Remote(level) = found {
+                self.note_missed(stack, level, piece.unit, false);
+            }
             Ok(())
         })
     }

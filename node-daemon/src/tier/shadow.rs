@@ -1,0 +1,269 @@
+//! Shadow simulation: what a front of another shape would have hit, on a sample of the units.
+//!
+//! No window size wins everywhere (POLICY §4): little RAM wants a large window, much wants a small one. So two fronts
+//! without bytes follow a sample of the units, chosen by hash, one with each window; the real front takes the window
+//! of the one that hits more. Their hits also tell whether the main region earns its room: what the shadows hit is
+//! what the tier would hit without one.
+//!
+//! Memory is bounded by [`SAMPLE_BYTES`] of units, however large the tier is. Locked on sampled accesses only.
+
+use hashbrown::HashTable;
+
+use super::burst::{BurstClock, Heat};
+use super::front::{FrontPolicy, Marks};
+use super::front_burst::BurstFront;
+
+/// RAM that each shadow pretends to have, at most: 512 units of 64 KiB.
+const SAMPLE_BYTES: u64 = 32 << 20;
+
+/// The windows tried, in percent of the front.
+pub const WINDOWS: [u8; 2] = [10, 90];
+
+/// Sampled accesses between two decisions.
+const DECIDE_EVERY: u32 = 256;
+
+/// The lead that makes the tier change its window, in accesses per thousand of what is remembered.
+const LEAD_PERMILLE: i64 = 20;
+
+/// What is remembered fades by this part with each decision: some 16,000 sampled accesses count.
+const FADE: i64 = 64;
+
+struct Entry {
+    key: u64,
+    heat: Heat,
+    touched: bool,
+    log: u8,
+}
+
+struct Entries {
+    all: Vec<Entry>,
+    now: u16,
+}
+
+impl Marks for Entries {
+    fn take_touched(&mut self, id: u32) -> bool {
+        std::mem::take(&mut self.all[id as usize].touched)
+    }
+
+    fn key(&self, id: u32) -> u64 {
+        self.all[id as usize].key
+    }
+
+    fn heat(&self, id: u32) -> Heat {
+        self.all[id as usize].heat
+    }
+
+    fn is_ahead(&self, _: u32) -> bool {
+        false
+    }
+
+    fn now(&self) -> u16 {
+        self.now
+    }
+}
+
+/// One front without bytes.
+struct Replica {
+    front: BurstFront,
+    table: HashTable<u32>,
+    entries: Entries,
+    free: Vec<u32>,
+    clock: BurstClock,
+    bytes: u64,
+    capacity: u64,
+}
+
+impl Replica {
+    fn new(capacity: u64, window: u8) -> Self {
+        Self {
+            front: BurstFront::new(window),
+            table: HashTable::new(),
+            entries: Entries {
+                all: Vec::new(),
+                now: 0,
+            },
+            free: Vec::new(),
+            clock: BurstClock::new(capacity),
+            bytes: 0,
+            capacity,
+        }
+    }
+
+    fn access(&mut self, key: u64, log: u8, read: bool) -> bool {
+        let bytes = 1u64 << log;
+        let now = self.clock.now();
+        self.entries.now = now;
+        let all = &mut self.entries.all;
+        if let Some(id) = self.table.find(key, |id| all[*id as usize].key == key) {
+            let entry = &mut all[*id as usize];
+            if let Some(heat) = entry.heat.touched(now) {
+                entry.heat = heat;
+                entry.touched = true;
+                self.clock.count(bytes);
+            }
+            return true;
+        }
+        if !read {
+            if self.front.passed_by(key, now) {
+                self.clock.count(bytes);
+            }
+            return false;
+        }
+        while self.bytes + bytes > self.capacity {
+            let Some(id) = self.front.victim(&mut self.entries) else {
+                return false;
+            };
+            let gone = &self.entries.all[id as usize];
+            self.bytes -= 1 << gone.log;
+            if let Ok(found) = self.table.find_entry(gone.key, |other| *other == id) {
+                found.remove();
+            }
+            self.free.push(id);
+        }
+        self.clock.count(bytes);
+        let entry = Entry {
+            key,
+            heat: self.front.recall(key).counted(now),
+            touched: false,
+            log,
+        };
+        let id = self.free.pop().unwrap_or(self.entries.all.len() as u32);
+        match self.entries.all.get_mut(id as usize) {
+            Some(place) => *place = entry,
+            None => self.entries.all.push(entry),
+        }
+        let all = &self.entries.all;
+        self.table.insert_unique(key, id, |id| all[*id as usize].key);
+        self.bytes += bytes;
+        self.front.admitted(id, bytes as usize, now);
+        false
+    }
+}
+
+/// The same for what is said of the main region, which must answer soon.
+const FADE_LATELY: i64 = 4;
+
+/// What a decision says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Advice {
+    /// The better window, in percent.
+    pub window: u8,
+    /// Sampled reads in a thousand that the better shadow hit and the tier did not; negative if the tier hit more.
+    pub missed_permille: i64,
+}
+
+/// The shadows.
+pub struct Shadows {
+    replicas: [Replica; 2],
+    /// Sampled reads, and hits of each replica; faded.
+    reads: i64,
+    hits: [i64; 2],
+    /// The last few decisions' reads, and how many the better shadow hit and the tier did not; faded faster.
+    lately: [i64; 2],
+    since: u32,
+    better: usize,
+}
+
+impl Shadows {
+    /// Shadows of a tier of `capacity` bytes, which begins with the smaller window.
+    pub fn new(capacity: u64) -> Self {
+        let sample = capacity.min(SAMPLE_BYTES);
+        Self {
+            replicas: WINDOWS.map(|window| Replica::new(sample, window)),
+            reads: 0,
+            hits: [0; 2],
+            lately: [0; 2],
+            since: 0,
+            better: 0,
+        }
+    }
+
+    /// Of 65,536 units those whose hash ends below this are sampled.
+    pub fn sampled_below(capacity: u64) -> u32 {
+        (SAMPLE_BYTES.saturating_mul(1 << 16) / capacity.max(1)).min(1 << 16) as u32
+    }
+
+    /// A sampled unit was read or written; `hit` says whether the tier had it by demand. Gives advice now and then.
+    pub fn access(&mut self, key: u64, log: u8, read: bool, hit: bool) -> Option<Advice> {
+        for (i, replica) in self.replicas.iter_mut().enumerate() {
+            let found = replica.access(key, log, read) && read;
+            self.hits[i] += i64::from(found);
+            if i == self.better {
+                self.lately[1] += i64::from(found) - i64::from(hit && read);
+            }
+        }
+        self.reads += i64::from(read);
+        self.lately[0] += i64::from(read);
+        self.since += 1;
+        if self.since < DECIDE_EVERY {
+            return None;
+        }
+        self.since = 0;
+        let lead = self.hits[1 - self.better] - self.hits[self.better];
+        if lead * 1000 > self.reads * LEAD_PERMILLE {
+            self.better = 1 - self.better;
+        }
+        let advice = Advice {
+            window: WINDOWS[self.better],
+            missed_permille: self.lately[1] * 1000 / self.lately[0].max(1),
+        };
+        for sum in self.hits.iter_mut().chain([&mut self.reads]) {
+            *sum -= *sum / FADE;
+        }
+        for sum in &mut self.lately {
+            *sum -= *sum / FADE_LATELY;
+        }
+        Some(advice)
+    }
+
+    /// Bytes that the shadows take.
+    pub fn bytes(&self) -> usize {
+        let one = |r: &Replica| {
+            let (residents, ghosts) = r.front.overhead_bytes();
+            residents + ghosts + r.table.allocation_size() + r.entries.all.capacity() * size_of::<Entry>()
+        };
+        self.replicas.iter().map(one).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const UNIT: u64 = 64 << 10;
+
+    fn advice(units: u64, accesses: impl Iterator<Item = u64>) -> (Advice, [i64; 2]) {
+        let mut shadows = Shadows::new(units * UNIT);
+        let last = accesses
+            .filter_map(|unit| shadows.access(super::super::mix(unit), 16, true, false))
+            .last();
+        (last.expect("enough accesses for a decision"), shadows.hits)
+    }
+
+    /// Hot units read in turns with a scan want a small window, units that are read twice at some distance and never
+    /// again a large one.
+    #[test]
+    fn the_better_window_is_found() {
+        let hot = (0..40_000u64).map(|i| if i % 4 == 0 { i / 4 % 80 } else { 1_000 + i });
+        assert_eq!(advice(100, hot).0.window, WINDOWS[0]);
+        let twice = (0..40_000u64).map(|i| if i % 2 == 0 { i } else { (i - 1).saturating_sub(60) });
+        assert_eq!(advice(100, twice).0.window, WINDOWS[1]);
+    }
+
+    #[test]
+    fn a_tier_that_hits_less_than_its_shadow_is_told_so() {
+        let (advice, _) = advice(100, (0..4_000u64).map(|i| i % 50));
+        assert!(advice.missed_permille > 900, "{advice:?}");
+    }
+
+    #[test]
+    fn a_large_tier_is_sampled() {
+        assert_eq!(Shadows::sampled_below(1 << 20), 1 << 16);
+        assert_eq!(Shadows::sampled_below(32 << 30), (1 << 16) / 1024);
+        let mut shadows = Shadows::new(1 << 40);
+        for i in 0..200_000u64 {
+            shadows.access(super::super::mix(i), 16, true, false);
+        }
+        assert!(shadows.bytes() < 256 << 10, "{} bytes", shadows.bytes());
+    }
+}
