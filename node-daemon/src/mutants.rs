@@ -60,6 +60,8 @@ macro_rules! switches {
 switches! {
     /// Fills are published without looking for writes that began meanwhile (rule 11).
     FILL_UNCHECKED, "fill-unchecked";
+    /// The RAM tier lets in what comes, over its size (rule 10).
+    RAM_UNLIMITED, "ram-unlimited";
     /// Writes are acknowledged from memory and reach the disk with the next flush.
     WRITE_BACK, "write-back";
     /// A flush syncs nothing.

@@ -88,6 +88,11 @@ const MUTANTS: &[Mutant] = &[
         test: ["hearth-node", "volume_fill_race", ""],
     },
     Mutant {
+        name: "ram-unlimited",
+        rule: "the RAM tier never holds more than its size",
+        test: ["hearth-node", "volume_stress", ""],
+    },
+    Mutant {
         name: "oversize-taken",
         rule: "a request over the payload limit is refused",
         test: ["hearth-node", "nbd_attack", "a_request_over"],

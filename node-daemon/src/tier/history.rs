@@ -186,7 +186,7 @@ mod tests {
     #[test]
     fn the_second_time_it_reads_ahead_in_the_recorded_order() {
         let mut history = History::new(1000);
-        let boot: Vec<u64> = (0..100u64).map(|i| super::super::mix(i)).collect();
+        let boot: Vec<u64> = (0..100u64).map(super::super::mix).collect();
         assert!(play(&mut history, &boot).iter().all(Vec::is_empty));
         let asked: Vec<u64> = play(&mut history, &boot).concat();
         assert_eq!(asked[..99], boot[1..], "once each, in order");

@@ -29,6 +29,8 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 
+use crate::mutants;
+
 use hearth_protocol::heat::TierUse;
 use hearth_protocol::{BlockIndex, ByteLen, LayerId};
 
@@ -211,17 +213,18 @@ impl RamTier {
         let capacity = u64::from(count) * SLOT as u64;
         let percent = u64::from(options.front_percent.min(100));
         let front_capacity = u64::from(count) * percent / 100 * SLOT as u64;
-        let arena = Arena::new(capacity as usize, options.lock)?;
+        let slots = count << u32::from(mutants::RAM_UNLIMITED.is_on());
+        let arena = Arena::new(slots as usize * SLOT, options.lock)?;
         if let Some(why) = arena.lock_refused() {
             tracing::warn!("{why}");
         }
         Ok(Arc::new(Self {
             arena,
-            residents: Residents::new(capacity as usize),
+            residents: Residents::new(slots as usize * SLOT),
             guards: WriteGuards::new(),
             in_flight: InFlight::new(),
             policy: Mutex::new(Policy {
-                slots: Slots::new(count),
+                slots: Slots::new(slots),
                 free_ids: Vec::new(),
                 front: Box::new(BurstFront::new(WINDOWS[0])),
                 front_bytes: 0,
@@ -367,7 +370,10 @@ impl RamTier {
         if !allowed {
             return Filled::Full;
         }
-        while policy.front_bytes + policy.main_bytes + bytes > self.capacity && self.evict(&mut policy) {}
+        while policy.front_bytes + policy.main_bytes + bytes > self.capacity
+            && !mutants::RAM_UNLIMITED.is_on()
+            && self.evict(&mut policy)
+        {}
         let place = loop {
             match policy.slots.take(bytes as usize) {
                 Some(place) => break place,
