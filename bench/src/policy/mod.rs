@@ -275,7 +275,8 @@ mod tests {
         let played = hearth::play(&trace, 100, true).unwrap();
         let told = format!("{} of 3000 repeated reads hit, {} without", played.hits, alone.hits);
         assert!(played.hits > 1_500 && played.hits > 2 * alone.hits, "{told}");
-        assert!(played.backing <= 4_100, "{} blocks read for 4000", played.backing);
+        // POLICY.md: at most 1.15 times the reads that there would be without.
+        assert!(played.backing <= 4_600, "{} blocks read for 4000", played.backing);
     }
 
     const LOOP: [u32; 9] = [0, 1, 2, 0, 1, 2, 0, 1, 2];
