@@ -134,6 +134,7 @@ fn memory(options: &Options) -> Result<String> {
         in_memory.path(),
         MEMORY_BYTES,
         &["--cache=writeback"],
+        Some(peers::SERVER_CORE),
     )?;
     let null = Server::null(dir.path())?;
     nbdkit.fill()?;
@@ -147,7 +148,7 @@ fn memory(options: &Options) -> Result<String> {
             length: 4 * KIB,
             depth,
         };
-        let heading = format!("4 KiB random reads of RAM, depth {depth}");
+        let heading = format!("4 KiB random reads of RAM, depth {depth}, client and server on a core each");
         let target = Target { ops: Some(ops), cpu };
         text += &compare(&heading, &[&ours, &nbdkit, &qemu], job, options, target)?;
         let figures = (0..options.rounds.max(1)).map(|_| null.measure(job, Duration::from_secs_f64(options.seconds)));
@@ -172,12 +173,14 @@ fn disk(options: &Options) -> Result<String> {
         dir.path(),
         DISK_BYTES,
         &["--cache=none", "--aio=io_uring"],
+        None,
     )?;
     let cached = Server::qemu_nbd(
         "qemu-nbd --cache=writeback",
         dir.path(),
         DISK_BYTES,
         &["--cache=writeback"],
+        None,
     )?;
     for server in [&ours, &direct, &cached] {
         server.fill()?;

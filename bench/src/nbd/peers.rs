@@ -12,6 +12,29 @@ use super::{DISK_BYTES, MEMORY_BYTES};
 /// How long a server may take to open its socket or device: Hearth's fill their memory first.
 const START_WITHIN: Duration = Duration::from_secs(20);
 
+/// The core of the servers of disks in memory; the client has core 0. Whether two processes share a core decides most of
+/// the time of a request that waits for nothing else, and would otherwise be the scheduler's whim, run by run.
+pub const SERVER_CORE: usize = 1;
+
+/// Runs the calling thread, and what it starts, on one core only.
+///
+/// # Errors
+/// The kernel's, such as that there is no such core.
+fn run_on(core: usize) -> std::io::Result<()> {
+    // SAFETY: a set of processors is plain numbers, all zero is the empty one.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    // SAFETY: the set is ours, and the call reads that many bytes of it.
+    let done = unsafe {
+        libc::CPU_SET(core, &mut set);
+        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const set)
+    };
+    if done == 0 {
+        Ok(())
+    } else {
+        Err(std::io::Error::last_os_error())
+    }
+}
+
 /// Starts a process and waits until `ready`.
 ///
 /// # Errors
@@ -51,33 +74,59 @@ pub struct Server {
     pub name: &'static str,
     child: Child,
     socket: PathBuf,
+    pinned: bool,
 }
 
 impl Server {
-    fn new(name: &'static str, command: Command, socket: PathBuf) -> Result<Self> {
+    /// With `core`, all of its threads run on that core only.
+    fn new(name: &'static str, command: Command, core: Option<usize>, socket: PathBuf) -> Result<Self> {
+        let command = match core {
+            Some(core) => {
+                let mut pinned = Command::new("taskset");
+                pinned.args(["--cpu-list", &core.to_string()]);
+                pinned.arg(command.get_program()).args(command.get_args());
+                pinned
+            }
+            None => command,
+        };
         let child = start(command, Stdio::null(), || {
             std::os::unix::net::UnixStream::connect(&socket).is_ok()
         })?;
-        Ok(Self { name, child, socket })
+        Ok(Self {
+            name,
+            child,
+            socket,
+            pinned: core.is_some(),
+        })
     }
 
     /// Hearth with every block in RAM.
     pub fn hearth_memory(dir: &Path) -> Result<Self> {
         let socket = dir.join("memory");
-        Self::new("hearth", hearth(MEMORY_BYTES, &[Path::new("memory"), &socket])?, socket)
+        Self::new(
+            "hearth",
+            hearth(MEMORY_BYTES, &[Path::new("memory"), &socket])?,
+            Some(SERVER_CORE),
+            socket,
+        )
     }
 
     /// Hearth's store and volume, with a RAM tier that holds next to nothing.
     pub fn hearth_volume(dir: &Path) -> Result<Self> {
         let socket = dir.join("volume");
         let command = hearth(DISK_BYTES, &[Path::new("volume"), &socket, &dir.join("store")])?;
-        Self::new("hearth", command, socket)
+        Self::new("hearth", command, None, socket)
     }
 
     /// Answers without looking.
     pub fn null(dir: &Path) -> Result<Self> {
         let socket = dir.join("null");
-        Self::new("null", hearth(MEMORY_BYTES, &[Path::new("null"), &socket])?, socket)
+        Self::new(
+            "null",
+            hearth(MEMORY_BYTES, &[Path::new("null"), &socket])?,
+            Some(SERVER_CORE),
+            socket,
+        )
     }
 
     /// `nbdkit memory`.
@@ -86,11 +135,17 @@ impl Server {
         let mut command = Command::new("nbdkit");
         command.args(["--foreground", "--unix"]).arg(&socket);
         command.args(["memory", &MEMORY_BYTES.to_string()]);
-        Self::new("nbdkit memory", command, socket)
+        Self::new("nbdkit memory", command, Some(SERVER_CORE), socket)
     }
 
     /// `qemu-nbd` on a new file in `dir`.
-    pub fn qemu_nbd(name: &'static str, dir: &Path, size_bytes: u64, words: &[&str]) -> Result<Self> {
+    pub fn qemu_nbd(
+        name: &'static str,
+        dir: &Path,
+        size_bytes: u64,
+        words: &[&str],
+        core: Option<usize>,
+    ) -> Result<Self> {
         let file = tempfile::Builder::new().prefix("peer-").tempfile_in(dir)?;
         file.as_file().set_len(size_bytes)?;
         // It goes with the folder.
@@ -103,7 +158,7 @@ impl Server {
             .arg("--socket")
             .arg(&socket)
             .arg(&file);
-        Self::new(name, command, socket)
+        Self::new(name, command, core, socket)
     }
 
     fn socket(&self) -> Result<&str> {
@@ -115,9 +170,16 @@ impl Server {
         load::fill(self.socket()?).with_context(|| format!("filling {}", self.name))
     }
 
-    /// Runs a job.
+    /// Runs a job; against a server that has a core to itself, from another core.
     pub fn measure(&self, job: Job, length: Duration) -> Result<Figures> {
-        let figures = load::run(self.socket()?, job, length, self.child.id());
+        let socket = self.socket()?;
+        let client = || {
+            if self.pinned {
+                run_on(0).context("moving the client to core 0")?;
+            }
+            load::run(socket, job, length, self.child.id())
+        };
+        let figures = std::thread::scope(|scope| scope.spawn(client).join().expect("the client does not panic"));
         let figures = figures.with_context(|| format!("measuring {}", self.name))?;
         ensure!(figures.ops_per_s > 0.0, "{} answered nothing", self.name);
         Ok(figures)
