@@ -17,6 +17,8 @@ pub enum What {
     },
     /// The data path against nbdkit and QEMU
     Nbd,
+    /// The event log against RocksDB alone, replay, and decisions of a large cluster
+    Log,
     /// What the eBPF probes cost
     Probes,
     /// Hit ratios of the production RAM tier over recorded block traces, beside other policies
@@ -36,9 +38,11 @@ pub fn run(workspace: &Workspace, what: What) -> Result<()> {
         What::All { traces } => {
             nbd(workspace)?;
             probes(workspace)?;
+            log(workspace)?;
             policy(workspace, traces)
         }
         What::Nbd => nbd(workspace),
+        What::Log => log(workspace),
         What::Probes => probes(workspace),
         What::Policy { traces } => policy(workspace, traces),
     }
@@ -70,32 +74,60 @@ fn policy(workspace: &Workspace, traces: Option<PathBuf>) -> Result<()> {
     hearth_bench(workspace, "policy", &["--traces".as_ref(), traces.as_os_str()])
 }
 
-/// The measurements of the probes are tests, which own the devices they measure.
-fn probes(workspace: &Workspace) -> Result<()> {
-    let words = "test --quiet -p hearth-probes --test kernel -- --ignored --nocapture --test-threads 1 cost";
+/// Runs cargo, shows what it prints and keeps its lines that are figures.
+fn kept(workspace: &Workspace, words: &str, is_figure: fn(&str) -> bool) -> Result<(bool, String)> {
     let output = workspace
         .command("cargo")
         .args(words.split(' '))
         .stderr(std::process::Stdio::inherit())
         .output()
-        .context("running the measurements of the probes")?;
+        .with_context(|| format!("running cargo {words}"))?;
     let said = String::from_utf8_lossy(&output.stdout);
     print!("{said}");
-    let lines = said
-        .lines()
-        .map(|line| line.trim_start_matches('.'))
-        .filter(|line| line.contains(" ns") || line.contains('%'));
-    let lines: Vec<String> = lines.map(|line| format!("- {line}\n")).collect();
-    ensure!(!lines.is_empty(), "the probes cannot be measured here: {}", said.trim());
-    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let lines = said.lines().map(|line| line.trim_start_matches('.').trim());
+    let lines: Vec<String> = lines
+        .filter(|line| is_figure(line))
+        .map(|line| format!("- {line}\n"))
+        .collect();
+    ensure!(!lines.is_empty(), "no figures came of cargo {words}: {}", said.trim());
+    Ok((output.status.success(), lines.concat()))
+}
+
+fn keep(workspace: &Workspace, name: &str, text: &str) -> Result<()> {
+    let folder = workspace.root.join("bench/results");
+    std::fs::create_dir_all(&folder)?;
+    Ok(std::fs::write(folder.join(name), text)?)
+}
+
+fn kernel() -> String {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    release.trim().to_owned()
+}
+
+fn log(workspace: &Workspace) -> Result<()> {
+    let append = "run --quiet -p hearth-scheduler --example append_fold";
+    let decide = "test --quiet -p scheduler-core --test scale -- --ignored --nocapture";
+    let (appended, append_lines) = kept(workspace, append, |line| line.starts_with('{'))?;
+    let (decided, decide_lines) = kept(workspace, decide, |line| line.contains(" ms") || line.contains(" ns"))?;
+    let text = format!(
+        "# The log\n\nLinux {}.\n\n`cargo {append}`:\n\n{append_lines}\n`cargo {decide}`:\n\n{decide_lines}",
+        kernel()
+    );
+    keep(workspace, "log.md", &text)?;
+    ensure!(appended && decided, "a measurement of the log failed, see above");
+    Ok(())
+}
+
+/// The measurements of the probes are tests, which own the devices they measure.
+fn probes(workspace: &Workspace) -> Result<()> {
+    let words = "test --quiet -p hearth-probes --test kernel -- --ignored --nocapture --test-threads 1 cost";
+    let (met, lines) = kept(workspace, words, |line| line.contains(" ns") || line.contains('%'))?;
     let text = format!(
         "# Cost of the probes\n\n`cargo {words}`, Linux {}: mean run times as the kernel measures them (bpf_stats), and the \
-         loss of I/O rate, pair by pair.\n\n{}",
-        kernel.trim(),
-        lines.concat()
+         loss of I/O rate, pair by pair.\n\n{lines}",
+        kernel()
     );
-    std::fs::create_dir_all(workspace.root.join("bench/results"))?;
-    std::fs::write(workspace.root.join("bench/results/probes.md"), text)?;
-    ensure!(output.status.success(), "a target of the probes was missed, see above");
+    keep(workspace, "probes.md", &text)?;
+    ensure!(met, "a target of the probes was missed, see above");
     Ok(())
 }

@@ -142,7 +142,7 @@ fn counting_takes_little_of_the_io_rate() {
         let word = if median <= allowed { "met" } else { "missed" };
         println!(
             "{name}: {iops:.0} IOPS with the probes, loss {least:.1} / {median:.1} / {most:.1} % over {PAIRS} pairs \
-             (least / median / most), allowed {allowed:.1} %: {word}"
+             (least / median / most), allowed at {PAIR_NS_MAX} ns an access {allowed:.1} %: {word}"
         );
     }
 }
