@@ -1,4 +1,4 @@
-//! Promotion pays: the same skewed reads over an image four times the RAM tier, with the scheduler's policy off and
+//! Promotion, measured: the same skewed reads over an image four times the RAM tier, with the scheduler's policy off and
 //! on, on a disk that the kernel holds to a thousand reads a second; and what it must keep to: a hot block is in RAM
 //! within two ticks, and the tier never outgrows its size.
 
