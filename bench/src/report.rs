@@ -63,6 +63,21 @@ impl Spread {
     pub fn median(&self) -> f64 {
         self.0[self.0.len() / 2]
     }
+
+    /// The target and whether the median reaches it, for behind the figures: ` (target ≥ 2: met)`.
+    pub fn at_least(&self, target: f64) -> String {
+        verdict("≥", target, self.median() >= target)
+    }
+
+    /// The same for a target that is not to be passed.
+    pub fn at_most(&self, target: f64) -> String {
+        verdict("≤", target, self.median() <= target)
+    }
+}
+
+fn verdict(sign: &str, target: f64, met: bool) -> String {
+    let word = if met { "met" } else { "missed" };
+    format!(" (target {sign} {target}: {word})")
 }
 
 impl std::fmt::Display for Spread {
@@ -111,5 +126,13 @@ mod tests {
     fn a_spread_is_least_median_most() {
         assert_eq!(Spread::new(vec![3.0, 1.0, 2.0]).to_string(), "1.00 / 2.00 / 3.00");
         assert_eq!(Spread::new(vec![300.4, 100.0, 200.0]).to_string(), "100 / 200 / 300");
+    }
+
+    #[test]
+    fn the_median_decides() {
+        let spread = Spread::new(vec![1.0, 2.0, 9.0]);
+        assert_eq!(spread.at_least(2.0), " (target ≥ 2: met)");
+        assert_eq!(spread.at_least(2.5), " (target ≥ 2.5: missed)");
+        assert_eq!(spread.at_most(1.5), " (target ≤ 1.5: missed)");
     }
 }

@@ -42,6 +42,7 @@ pub(crate) struct ReaderSpec {
 
 pub(crate) trait Arm: Send + Sync {
     fn ensure_streams<'a>(&'a self, wanted: &'a Wanted) -> BoxFuture<'a, Result<Vec<String>, BusError>>;
+    fn make_log_anew<'a>(&'a self, identity: &'a str, replicas: usize) -> BoxFuture<'a, Result<(), BusError>>;
     fn bounds(&self) -> BoxFuture<'_, Result<Bounds, BusError>>;
     fn get(&self, seq: Seq) -> BoxFuture<'_, Result<Option<Fetched>, BusError>>;
     fn last<'a>(&'a self, filter: &'a str) -> BoxFuture<'a, Result<Option<Fetched>, BusError>>;
@@ -51,6 +52,11 @@ pub(crate) trait Arm: Send + Sync {
     fn send(&self, subject: String, payload: Bytes) -> BoxFuture<'_, Result<(), PublishError>>;
     fn request(&self, subject: String, payload: Bytes, timeout: Duration)
     -> BoxFuture<'_, Result<Bytes, RequestError>>;
+    fn request_all(
+        &self,
+        subject: String,
+        payload: Bytes,
+    ) -> BoxFuture<'_, Result<futures::stream::BoxStream<'static, Bytes>, RequestError>>;
     fn serve(&self, subject: String) -> BoxFuture<'_, Result<Requests, BusError>>;
     fn close(&self) -> BoxFuture<'_, ()>;
 }

@@ -87,6 +87,15 @@ impl Bus {
         self.arm.ensure_streams(wanted).await
     }
 
+    /// Makes the log's stream again, empty, with the identity of the one that is gone: what put-back messages go into.
+    /// Only for an operator's recovery of a deleted stream.
+    ///
+    /// # Errors
+    /// [`BusError::Unsafe`] if there is a stream with messages, or the server refuses so many copies.
+    pub async fn make_log_anew(&self, identity: &str, replicas: usize) -> Result<(), BusError> {
+        self.arm.make_log_anew(identity, replicas).await
+    }
+
     /// What the log's stream holds now.
     ///
     /// # Errors
@@ -214,6 +223,14 @@ impl Bus {
         timeout: Duration,
     ) -> Result<Bytes, error::RequestError> {
         self.arm.request(subject, payload, timeout).await
+    }
+
+    pub(crate) async fn request_all_bytes(
+        &self,
+        subject: String,
+        payload: Bytes,
+    ) -> Result<futures::stream::BoxStream<'static, Bytes>, error::RequestError> {
+        self.arm.request_all(subject, payload).await
     }
 
     pub(crate) async fn serve_bytes(&self, subject: String) -> Result<Requests, BusError> {

@@ -5,8 +5,9 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures::FutureExt;
 use futures::future::BoxFuture;
+use futures::stream::BoxStream;
+use futures::{FutureExt, StreamExt};
 use hearth_protocol::{Seq, subject};
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::time::Instant;
@@ -188,6 +189,19 @@ impl Arm for MemoryArm {
         })
     }
 
+    fn make_log_anew<'a>(&'a self, identity: &'a str, _replicas: usize) -> BoxFuture<'a, Result<(), BusError>> {
+        let identity = identity.to_owned();
+        self.now(|held| {
+            held.up("making the log's stream anew")?;
+            if !held.log.is_empty() {
+                return Err(BusError::Unsafe(vec!["the log's stream is not empty".into()]));
+            }
+            held.identity = Some(identity);
+            held.starts += 1;
+            Ok(())
+        })
+    }
+
     fn bounds(&self) -> BoxFuture<'_, Result<Bounds, BusError>> {
         self.now(|held| {
             let held = held.with_log("a look at the stream HEARTH")?;
@@ -284,6 +298,30 @@ impl Arm for MemoryArm {
             }
         }
         .boxed()
+    }
+
+    fn request_all(
+        &self,
+        subject: String,
+        payload: Bytes,
+    ) -> BoxFuture<'_, Result<BoxStream<'static, Bytes>, RequestError>> {
+        let servers = {
+            let held = self.shared.held();
+            if held.down {
+                let down = RequestError::Connection("the server is down".into());
+                return futures::future::ready(Err(down)).boxed();
+            }
+            held.servers.get(&subject).cloned().into_iter()
+        };
+        let answers = futures::stream::iter(servers).filter_map(move |server| {
+            let (reply, answer) = oneshot::channel();
+            let sent = server.send((payload.clone(), reply));
+            async move {
+                sent.ok()?;
+                answer.await.ok()
+            }
+        });
+        futures::future::ready(Ok(answers.boxed())).boxed()
     }
 
     fn serve(&self, subject: String) -> BoxFuture<'_, Result<Requests, BusError>> {

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
+use futures::StreamExt;
 use hearth_protocol::rpc::{Answer, Failure, FailureKind};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -29,33 +31,10 @@ pub async fn request<Req: Serialize, Rep: DeserializeOwned>(
     timeout: Duration,
 ) -> Answer<Rep> {
     let subject = subject.into();
-    let payload = serde_json::to_vec(request).map_err(|error| {
-        Failure::new(
-            FailureKind::Usage,
-            format!("the request cannot be written as JSON: {error}"),
-            "",
-        )
-    })?;
     let answer = bus
-        .request_bytes(subject.clone(), payload.into(), timeout)
+        .request_bytes(subject.clone(), written(request)?, timeout)
         .await
-        .map_err(|error| match error {
-            RequestError::NoResponders => Failure::new(
-                FailureKind::CannotConnect,
-                format!("nobody answers on {subject}"),
-                "check that the daemon runs and is connected to the same NATS: hearth status",
-            ),
-            RequestError::TimedOut => Failure::new(
-                FailureKind::Timeout,
-                format!("no answer on {subject} within {} s", timeout.as_secs_f64()),
-                "it may still be done: look before you repeat it",
-            ),
-            RequestError::Connection(reason) => Failure::new(
-                FailureKind::CannotConnect,
-                format!("no connection to NATS: {reason}"),
-                "check that nats-server runs",
-            ),
-        })?;
+        .map_err(|error| failure(&error, &subject, timeout))?;
     serde_json::from_slice::<Answer<Rep>>(&answer).map_err(|error| {
         Failure::new(
             FailureKind::Failed,
@@ -63,6 +42,67 @@ pub async fn request<Req: Serialize, Rep: DeserializeOwned>(
             "use the same version of Hearth on both sides",
         )
     })?
+}
+
+/// Asks everyone who listens on `subject` and gathers short answers until `enough` says so of them, or for `wait`.
+/// Answers that are failures or cannot be read are left out.
+///
+/// # Errors
+/// One of kind `CannotConnect` without a connection. Nobody listening is none: no answers came.
+pub async fn request_all<Req: Serialize, Rep: DeserializeOwned>(
+    bus: &Bus,
+    subject: impl Into<String>,
+    request: &Req,
+    wait: Duration,
+    enough: impl Fn(&[Rep]) -> bool,
+) -> Answer<Vec<Rep>> {
+    let subject = subject.into();
+    let mut answers = bus
+        .request_all_bytes(subject.clone(), written(request)?)
+        .await
+        .map_err(|error| failure(&error, &subject, wait))?;
+    let deadline = tokio::time::Instant::now() + wait;
+    let mut all = Vec::new();
+    while !enough(&all) {
+        let Ok(Some(answer)) = tokio::time::timeout_at(deadline, answers.next()).await else {
+            break;
+        };
+        if let Ok(Ok(answer)) = serde_json::from_slice::<Answer<Rep>>(&answer) {
+            all.push(answer);
+        }
+    }
+    Ok(all)
+}
+
+fn written(request: &impl Serialize) -> Answer<Bytes> {
+    let written = serde_json::to_vec(request).map_err(|error| {
+        Failure::new(
+            FailureKind::Usage,
+            format!("the request cannot be written as JSON: {error}"),
+            "",
+        )
+    })?;
+    Ok(written.into())
+}
+
+fn failure(error: &RequestError, subject: &str, timeout: Duration) -> Failure {
+    match error {
+        RequestError::NoResponders => Failure::new(
+            FailureKind::CannotConnect,
+            format!("nobody answers on {subject}"),
+            "check that the daemon runs and is connected to the same NATS: hearth status",
+        ),
+        RequestError::TimedOut => Failure::new(
+            FailureKind::Timeout,
+            format!("no answer on {subject} within {} s", timeout.as_secs_f64()),
+            "it may still be done: look before you repeat it",
+        ),
+        RequestError::Connection(reason) => Failure::new(
+            FailureKind::CannotConnect,
+            format!("no connection to NATS: {reason}"),
+            "check that nats-server runs",
+        ),
+    }
 }
 
 /// Answers requests on `subject` until the returned future is dropped or the connection closed. Each request runs in

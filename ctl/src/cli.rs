@@ -480,11 +480,19 @@ pub enum Log {
         #[command(flatten)]
         from: From,
     },
-    /// Puts back what the stream lost at its end, from a scheduler's event log, and writes that down in the log
+    /// Puts back what the stream lost at its end, or all of a stream that is gone, from a scheduler's event log, and
+    /// writes that down in the log
     Recover {
         /// The scheduler's event log in this folder
         #[arg(long, value_name = "DIR")]
         log_dir: PathBuf,
+        /// Accepts the stream as it is, where it went on with other messages than this log holds: those of the log
+        /// from the first difference on count no more. See what is lost with --dry-run first
+        #[arg(long)]
+        accept_loss: bool,
+        /// Copies of the stream, if it is gone and is made anew
+        #[arg(long, value_name = "COUNT", default_value_t = 3)]
+        replicas: u8,
         #[command(flatten)]
         change: Change,
     },

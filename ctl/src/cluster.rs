@@ -1,17 +1,21 @@
 //! The cluster at the other end of NATS: asking nodes and the scheduler, and finding who has an image.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
+use std::time::Duration;
 
 use hearth_bus::{Bus, BusError, NatsOptions, rpc};
 use hearth_protocol::rpc::{
     Asked, Failure, FailureKind, ImageInfo, NodeReply, NodeRequest, SchedulerReply, SchedulerRequest,
 };
-use hearth_protocol::view::{ClusterView, ImageHeatView};
+use hearth_protocol::view::{ClusterView, HealthItem, ImageHeatView};
 use hearth_protocol::{ImageId, ImageName, NodeId, subject};
 use serde::Serialize;
 
 use crate::Outcome;
 use crate::cli::Global;
+
+/// How long nodes are waited for that are asked how they are.
+const NODES_WAIT: Duration = Duration::from_secs(1);
 
 /// A connection and how long to wait on it.
 #[derive(Debug, Clone)]
@@ -139,6 +143,62 @@ impl Cluster {
             SchedulerReply::View(view) => Ok(*view),
             other => Err(unexpected("the scheduler", &other)),
         }
+    }
+
+    /// The cluster now, with what the nodes know by themselves to be wrong on them.
+    ///
+    /// # Errors
+    /// As [`Cluster::scheduler`].
+    pub async fn view_with_health(&self) -> Outcome<ClusterView> {
+        let mut view = self.view().await?;
+        let present: BTreeSet<_> = view.nodes.iter().filter(|n| n.present).map(|n| n.id.clone()).collect();
+        view.health.extend(self.nodes_health(&present).await?);
+        HealthItem::sort(&mut view.health);
+        Ok(view)
+    }
+
+    /// What is wrong, as scheduler and nodes know it; without a leading scheduler, that and what the nodes know.
+    ///
+    /// # Errors
+    /// Exit code 20 without NATS.
+    pub async fn health(&self) -> Outcome<Vec<HealthItem>> {
+        match self.view_with_health().await {
+            Ok(view) => Ok(view.health),
+            Err(failure) => {
+                let mut items = vec![HealthItem::new("NO_LEADER", true, failure.message, failure.hint)];
+                items.extend(self.nodes_health(&BTreeSet::new()).await?);
+                HealthItem::sort(&mut items);
+                Ok(items)
+            }
+        }
+    }
+
+    /// Asks all nodes at once; waits no longer than until those expected have answered.
+    async fn nodes_health(&self, expected: &BTreeSet<NodeId>) -> Outcome<Vec<HealthItem>> {
+        let all_answered = |answers: &[NodeReply]| {
+            let answered = |id: &NodeId| {
+                answers
+                    .iter()
+                    .any(|a| matches!(a, NodeReply::Health(h) if h.node == *id))
+            };
+            !expected.is_empty() && expected.iter().all(answered)
+        };
+        let wait = NODES_WAIT.min(self.timeout);
+        let answers = rpc::request_all(&self.bus, subject::NODES_RPC, &NodeRequest::Health, wait, all_answered).await?;
+        let mut items = Vec::new();
+        for answer in answers {
+            let NodeReply::Health(health) = answer else { continue };
+            if health.omitted > 0 {
+                items.push(HealthItem::new(
+                    "MORE",
+                    false,
+                    format!("node {} has {} more things to tell", health.node, health.omitted),
+                    format!("hearth image list --node {}", health.node),
+                ));
+            }
+            items.extend(health.items);
+        }
+        Ok(items)
     }
 
     /// One image's heat.

@@ -12,6 +12,7 @@ use hearth_bus::{Bus, LogPublisher, NatsOptions, new_incarnation};
 use hearth_protocol::chain::{self, Witness};
 use hearth_protocol::{Event, NodeId, Publisher, Seq, subject};
 use hearth_scheduler::log::{Entry, EventLog, RocksLog};
+use hearth_scheduler::replica::SNAPSHOT_EVERY_TICKS;
 use hearth_scheduler::run::{Parts, Retention, RunError, Timing, run_with};
 use session::{altered, session};
 use tokio::sync::oneshot;
@@ -54,6 +55,7 @@ fn verify_names_what_is_wrong_and_exits_with_1() {
         seq: head.seq,
         chain: chain::hex(&head.chain),
         message: None,
+        accepted: Vec::new(),
     };
     std::fs::write(&witness, serde_json::to_vec(&seen).unwrap()).unwrap();
     let (code, text) = verify(whole.path(), Some(&witness));
@@ -124,6 +126,7 @@ impl Scheduler {
                 takeover: Duration::from_millis(400),
             },
             retention: Retention::default(),
+            snapshot_every_ticks: SNAPSHOT_EVERY_TICKS,
         };
         let (stop, stopped) = oneshot::channel::<()>();
         let task = tokio::spawn(run_with(parts, async move {

@@ -92,7 +92,7 @@ pub struct NodeConfig {
 }
 
 fn front_percent() -> u8 {
-    25
+    94
 }
 
 fn device_link_root() -> PathBuf {

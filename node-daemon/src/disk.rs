@@ -7,6 +7,11 @@
 //! Offsets and lengths are bytes. Callers have checked that a request lies within [`Disk::size_bytes`];
 //! implementations check again and answer [`DiskError::OutOfRange`]. Any alignment is allowed.
 
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::Duration;
+
 use hearth_protocol::ImageId;
 
 /// Why a request failed. Exports translate it into the errno of their protocol.
@@ -67,6 +72,14 @@ pub struct Extent {
     pub status: u32,
 }
 
+/// Bytes in a file, which stays open as long as this lives.
+pub struct FileRead {
+    /// The file.
+    pub file: Arc<dyn AsFd + Send + Sync>,
+    /// The first byte, a multiple of what the file needs for direct I/O.
+    pub offset: u64,
+}
+
 /// An image (or sealed layer) as an export sees it.
 pub trait Disk: Send + Sync + 'static {
     /// Which image, for heat and messages.
@@ -84,6 +97,31 @@ pub trait Disk: Send + Sync + 'static {
     /// Fills `buf` from RAM if all of it is there, and says whether it did. Never waits. A `false` leaves `buf`
     /// unspecified and counts as no access: the caller goes on with [`Disk::read`].
     fn try_read_ram(&self, offset: u64, buf: &mut [u8]) -> bool;
+
+    /// Where the bytes of a read lie, if that is one place of one file and nothing is to be done with them but to hand
+    /// them out. Never waits. `Some` counts as the access: the caller reads them and calls [`Disk::file_read_done`].
+    fn file_read(&self, offset: u64, length: usize) -> Option<FileRead> {
+        let _ = (offset, length);
+        None
+    }
+
+    /// How a [`Disk::file_read`] ended, and how long it took.
+    ///
+    /// # Errors
+    /// [`DiskError`], if it did.
+    fn file_read_done(
+        &self,
+        offset: u64,
+        length: usize,
+        took: Duration,
+        read: io::Result<()>,
+    ) -> Result<(), DiskError> {
+        let _ = took;
+        read.map_err(|source| DiskError::Io {
+            what: format!("cannot read {length} bytes at {offset}"),
+            source,
+        })
+    }
 
     /// Fills `buf`.
     ///

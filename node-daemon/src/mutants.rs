@@ -74,6 +74,8 @@ switches! {
     FAILED_FLUSH_FORGOTTEN, "failed-flush-forgotten";
     /// A closed image is open again after a restart of the daemon (rule 5).
     CLOSED_FORGOTTEN, "closed-forgotten";
+    /// A sync that failed leaves no mark at once, only the slower note in the image's metadata (rule 5).
+    DOUBT_UNMARKED, "doubt-unmarked";
     /// A sync that fails while the journal is shortened is only logged (rule 5).
     COMPACTION_UNCHECKED, "compaction-unchecked";
     /// The first part of a short write is taken for all of it.
@@ -84,6 +86,8 @@ switches! {
     POWER_LOSS_UNSEEN, "power-loss-unseen";
     /// Bytes of writes that a power loss undid stay in the data file.
     UNSCRUBBED, "unscrubbed";
+    /// A node follows a stream that does not hold what it has read before.
+    ROLLBACK_UNSEEN, "rollback-unseen";
     /// NBD requests over the payload limit are carried out.
     OVERSIZE_TAKEN, "oversize-taken";
     /// NBD connections are taken however many there are, of one image and in all.

@@ -109,6 +109,7 @@ impl Drop for Nbdkit {
 /// blocks were written and how many verified.
 fn fio_round(dir: &Path, seed: u64) -> (u64, u64) {
     let output = Command::new("fio")
+        .current_dir(dir) // where it leaves its state, whatever it was told
         .args([
             "--name=verify",
             "--ioengine=nbd",

@@ -50,7 +50,7 @@ fn two() -> Arc<Two> {
     Arc::new(Two(disk(1), disk(2)))
 }
 
-/// The tests of this file measure, and switch mutants for the whole process: one at a time.
+/// The tests of this file measure: one at a time.
 fn alone() -> MutexGuard<'static, ()> {
     static ONE: Mutex<()> = Mutex::new(());
     ONE.lock().unwrap_or_else(PoisonError::into_inner)
@@ -177,15 +177,6 @@ fn one_image_takes_its_share_of_connections_and_says_so() {
         thread::yield_now();
     }
     reads(&mut Raw::transmitting(&served.socket, HIT));
-
-    #[cfg(feature = "mutants")]
-    {
-        use hearth_node::mutants::CONNECTIONS_UNCOUNTED;
-        CONNECTIONS_UNCOUNTED.set(true);
-        let (inside, _) = crowd_in(&served.socket, 20);
-        CONNECTIONS_UNCOUNTED.set(false);
-        assert_eq!(inside.len(), 20, "without the count the test must notice");
-    }
 }
 
 #[test]
@@ -197,17 +188,6 @@ fn a_request_over_the_payload_limit_is_refused_before_memory_is_spent() {
     raw.request(command::READ, 0, 7, 0, oversize);
     raw.refused(7, proto::Errno::Inval);
     reads(&mut raw);
-
-    #[cfg(feature = "mutants")]
-    {
-        use hearth_node::mutants::OVERSIZE_TAKEN;
-        OVERSIZE_TAKEN.set(true);
-        raw.request(command::READ, 0, 8, 0, oversize);
-        let reply = raw.receive(16);
-        OVERSIZE_TAKEN.set(false);
-        let refused = reply.is_some_and(|head| be32(&head, 4) == proto::Errno::Inval as u32);
-        assert!(!refused, "without the check the test must notice");
-    }
 }
 
 /// A client that asks for long answers and reads none, until the server takes no more; says how many it took.
@@ -274,15 +254,6 @@ fn clients_that_never_read_hold_no_more_than_their_budget() {
     let bound = 48 * MIB;
     let grown = grown_by_hoarders(&table);
     assert!(grown < bound, "memory grew by {} MiB", grown / MIB);
-
-    #[cfg(feature = "mutants")]
-    {
-        use hearth_node::mutants::MEMORY_UNCOUNTED;
-        MEMORY_UNCOUNTED.set(true);
-        let grown = grown_by_hoarders(&table);
-        MEMORY_UNCOUNTED.set(false);
-        assert!(grown >= bound, "without the budget the test must notice: {grown}");
-    }
 }
 
 /// Runs `body` again and again on a thread that yields to everybody else's, so that what is measured is the server's
@@ -389,27 +360,33 @@ fn another_image_is_as_fast_during_the_attack() {
         }),
     ];
     let window = Duration::from_millis(150);
+    let mut slower = Vec::new();
     for (name, attack) in attacks {
-        let mut ratios: Vec<f64> = (0..pairs)
-            .map(|_| {
-                let quiet = p99(&mut guest, window);
-                let attackers = attack(&socket);
-                let disturbed = p99(&mut guest, window);
-                drop(attackers);
-                disturbed as f64 / quiet as f64
-            })
-            .collect();
+        let (mut ratios, mut before) = (Vec::new(), Vec::new());
+        for _ in 0..pairs {
+            let quiet = p99(&mut guest, window);
+            let attackers = attack(&socket);
+            let disturbed = p99(&mut guest, window);
+            drop(attackers);
+            ratios.push(disturbed as f64 / quiet as f64);
+            before.push(quiet);
+        }
         ratios.sort_by(f64::total_cmp);
+        before.sort_unstable();
         let median = (ratios[pairs / 2] + ratios[(pairs - 1) / 2]) / 2.0;
         println!(
-            "{name}: p99 during / before, {pairs} pairs: min {:.2}, median {median:.2}, max {:.2}",
+            "{name}: p99 before {} in the median; during / before, {pairs} pairs: min {:.2}, median {median:.2}, max {:.2}",
+            before[pairs / 2],
             ratios[0],
             ratios[pairs - 1]
         );
         let judged = if strict { median } else { ratios[0] };
-        assert!(
-            judged <= 1.5,
-            "{name}: the other image's p99 is {judged:.2} times the undisturbed one"
-        );
+        if judged > 1.5 {
+            slower.push(format!("{name}: {judged:.2}"));
+        }
     }
+    assert!(
+        slower.is_empty(),
+        "the other image's p99 is more than 1.5 times the undisturbed one: {slower:?}"
+    );
 }

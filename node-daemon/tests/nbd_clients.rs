@@ -258,6 +258,7 @@ fn fio_verifies_what_it_wrote_while_blocks_come_and_go() {
             "--size=16m",
             "--offset_increment=16m",
             "--verify=crc32c",
+            "--verify_state_save=0",
             "--do_verify=1",
             "--verify_fatal=1",
             "--fsync=64",

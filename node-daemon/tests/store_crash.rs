@@ -257,3 +257,90 @@ fn kill_9_loses_nothing_acknowledged() {
         crash(volume, store);
     }
 }
+
+/// After a sync that failed the daemon lives for `calls` more calls of the store, then dies.
+fn dies_behind_a_failed_sync(calls: usize) -> (tempfile::TempDir, usize) {
+    use hearth_node::store::fault::{Faults, Site, Verdict};
+    use std::sync::Mutex;
+
+    #[derive(Clone, Copy, PartialEq)]
+    enum Sync {
+        Works,
+        Fails,
+        HasFailed { calls: usize },
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let sync = Arc::new(Mutex::new(Sync::Works));
+    let hook = sync.clone();
+    let faults = Faults::hook(move |call| {
+        let mut sync = hook.lock().unwrap();
+        let eio = || std::io::Error::from_raw_os_error(libc::EIO);
+        match &mut *sync {
+            Sync::Fails if call.site == Site::DataSync => {
+                *sync = Sync::HasFailed { calls: 0 };
+                Err(eio())
+            }
+            Sync::HasFailed { calls: made } => {
+                *made += 1;
+                if *made > calls { Err(eio()) } else { Ok(Verdict::Go) }
+            }
+            _ => Ok(Verdict::Go),
+        }
+    });
+    let options = StoreOptions {
+        incarnation: Some(Incarnation(1)),
+        faults,
+    };
+    let store = Arc::new(Store::open(dir.path(), options).unwrap());
+    store.create(&"p/clone".parse().unwrap(), SIZE, BLOCK).unwrap();
+    let volume = attach(&store, "p/clone", 1);
+    volume.write(0, &[1; BLOCK as usize], false).unwrap();
+    volume.flush().unwrap();
+    volume.write(BLOCK, &[2; BLOCK as usize], false).unwrap();
+    *sync.lock().unwrap() = Sync::Fails;
+    volume.flush().unwrap_err();
+    crash(volume, store);
+    let Sync::HasFailed { calls: asked } = *sync.lock().unwrap() else {
+        panic!("no sync failed");
+    };
+    (dir, asked)
+}
+
+/// The kernel reports a failed sync once: whoever asks next hears that all is well. So the daemon leaves a mark before
+/// anything else, and the one that comes after it knows, wherever its predecessor died behind the mark's creation.
+#[test]
+fn a_daemon_that_dies_right_behind_a_failed_sync_leaves_word() {
+    let (_, asked) = dies_behind_a_failed_sync(usize::MAX);
+    assert!(asked > 4, "a mark and a note in the image's metadata: {asked} calls");
+    for calls in 1..=asked {
+        let (dir, _) = dies_behind_a_failed_sync(calls);
+        let store = open(dir.path(), 1);
+        let volume = attach(&store, "p/clone", 1);
+        let what = format!("dead after {calls} calls");
+        assert!(
+            volume.flush().is_err(),
+            "{what}: a flush of the same lease was acknowledged"
+        );
+        assert!(volume.write(0, &[3; 4096], false).is_err(), "{what}: took a write");
+        let trouble = volume.trouble().unwrap();
+        assert!(trouble.contains("takes no more writes"), "{what}: {trouble}");
+        assert!(
+            read_all(&volume).starts_with(&[1; BLOCK as usize]),
+            "{what}: serves what was flushed"
+        );
+        crash(volume, store);
+
+        // Attached anew: what was not flushed is gone, and the image works, also after the next death.
+        let store = open(dir.path(), 1);
+        let volume = attach(&store, "p/clone", 2);
+        let got = read_all(&volume);
+        assert!(got[..BLOCK as usize].iter().all(|b| *b == 1) && got[BLOCK as usize..].iter().all(|b| *b == 0));
+        volume.write(BLOCK, &[4; 4096], true).unwrap();
+        crash(volume, store);
+        let store = open(dir.path(), 1);
+        let volume = attach(&store, "p/clone", 2);
+        volume.flush().unwrap();
+        assert_eq!(volume.trouble(), None, "{what}");
+        volume.detach().unwrap();
+    }
+}

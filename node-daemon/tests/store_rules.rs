@@ -336,3 +336,44 @@ fn a_clone_of_a_layer_on_another_node_reads_through_and_keeps_what_it_writes() {
         16
     );
 }
+
+#[test]
+fn one_damaged_image_leaves_the_others_and_all_layers_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let golden = store.create(&name("p/golden"), 1 << 20, BLOCK).unwrap().id;
+    store.snapshot(golden, &"v1".parse().unwrap()).unwrap();
+    let clone = store
+        .clone_image(golden, &"v1".parse().unwrap(), &name("p/clone"))
+        .unwrap();
+    drop(store);
+    let meta = dir.path().join("images").join(clone.id.to_string()).join("meta");
+    let good = std::fs::read(&meta).unwrap();
+    let layers = || std::fs::read_dir(dir.path().join("layers")).unwrap().count();
+    let before = layers();
+    for bad in [&good[..good.len() / 2], b"", b"\x7fELF"] {
+        std::fs::write(&meta, bad).unwrap();
+        let store = open(dir.path());
+        let damaged = store.damaged();
+        assert_eq!(damaged.len(), 1);
+        assert_eq!(damaged[0].0, clone.id);
+        let words = damaged[0].1.to_string();
+        assert!(words.contains("damaged") && words.contains("restore it"), "{words}");
+        assert_eq!(layers(), before, "a layer of the damaged image went");
+        refused(attach(&store, clone.id, 1), FailureKind::Failed, "is damaged");
+        attach(&store, golden, 1).unwrap().detach().unwrap();
+        assert_eq!(std::fs::read(&meta).unwrap(), bad, "the evidence was changed");
+    }
+    // A parent that is deleted meanwhile leaves its layers, whoever may stand on them.
+    let store = open(dir.path());
+    assert_eq!(store.delete(golden).unwrap(), []);
+    assert_eq!(layers(), before);
+    // Restored, it is an image again without a restart.
+    std::fs::write(&meta, &good).unwrap();
+    attach(&store, clone.id, 1).unwrap().detach().unwrap();
+    assert!(store.damaged().is_empty());
+    drop(store);
+    let store = open(dir.path());
+    assert_eq!(store.images().len(), 1);
+    assert!(layers() < before, "what nobody uses goes once all is known");
+}

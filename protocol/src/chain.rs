@@ -50,4 +50,8 @@ pub struct Witness {
     /// The message that recorded it: its position, and the blake3 of its frame in hexadecimal.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<(Seq, String)>,
+    /// The blake3 of the frames in which operators accepted a loss, as far as they were seen, oldest first: none of them
+    /// makes a later rollback acceptable.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub accepted: Vec<String>,
 }

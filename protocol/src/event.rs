@@ -167,6 +167,20 @@ pub enum Event {
         reason: String,
     },
 
+    /// An operator accepted that the stream, rolled back, went on with other messages: what a former history held at
+    /// these positions counts no more. Whoever read that history reads this one from its beginning.
+    LossAccepted {
+        /// Under which term.
+        term: Term,
+        /// The first position at which the histories differ, and the last that is known of the former one.
+        positions: (Seq, Seq),
+        /// The chain value of the former history at its last position.
+        #[serde(with = "serde_bytes")]
+        chain: [u8; 32],
+        /// The operator's words.
+        reason: String,
+    },
+
     // -- command.<node> ---------------------------------------------------------------------------------------
     /// An order was given.
     CommandGiven(Command),
@@ -287,6 +301,7 @@ impl Event {
             Event::PolicySet { .. } => "policy_set",
             Event::DigestRecorded { .. } => "digest_recorded",
             Event::LogRecovered { .. } => "log_recovered",
+            Event::LossAccepted { .. } => "loss_accepted",
             Event::CommandGiven(_) => "command_given",
         }
     }
@@ -298,7 +313,8 @@ impl Event {
             | Event::Ticked { term, .. }
             | Event::PolicySet { term, .. }
             | Event::DigestRecorded { term, .. }
-            | Event::LogRecovered { term, .. } => Some(*term),
+            | Event::LogRecovered { term, .. }
+            | Event::LossAccepted { term, .. } => Some(*term),
             Event::HeatFolded(heat) => Some(heat.term),
             Event::CommandGiven(command) => Some(command.term),
             _ => None,

@@ -31,6 +31,9 @@ pub const REASONS_IN_VIEW_MAX: usize = 4;
 /// Cells that one image's heat view carries, hottest first: some 13 bytes each in JSON, so under a message.
 pub const HEAT_CELLS_IN_VIEW_MAX: usize = 60_000;
 
+/// Things wrong that one node tells of, worst first: with their words they fit one message.
+pub const NODE_HEALTH_MAX: usize = 200;
+
 /// Largest image, in bytes (16 TiB): 2^28 blocks of 64 KiB keeps a validity bitmap under 32 MiB.
 pub const IMAGE_BYTES_MAX: u64 = 16 << 40;
 

@@ -7,7 +7,7 @@ use crate::heat::LatencySummary;
 use crate::ids::{ImageId, ImageName, LayerId, NodeId, SnapshotName};
 use crate::policy::TierPolicy;
 use crate::units::{BlockIndex, ByteLen, Epoch, Seq};
-use crate::view::{ClusterView, ImageHeatView};
+use crate::view::{ClusterView, HealthItem, ImageHeatView};
 
 /// What kind of failure, as the exit code that scripts rely on (FIELD "CLI").
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -208,6 +208,9 @@ pub enum NodeRequest {
     },
     /// What the node is.
     NodeShow,
+    /// What is wrong on the node, as it knows by itself. Also asked of all nodes at once
+    /// ([`crate::subject::NODES_RPC`]).
+    Health,
 }
 
 /// Answers of a node.
@@ -235,6 +238,8 @@ pub enum NodeReply {
     },
     /// The node.
     Node(NodeInfo),
+    /// What is wrong on it.
+    Health(NodeHealth),
 }
 
 /// One image on one node.
@@ -310,6 +315,17 @@ pub struct JobInfo {
     pub ended: Option<Result<(), Failure>>,
 }
 
+/// What a node finds wrong on itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeHealth {
+    /// The node.
+    pub node: NodeId,
+    /// What is wrong, errors first; [`crate::limits::NODE_HEALTH_MAX`] at most.
+    pub items: Vec<HealthItem>,
+    /// How many more there are.
+    pub omitted: u64,
+}
+
 /// One node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeInfo {
@@ -355,6 +371,16 @@ pub enum SchedulerRequest {
     LogRecovered {
         /// The first and last position put back.
         positions: (Seq, Seq),
+        /// The operator's words.
+        reason: String,
+    },
+    /// Writes down in the log that an operator accepted the loss of a former history's end.
+    LossAccepted {
+        /// The first position lost, and the last one known.
+        positions: (Seq, Seq),
+        /// The chain value of the former history at its last position.
+        #[serde(with = "serde_bytes")]
+        chain: [u8; 32],
         /// The operator's words.
         reason: String,
     },

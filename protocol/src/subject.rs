@@ -17,6 +17,9 @@ pub const RECORD_ALL: &str = "hearth.log.scheduler.*.record";
 /// Where the leading scheduler answers requests ([`crate::rpc::SchedulerRequest`]).
 pub const SCHEDULER_RPC: &str = "hearth.rpc.scheduler";
 
+/// Where every node answers [`crate::rpc::NodeRequest::Health`].
+pub const NODES_RPC: &str = "hearth.rpc.nodes";
+
 /// An image's own history, as published by `publisher`.
 pub fn image(id: ImageId, publisher: &Publisher) -> String {
     format!("hearth.log.image.{id}.{}", publisher.token())

@@ -203,6 +203,28 @@ pub struct HealthItem {
     pub fix: String,
 }
 
+impl HealthItem {
+    /// An error or else a warning.
+    pub fn new(code: &str, error: bool, message: impl Into<String>, fix: impl Into<String>) -> Self {
+        Self {
+            code: code.into(),
+            severity: if error { "error" } else { "warning" }.into(),
+            message: message.into(),
+            fix: fix.into(),
+        }
+    }
+
+    /// Whether it is an error.
+    pub fn is_error(&self) -> bool {
+        self.severity == "error"
+    }
+
+    /// Errors before warnings, then by code and text.
+    pub fn sort(items: &mut [Self]) {
+        items.sort_by(|a, b| (&a.severity, &a.code, &a.message).cmp(&(&b.severity, &b.code, &b.message)));
+    }
+}
+
 /// Heat and tiers of one image's blocks.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageHeatView {

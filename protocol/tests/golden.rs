@@ -308,6 +308,15 @@ fn events() -> Vec<(&'static str, Event)> {
             },
         ),
         (
+            "loss_accepted",
+            Event::LossAccepted {
+                term: Term(3),
+                positions: (Seq(40), Seq(44)),
+                chain: [0xc3; 32],
+                reason: "there is no newer backup".into(),
+            },
+        ),
+        (
             "command_given_promote",
             command(Order::Promote {
                 layer: LAYER,
@@ -406,7 +415,7 @@ fn every_event_has_a_golden_file_and_still_reads_as_its_json() {
         );
     }
     // Every variant of `Event`: adding one without a golden file fails here.
-    assert_eq!(kinds.len(), 20);
+    assert_eq!(kinds.len(), 21);
 }
 
 #[test]

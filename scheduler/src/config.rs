@@ -6,14 +6,20 @@ use std::time::Duration;
 use clap::Parser;
 use hearth_bus::settings::Wanted;
 use hearth_protocol::SchedulerId;
+use hearth_protocol::limits::TICK_MS;
 use serde::Deserialize;
+
+use crate::replica::SNAPSHOT_EVERY_TICKS;
+
+/// Between two snapshots, unless told otherwise.
+const SNAPSHOT_EVERY: Duration = Duration::from_millis(SNAPSHOT_EVERY_TICKS * TICK_MS);
 
 /// Keeps the cluster's event log, folds it and decides.
 #[derive(Debug, Parser)]
 #[command(name = "hearth-scheduler", version)]
 pub struct Arguments {
     /// TOML file with the same settings (nats, id, dir, dev, replicas, nats_monitor, nats_credentials,
-    /// heat_retention)
+    /// heat_retention, snapshot_every)
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// NATS servers, separated by commas
@@ -41,6 +47,10 @@ pub struct Arguments {
     /// not derived again [default: for ever]
     #[arg(long, value_name = "TIME")]
     heat_retention: Option<String>,
+    /// How much time passes between two snapshots of the state, such as 5m: a start folds only what came after the
+    /// last one. Taken at every tenth tick at the soonest [default: 1m]
+    #[arg(long, value_name = "TIME")]
+    snapshot_every: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -54,6 +64,7 @@ struct File {
     nats_monitor: Option<Vec<String>>,
     nats_credentials: Option<PathBuf>,
     heat_retention: Option<String>,
+    snapshot_every: Option<String>,
 }
 
 /// What a scheduler is told.
@@ -75,6 +86,8 @@ pub struct Config {
     pub nats_credentials: Option<PathBuf>,
     /// See [`crate::run::Retention::heat`].
     pub heat_retention: Option<Duration>,
+    /// Between two snapshots.
+    pub snapshot_every: Duration,
 }
 
 /// Why there is no configuration.
@@ -102,8 +115,10 @@ pub enum ConfigError {
     #[error("{0} is not set: give --{0}, or {0} in the file of --config")]
     Missing(&'static str),
     /// A time that is none.
-    #[error("heat_retention is {text:?}: {why}; use a number with its unit, such as 30d or 12h")]
-    Retention {
+    #[error("{setting} is {text:?}: {why}; use a number with its unit, such as 30d, 12h or 5m")]
+    Time {
+        /// Which setting.
+        setting: &'static str,
         /// What was given.
         text: String,
         /// What is wrong with it.
@@ -143,13 +158,11 @@ impl Arguments {
         } else {
             self.nats_monitor
         };
-        let heat_retention = self
-            .heat_retention
-            .or(file.heat_retention)
-            .map(|text| humantime::parse_duration(&text).map_err(|why| ConfigError::Retention { text, why }))
-            .transpose()?;
+        let heat_retention = self.heat_retention.or(file.heat_retention);
+        let snapshot_every = self.snapshot_every.or(file.snapshot_every);
         Ok(Config {
-            heat_retention,
+            heat_retention: time("heat_retention", heat_retention)?,
+            snapshot_every: time("snapshot_every", snapshot_every)?.unwrap_or(SNAPSHOT_EVERY),
             nats: self.nats.or(file.nats).ok_or(ConfigError::Missing("nats"))?,
             id: self.id.or(file.id).ok_or(ConfigError::Missing("id"))?,
             dir: self.dir.or(file.dir).ok_or(ConfigError::Missing("dir"))?,
@@ -161,7 +174,18 @@ impl Arguments {
     }
 }
 
+fn time(setting: &'static str, text: Option<String>) -> Result<Option<Duration>, ConfigError> {
+    text.map(|text| humantime::parse_duration(&text).map_err(|why| ConfigError::Time { setting, text, why }))
+        .transpose()
+}
+
 impl Config {
+    /// [`Config::snapshot_every`] in ticks, at least one.
+    pub fn snapshot_every_ticks(&self) -> u64 {
+        let ticks = self.snapshot_every.as_millis() / u128::from(TICK_MS);
+        u64::try_from(ticks).unwrap_or(u64::MAX).max(1)
+    }
+
     /// What it asks of its servers.
     pub fn wanted(&self) -> Wanted {
         Wanted {
@@ -208,6 +232,26 @@ mod tests {
         assert!(resolve("nats = 'n'\nid = 's'\ndir = '/d'\nreplicas = 2", &[]).is_err());
         let unit = resolve("nats = 'n'\nid = 's'\ndir = '/d'\nheat_retention = '30'", &["--dev"]);
         let unit = unit.unwrap_err().to_string();
-        assert!(unit.contains("such as 30d"), "{unit}");
+        assert!(
+            unit.contains("heat_retention is") && unit.contains("such as 30d"),
+            "{unit}"
+        );
+        let unit = resolve(
+            "nats = 'n'\nid = 's'\ndir = '/d'",
+            &["--dev", "--snapshot-every", "soon"],
+        );
+        let unit = unit.unwrap_err().to_string();
+        assert!(unit.contains("snapshot_every is \"soon\""), "{unit}");
+    }
+
+    #[test]
+    fn snapshots_come_at_whole_ticks() {
+        let ticks = |arguments: &[&str]| {
+            let config = resolve("nats = 'n'\nid = 's'\ndir = '/d'", arguments).unwrap();
+            config.snapshot_every_ticks()
+        };
+        assert_eq!(ticks(&[]), 60);
+        assert_eq!(ticks(&["--snapshot-every", "5m"]), 300);
+        assert_eq!(ticks(&["--snapshot-every", "1ms"]), 1);
     }
 }

@@ -12,6 +12,11 @@ use scheduler_core::State;
 /// Reports kept per node: a minute without a leader.
 const KEPT_PER_NODE_MAX: usize = 60;
 
+/// Nodes that the log does not know (yet) whose reports are kept, and reports kept of each: anyone on NATS can invent
+/// names, and a node that joins is known within seconds.
+const UNKNOWN_NODES_MAX: usize = 16;
+const KEPT_PER_UNKNOWN_MAX: usize = 4;
+
 /// Reports of one node folded at one tick: a backlog goes into the log over several ticks.
 const FOLDED_PER_TICK_MAX: usize = 4;
 
@@ -19,6 +24,8 @@ const FOLDED_PER_TICK_MAX: usize = 4;
 #[derive(Debug, Default)]
 pub struct HeatBuffer {
     nodes: BTreeMap<NodeId, Waiting>,
+    /// Reports of unknown nodes that were not kept.
+    refused: u64,
 }
 
 #[derive(Debug, Default)]
@@ -29,8 +36,9 @@ struct Waiting {
 }
 
 impl HeatBuffer {
-    /// Takes a message of the heat stream. One that is no report of its subject's node is dropped and logged.
-    pub fn push(&mut self, fetched: &Fetched) {
+    /// Takes a message of the heat stream. One that is no report of its subject's node is dropped and logged; of nodes
+    /// that the log does not know, few are kept and the rest is counted.
+    pub fn push(&mut self, fetched: &Fetched, state: &State) {
         let report = match HeatReport::decode(&fetched.frame) {
             Ok(report) if subject::heat(&report.node) == fetched.subject => report,
             Ok(report) => {
@@ -42,11 +50,28 @@ impl HeatBuffer {
                 return;
             }
         };
+        let is_known = |node: &NodeId| state.folded_reports(node).is_some();
+        let kept_max = if is_known(&report.node) {
+            KEPT_PER_NODE_MAX
+        } else {
+            let unknown = self.nodes.keys().filter(|node| !is_known(node)).count();
+            if unknown >= UNKNOWN_NODES_MAX && !self.nodes.contains_key(&report.node) {
+                return self.refuse(&report.node);
+            }
+            KEPT_PER_UNKNOWN_MAX
+        };
         let waiting = self.nodes.entry(report.node.clone()).or_default();
-        if waiting.reports.len() == KEPT_PER_NODE_MAX {
+        while waiting.reports.len() >= kept_max {
             waiting.reports.pop_front();
         }
         waiting.reports.push_back(report);
+    }
+
+    fn refuse(&mut self, node: &NodeId) {
+        self.refused += 1;
+        if self.refused.is_power_of_two() {
+            tracing::warn!(%node, refused = self.refused, "heat reports of nodes that the log does not know are not kept");
+        }
     }
 
     /// Drops what a leader folded, this one or another.
@@ -127,13 +152,14 @@ mod tests {
         HeatReport::idle("n1".parse().unwrap(), Incarnation(incarnation), report_seq)
     }
 
-    fn push(buffer: &mut HeatBuffer, report: &HeatReport) {
-        buffer.push(&Fetched {
+    fn push(buffer: &mut HeatBuffer, state: &State, report: &HeatReport) {
+        let fetched = Fetched {
             seq: Seq(1),
             subject: subject::heat(&report.node),
             message_id: None,
             frame: report.encode().into(),
-        });
+        };
+        buffer.push(&fetched, state);
     }
 
     fn join(state: &mut State, incarnation: u128) {
@@ -171,24 +197,43 @@ mod tests {
     #[test]
     fn reports_wait_for_their_node_and_gaps_are_counted_once() {
         let (mut buffer, mut state) = (HeatBuffer::default(), State::default());
-        push(&mut buffer, &report(7, 2));
-        push(&mut buffer, &report(7, 3));
+        push(&mut buffer, &state, &report(7, 2));
+        push(&mut buffer, &state, &report(7, 3));
         assert_eq!(folded(&mut buffer, &state), [], "nobody joined");
         join(&mut state, 7);
-        push(&mut buffer, &report(7, 6));
+        push(&mut buffer, &state, &report(7, 6));
         assert_eq!(folded(&mut buffer, &state), [(2, 1), (3, 0), (6, 2)]);
         assert_eq!(folded(&mut buffer, &state), [], "they are on their way");
-        push(&mut buffer, &report(7, 6));
-        push(&mut buffer, &report(7, 7));
+        push(&mut buffer, &state, &report(7, 6));
+        push(&mut buffer, &state, &report(7, 7));
         assert_eq!(folded(&mut buffer, &state), [(7, 0)]);
+    }
+
+    #[test]
+    fn invented_nodes_are_not_kept_and_push_nobody_out() {
+        let (mut buffer, mut state) = (HeatBuffer::default(), State::default());
+        join(&mut state, 7);
+        push(&mut buffer, &state, &report(7, 1));
+        for number in 0..10_000 {
+            let invented = HeatReport::idle(format!("x{number}").parse().unwrap(), Incarnation(1), 1);
+            push(&mut buffer, &state, &invented);
+        }
+        for seq in 1..100 {
+            let invented = HeatReport::idle("x3".parse().unwrap(), Incarnation(1), seq);
+            push(&mut buffer, &state, &invented);
+        }
+        let kept: usize = buffer.nodes.values().map(|waiting| waiting.reports.len()).sum();
+        assert!(kept <= 1 + UNKNOWN_NODES_MAX * KEPT_PER_UNKNOWN_MAX, "{kept} reports");
+        assert_eq!(buffer.refused, 10_000 - UNKNOWN_NODES_MAX as u64);
+        assert_eq!(folded(&mut buffer, &state), [(1, 0)]);
     }
 
     #[test]
     fn a_restarted_node_starts_over_and_its_former_life_is_dropped() {
         let (mut buffer, mut state) = (HeatBuffer::default(), State::default());
         join(&mut state, 7);
-        push(&mut buffer, &report(7, 1));
-        push(&mut buffer, &report(8, 1));
+        push(&mut buffer, &state, &report(7, 1));
+        push(&mut buffer, &state, &report(8, 1));
         join(&mut state, 8);
         assert_eq!(folded(&mut buffer, &state), [(1, 0)]);
     }
@@ -198,15 +243,16 @@ mod tests {
         let (mut buffer, mut state) = (HeatBuffer::default(), State::default());
         join(&mut state, 7);
         for seq in 1..=9 {
-            push(&mut buffer, &report(7, seq));
+            push(&mut buffer, &state, &report(7, seq));
         }
         buffer.folded(&event(&report(7, 5), Term(1), 0));
-        buffer.push(&Fetched {
+        let foreign = Fetched {
             seq: Seq(1),
             subject: "hearth.heat.n2".into(),
             message_id: None,
             frame: report(7, 10).encode().into(),
-        });
+        };
+        buffer.push(&foreign, &state);
         // The log of this state knows nothing of that folding; what is kept is what counts.
         let kept: Vec<_> = folded(&mut buffer, &state).iter().map(|(seq, _)| *seq).collect();
         assert_eq!(kept, [6, 7, 8, 9]);

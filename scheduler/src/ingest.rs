@@ -197,7 +197,8 @@ impl Ingest {
                 let why = format!(
                     "the stream HEARTH holds another message at {head} than this scheduler has read there: it was \
                      rolled back and went on, or was replaced. Nothing is decided until an operator restores it \
-                     from a backup"
+                     from a backup, or moves this scheduler's folder away, starts it anew and accepts the loss: \
+                     hearth log recover --accept-loss"
                 );
                 self.freeze(why).await;
             }

@@ -148,7 +148,10 @@ impl Leader {
                 }
                 Input::Ingested(Some(Ingested::Flowing)) => self.frozen = false,
                 Input::Ingested(None) | Input::Heat(None) => return,
-                Input::Heat(Some(reports)) => reports.iter().for_each(|report| self.heat.push(report)),
+                Input::Heat(Some(reports)) => {
+                    let state = self.replica.state();
+                    reports.iter().for_each(|report| self.heat.push(report, state));
+                }
                 Input::Asked(asked) => self.answer(asked).await,
                 Input::Due => self.act().await,
             }
@@ -374,6 +377,19 @@ impl Leader {
                 let asked = self.term().map(|term| Event::LogRecovered {
                     term,
                     positions,
+                    reason,
+                });
+                return self.record(asked, reply).await;
+            }
+            SchedulerRequest::LossAccepted {
+                positions,
+                chain,
+                reason,
+            } => {
+                let asked = self.term().map(|term| Event::LossAccepted {
+                    term,
+                    positions,
+                    chain,
                     reason,
                 });
                 return self.record(asked, reply).await;

@@ -25,9 +25,13 @@ pub struct Replica {
     previous: Option<(Incarnation, Seq)>,
     /// The last event of this scheduler, of any incarnation.
     own_last: Option<(Incarnation, Seq)>,
-    /// The tick from which on another snapshot is due, and one that waits for its digest to be recorded.
+    /// Ticks between two snapshots at least, the tick from which on another one is due, and one that waits for its
+    /// digest to be recorded.
+    snapshot_every: u64,
     snapshot_at: TickNo,
     taken: Option<Taken>,
+    /// Where the snapshot was taken from which this replica went on; `None` if it folded from nothing.
+    started_at: Option<Seq>,
     /// Set for good when a leader's digest differs from ours.
     diverged: Option<String>,
 }
@@ -53,7 +57,7 @@ pub struct Step {
     pub snapshot: Option<(Seq, Vec<u8>)>,
 }
 
-/// Ticks between two snapshots at least.
+/// Ticks between two snapshots at least, unless told otherwise.
 pub const SNAPSHOT_EVERY_TICKS: u64 = 60;
 
 /// Tracked blocks that put the next snapshot off by one more tick: taking one stays below a thousandth of the time.
@@ -71,8 +75,10 @@ impl Replica {
             last_lead: Seq(0),
             previous: None,
             own_last: None,
+            snapshot_every: SNAPSHOT_EVERY_TICKS,
             snapshot_at: TickNo(SNAPSHOT_EVERY_TICKS),
             taken: None,
+            started_at: None,
             diverged: None,
         }
     }
@@ -85,6 +91,7 @@ impl Replica {
         let mut replica = Self {
             // Snapshots are taken after ticks, which are published on the leadership subjects.
             last_lead: head.seq,
+            started_at: Some(head.seq),
             head,
             previous: own_last,
             own_last,
@@ -117,6 +124,14 @@ impl Replica {
         Self::new(me).follow(log)
     }
 
+    /// Sets how many ticks at least lie between two snapshots. One is due at once if the last is older than that.
+    pub fn with_snapshots_every(mut self, ticks: u64) -> Self {
+        let last = self.snapshot_at.0.saturating_sub(self.snapshot_every);
+        self.snapshot_at = TickNo(last.saturating_add(ticks));
+        self.snapshot_every = ticks;
+        self
+    }
+
     /// Folds the rest of a log.
     fn follow(mut self, log: &dyn EventLog) -> Result<Self, LogError> {
         let replica = &mut self;
@@ -144,6 +159,11 @@ impl Replica {
     /// This process's start.
     pub fn incarnation(&self) -> Incarnation {
         self.incarnation
+    }
+
+    /// Where the snapshot was taken from which this replica went on; `None` if it folded the log from nothing.
+    pub fn started_at(&self) -> Option<Seq> {
+        self.started_at
     }
 
     /// The state.
@@ -176,10 +196,14 @@ impl Replica {
         self.diverged.as_deref()
     }
 
-    /// Folds an entry of the log.
+    /// Folds an entry of the log, just appended.
     pub fn take(&mut self, entry: &Entry) -> Step {
         let head = entry.after(&self.head);
-        self.fold(head, &entry.subject, entry.event.as_ref())
+        let step = self.fold(head, &entry.subject, entry.event.as_ref());
+        if step.digests.is_some() {
+            self.take_snapshot();
+        }
+        step
     }
 
     fn take_record(&mut self, record: &Record) -> Result<Step, String> {
@@ -234,7 +258,6 @@ impl Replica {
         }
         if applied.digest {
             step.digests = Some(self.book.note(&self.state));
-            self.take_snapshot();
         }
         if applied.judged == Judged::Valid {
             match event {
@@ -264,8 +287,10 @@ impl Replica {
         if tick < self.snapshot_at {
             return;
         }
-        let pause = SNAPSHOT_EVERY_TICKS.max(self.state.tracked_blocks() / SNAPSHOT_BLOCKS_PER_TICK);
-        self.snapshot_at = TickNo(tick.0 + pause);
+        let pause = self
+            .snapshot_every
+            .max(self.state.tracked_blocks() / SNAPSHOT_BLOCKS_PER_TICK);
+        self.snapshot_at = TickNo(tick.0.saturating_add(pause));
         self.taken = Some(Taken::of(&self.state, &self.head, self.me.clone(), self.own_last));
     }
 

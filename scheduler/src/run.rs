@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use hearth_bus::{Bus, BusError, Fetched, LogPublisher, NatsOptions};
-use hearth_protocol::{Publisher, SchedulerId};
+use hearth_protocol::{Publisher, SchedulerId, Seq};
 use tokio::sync::mpsc;
 
 use crate::config::Config;
@@ -51,6 +51,8 @@ pub struct Parts {
     pub timing: Timing,
     /// How long heat is kept.
     pub retention: Retention,
+    /// Ticks between two snapshots at least.
+    pub snapshot_every_ticks: u64,
 }
 
 impl std::fmt::Debug for Parts {
@@ -73,6 +75,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     let parts = Parts {
         bus,
         log: Box::new(log),
+        snapshot_every_ticks: config.snapshot_every_ticks(),
         id: config.id,
         timing: Timing::default(),
         retention: Retention {
@@ -127,11 +130,14 @@ pub async fn run_with(parts: Parts, shutdown: impl Future<Output = ()>) -> Resul
         id,
         timing,
         retention,
+        snapshot_every_ticks,
     } = parts;
-    let replica = tokio::task::block_in_place(|| Replica::open(id.clone(), log.as_ref()))?;
+    let replica = tokio::task::block_in_place(|| Replica::open(id.clone(), log.as_ref()))?
+        .with_snapshots_every(snapshot_every_ticks);
     tracing::info!(
         scheduler = %id,
         incarnation = %replica.incarnation(),
+        snapshot = %replica.started_at().unwrap_or(Seq(0)),
         events = %replica.position(),
         state = hearth_protocol::chain::hex(&replica.state().digest()),
         "replayed the log"

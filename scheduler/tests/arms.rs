@@ -14,7 +14,7 @@ use hearth_protocol::rpc::{Answer, FailureKind, SchedulerReply, SchedulerRequest
 use hearth_protocol::view::ClusterView;
 use hearth_protocol::{Event, Order, Publisher, SchedulerId, Term, TickNo, WallMs, subject};
 use hearth_scheduler::log::{EventLog, MemoryLog, RocksLog};
-use hearth_scheduler::replica::Replica;
+use hearth_scheduler::replica::{Replica, SNAPSHOT_EVERY_TICKS};
 use hearth_scheduler::run::{Parts, Retention, RunError, Timing, run_with};
 use hearth_scheduler::verify::verify_log;
 use tokio::sync::oneshot;
@@ -87,6 +87,7 @@ impl Arena {
                 takeover: Duration::from_millis(400),
             },
             retention,
+            snapshot_every_ticks: SNAPSHOT_EVERY_TICKS,
         };
         let (stop, stopped) = oneshot::channel::<()>();
         let task = tokio::spawn(run_with(parts, async move {

@@ -1,4 +1,5 @@
-//! Schedulers and nats-server killed again and again under load, at moments that a seed chooses.
+//! Schedulers and nats-server killed again and again under load, at moments that a seed chooses, with a snapshot at
+//! every recorded digest, so that most starts go on from one.
 //!
 //! A handful of kills each by default. The long form: `HEARTH_KILLS=100 cargo test -p hearth-scheduler --test kills`
 //! (about fifteen minutes); `HEARTH_SEED=N` repeats a run's choices.
@@ -22,6 +23,9 @@ const KILLS: u64 = 3;
 
 /// Messages that pass between two kills, at most: from the middle of a start to some seconds of work.
 const MESSAGES_MAX: u64 = 10;
+
+/// A snapshot with every recorded digest, so that most starts go on from one.
+const ARGUMENTS: [&str; 3] = ["--dev", "--snapshot-every", "1s"];
 
 /// The choices of a run: xorshift64.
 struct Choices(u64);
@@ -48,6 +52,18 @@ async fn messages(watch: &mut Watch, count: u64) {
     for _ in 0..count {
         watch.until("a message", |_, _| true).await;
     }
+}
+
+/// From which snapshot each start of a scheduler went on, by what it said; 0 for none.
+fn starts(said: &str) -> Vec<Seq> {
+    let lines = said.lines().filter(|line| line.contains("replayed the log"));
+    lines
+        .map(|line| {
+            let (_, rest) = line.split_once("snapshot=").expect("a start says its snapshot");
+            let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
+            Seq(digits.parse().expect("a position"))
+        })
+        .collect()
 }
 
 /// What the stream itself gives: the chain over its bytes and the state folded from nothing, at `end`.
@@ -89,7 +105,7 @@ async fn no_kill_makes_the_log_lie() {
     let mut choices = Choices(seed.max(1));
     let dir = tempfile::tempdir().unwrap();
     let mut server = NatsServer::start(&dir.path().join("nats"));
-    let start = |server: &NatsServer, id: &str| Process::start(server, id, &dir.path().join(id));
+    let start = |server: &NatsServer, id: &str| Process::start_with(server, id, &dir.path().join(id), &ARGUMENTS);
     let mut schedulers = [start(&server, "s1"), start(&server, "s2")];
     let bus = connect(&server).await;
     let mut watch = Watch::new(&bus);
@@ -127,6 +143,13 @@ async fn no_kill_makes_the_log_lie() {
     ] {
         watch.until(what, |_, event| event.kind() == kind).await;
     }
+    // Both have kept a snapshot of that digest by the second tick after it, and go on from it.
+    watch.ticks(3).await;
+    for scheduler in &mut schedulers {
+        scheduler.kill();
+        *scheduler = start(&server, &scheduler.id.clone());
+    }
+    watch.ticks(2).await;
     for node in nodes {
         assert!(!node.is_finished(), "a node gave up: {:?}", node.await);
         node.abort();
@@ -136,6 +159,20 @@ async fn no_kill_makes_the_log_lie() {
     }
 
     for scheduler in &schedulers {
+        let starts = starts(&scheduler.said());
+        let kept = scheduler.said().matches("kept a snapshot").count();
+        assert!(kept > 0, "{} kept no snapshot: {}", scheduler.id, scheduler.said());
+        assert!(
+            starts.last().is_some_and(|snapshot| *snapshot > Seq(0)),
+            "the last start of {} folded from nothing: {starts:?}",
+            scheduler.id
+        );
+        println!(
+            "{}: {kept} snapshots kept, {} of {} starts went on from one",
+            scheduler.id,
+            starts.iter().filter(|snapshot| **snapshot > Seq(0)).count(),
+            starts.len()
+        );
         let log = RocksLog::open(&scheduler.log_dir()).unwrap();
         let verified = log.verify().unwrap();
         assert_eq!(
@@ -155,6 +192,10 @@ async fn no_kill_makes_the_log_lie() {
             head.seq
         );
         assert_eq!(replica.state().decisions_digest(), state.decisions_digest());
+        let opened = Replica::open("auditor".parse().unwrap(), &log).unwrap();
+        assert!(opened.started_at().is_some_and(|at| at > Seq(0)));
+        assert_eq!(opened.state().digest(), state.digest(), "from a snapshot");
+        assert_eq!(opened.state().decisions_digest(), state.decisions_digest());
         let mut seen = BTreeSet::new();
         let mut counts = std::collections::BTreeMap::<&str, u64>::new();
         for entry in &entries {

@@ -4,7 +4,7 @@ mod common;
 
 use std::path::Path;
 
-use common::{Process, TalkingNode, Watch, connect};
+use common::{Process, Scene, TalkingNode, Watch, connect};
 use hearth_bus::settings::Wanted;
 use hearth_bus::testing::{NatsServer, ServerSetup, copy_dir, eventually};
 use hearth_bus::{LogPublisher, new_incarnation};
@@ -38,13 +38,14 @@ fn digest_at(log: &RocksLog, end: Seq) -> ([u8; 32], [u8; 32]) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn everything_is_killed_in_turn_under_load_and_all_logs_agree() {
-    let dir = tempfile::tempdir().unwrap();
+    let Scene {
+        dir,
+        mut server,
+        mut s1,
+        bus,
+        mut watch,
+    } = Scene::start().await;
     let at = |name: &str| dir.path().join(name);
-    let mut server = NatsServer::start(&at("nats"));
-    let mut s1 = Process::start(&server, "s1", &at("s1"));
-    let bus = connect(&server).await;
-    let mut watch = Watch::new(&bus);
-    watch.ticks(1).await;
     let mut s2 = Process::start(&server, "s2", &at("s2"));
     let nodes = [
         tokio::spawn(TalkingNode::new(&bus, "n1", 1).talk()),
@@ -111,13 +112,15 @@ async fn everything_is_killed_in_turn_under_load_and_all_logs_agree() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_rolled_back_stream_freezes_the_scheduler_until_it_is_restored() {
-    let dir = tempfile::tempdir().unwrap();
-    let mut server = NatsServer::start(&dir.path().join("nats"));
+    let Scene {
+        dir,
+        mut server,
+        mut s1,
+        bus: _bus,
+        mut watch,
+    } = Scene::start().await;
     let store = dir.path().join("nats/js");
     let (early, whole) = (dir.path().join("early"), dir.path().join("whole"));
-    let mut s1 = Process::start(&server, "s1", &dir.path().join("s1"));
-    let bus = connect(&server).await;
-    let mut watch = Watch::new(&bus);
     watch.ticks(1).await;
     server.kill();
     copy_dir(&store, &early);
@@ -168,11 +171,13 @@ async fn a_rolled_back_stream_freezes_the_scheduler_until_it_is_restored() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_log_that_lost_its_tail_is_refilled_from_the_stream() {
-    let dir = tempfile::tempdir().unwrap();
-    let server = NatsServer::start(&dir.path().join("nats"));
-    let mut s1 = Process::start(&server, "s1", &dir.path().join("s1"));
-    let bus = connect(&server).await;
-    let mut watch = Watch::new(&bus);
+    let Scene {
+        dir,
+        server,
+        mut s1,
+        bus: _bus,
+        mut watch,
+    } = Scene::start().await;
     let seen = watch.ticks(4).await;
     s1.kill();
     // What a disk that lies about syncing loses: the end of the write-ahead log.

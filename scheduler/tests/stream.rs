@@ -7,7 +7,7 @@ use std::process::Command;
 
 use async_nats::jetstream::stream::Config;
 use async_nats::jetstream::{self, Context};
-use common::{Process, TalkingNode, Watch, connect};
+use common::{Process, Scene, TalkingNode};
 use hearth_bus::testing::{NatsServer, eventually};
 use hearth_bus::{Bus, Fetched, PublishError};
 use hearth_protocol::{Event, NodeId, Seq, subject};
@@ -47,12 +47,14 @@ async fn all(bus: &Bus) -> Vec<Fetched> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_stream_refuses_changes_with_words_and_goes_on_when_there_is_room() {
-    let dir = tempfile::tempdir().unwrap();
-    let server = NatsServer::start(&dir.path().join("nats"));
-    let mut s1 = Process::start(&server, "s1", &dir.path().join("s1"));
-    let bus = connect(&server).await;
-    let mut watch = Watch::new(&bus);
-    watch.ticks(2).await;
+    let Scene {
+        dir: _dir,
+        server,
+        mut s1,
+        bus,
+        mut watch,
+    } = Scene::start().await;
+    watch.ticks(1).await;
     let raw = raw(&server).await;
     set(&raw, |config| config.max_bytes = 1).await;
     eventually("the scheduler to say why it does not tick", || async {
@@ -94,12 +96,13 @@ async fn a_full_stream_refuses_changes_with_words_and_goes_on_when_there_is_room
 /// What a message that comes again, late and in another order does: nothing.
 #[tokio::test(flavor = "multi_thread")]
 async fn messages_repeated_beyond_the_window_and_out_of_order_change_nothing() {
-    let dir = tempfile::tempdir().unwrap();
-    let server = NatsServer::start(&dir.path().join("nats"));
-    let mut s1 = Process::start(&server, "s1", &dir.path().join("s1"));
-    let bus = connect(&server).await;
-    let mut watch = Watch::new(&bus);
-    watch.ticks(1).await;
+    let Scene {
+        dir: _dir,
+        server,
+        mut s1,
+        bus,
+        mut watch,
+    } = Scene::start().await;
     let talking = tokio::spawn(TalkingNode::new(&bus, "n1", 1).talk());
     watch
         .until("a result", |_, event| matches!(event, Event::CommandFinished { .. }))
@@ -171,12 +174,13 @@ fn signal(process: &Process, signal: &str) {
 /// A scheduler that stands still reads nothing, misses its ticks, loses its term, and catches up by itself.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_scheduler_that_stood_still_loses_its_term_and_catches_up() {
-    let dir = tempfile::tempdir().unwrap();
-    let server = NatsServer::start(&dir.path().join("nats"));
-    let mut s1 = Process::start(&server, "s1", &dir.path().join("s1"));
-    let bus = connect(&server).await;
-    let mut watch = Watch::new(&bus);
-    watch.ticks(1).await;
+    let Scene {
+        dir,
+        server,
+        mut s1,
+        bus,
+        mut watch,
+    } = Scene::start().await;
     let mut s2 = Process::start(&server, "s2", &dir.path().join("s2"));
     let talking = tokio::spawn(TalkingNode::new(&bus, "n1", 1).talk());
     watch.ticks(2).await;

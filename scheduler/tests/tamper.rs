@@ -303,6 +303,27 @@ fn a_directory_of_a_newer_version_is_refused_with_words() {
     refused("a column family that this build does not know");
 }
 
+/// Writes `newer-layout/`, on which `tests/tests/hostile.rs` starts a scheduler: a directory as some later build leaves it.
+#[test]
+#[ignore = "writes a directory for another test"]
+fn write_newer_layout() {
+    let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/newer-layout");
+    assert!(!dir.exists(), "it is written once");
+    drop(RocksLog::open(&dir).unwrap());
+    let options = rocksdb::Options::default();
+    let families = rocksdb::DB::list_cf(&options, &dir).unwrap();
+    let db = rocksdb::DB::open_cf(&options, &dir, &families).unwrap();
+    let family = db.cf_handle("meta").unwrap();
+    db.put_cf(family, b"layout", u32::MAX.to_be_bytes()).unwrap();
+    drop(db);
+    for file in std::fs::read_dir(&dir).unwrap().map(Result::unwrap) {
+        let name = file.file_name().into_string().unwrap();
+        if name.starts_with("LOG") || name == "LOCK" || name.starts_with("OPTIONS") {
+            std::fs::remove_file(file.path()).unwrap();
+        }
+    }
+}
+
 #[test]
 fn an_event_of_a_newer_version_is_never_passed_over() {
     let mut entries = session(3);

@@ -3,6 +3,7 @@
 
 use anyhow::{Context, Result, ensure};
 use xtask::cluster::{Cluster, ClusterSpec, Programs};
+use xtask::process;
 
 pub mod fio;
 pub mod load;
@@ -13,13 +14,40 @@ pub mod memory;
 /// # Errors
 /// A part does not come up.
 pub fn cluster(spec: &ClusterSpec) -> Result<Option<Cluster>> {
-    match Programs::for_tests() {
-        Ok(programs) => Cluster::start(programs, spec).map(Some),
-        Err(error) => {
-            skip(&format!("{error:#}"));
-            Ok(None)
-        }
+    or_skip(Programs::for_tests())
+        .map(|programs| Cluster::start(programs, spec))
+        .transpose()
+}
+
+/// Makes an image on the first node and attaches it to the socket; returns its export's name.
+///
+/// # Errors
+/// The node refuses.
+pub fn attached(cluster: &Cluster, image: &str, bytes: u64) -> Result<String> {
+    let hearth = cluster.hearth();
+    let node = Cluster::node_id(0);
+    hearth.text(&["image", "create", image, "--size", &bytes.to_string(), "--node", &node])?;
+    let info = hearth.json(&["image", "attach", image])?;
+    let export = info["attached"]["export"].as_str();
+    Ok(export.context("attached without an export name")?.to_owned())
+}
+
+/// What a test needs of this machine, or `None` after saying why it cannot run here.
+pub fn or_skip<T>(needed: Result<T>) -> Option<T> {
+    needed.map_err(|error| skip(&format!("{error:#}"))).ok()
+}
+
+/// Whether all of these stock clients are installed; says which is not.
+pub fn have(tools: &[&str]) -> bool {
+    let missing = tools
+        .iter()
+        .find(|tool| !process::succeeds(process::stock(tool).arg("--version")));
+    if let Some(tool) = missing {
+        skip(&format!(
+            "{tool} is not installed (Debian: qemu-utils, libnbd-bin, python3-libnbd)"
+        ));
     }
+    missing.is_none()
 }
 
 /// Checks that the log verifies, and that the scheduler's state and a replay from nothing agree at the position that

@@ -12,12 +12,12 @@ use std::fs;
 use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use hearth_tests::or_skip;
 use serde_json::{Value, json};
-use xtask::cluster::{Cluster, ClusterSpec, Hearth, Programs};
+use xtask::cluster::{Cluster, ClusterSpec, Hearth};
 use xtask::process;
 use xtask::throttle::Throttle;
 
@@ -44,25 +44,9 @@ const RAM_BYTES: u64 = 256 << 20;
 
 const SOURCE: &str = "masters/os@v1";
 
-/// `nbdsh` with the distribution's Python, which is the one that has libnbd, whichever comes first in the user's path.
-fn nbdsh() -> Command {
-    let mut command = Command::new("nbdsh");
-    let path = std::env::var("PATH").unwrap_or_default();
-    command.env("PATH", format!("/usr/bin:/bin:{path}"));
-    command
-}
-
 #[test]
 fn fifty_clones_boot_from_one_read_of_their_boot_set() -> Result<()> {
-    let programs = match Programs::for_tests() {
-        Ok(programs) => programs,
-        Err(error) => {
-            hearth_tests::skip(&format!("{error:#}"));
-            return Ok(());
-        }
-    };
-    if !process::succeeds(nbdsh().arg("--version")) {
-        hearth_tests::skip("nbdsh is missing: apt-get install python3-libnbd");
+    if !hearth_tests::have(&["nbdsh"]) {
         return Ok(());
     }
     let scratch = tempfile::tempdir()?;
@@ -70,22 +54,18 @@ fn fifty_clones_boot_from_one_read_of_their_boot_set() -> Result<()> {
         Ok(text) => text.parse().context("HEARTH_STORM_IOPS is no number")?,
         Err(_) => 2_000,
     };
-    let throttle = match Throttle::new(scratch.path(), read_iops) {
-        Ok(throttle) => throttle,
-        Err(error) => {
-            hearth_tests::skip(&format!("{error:#}"));
-            return Ok(());
-        }
+    let Some(throttle) = or_skip(Throttle::new(scratch.path(), read_iops)) else {
+        return Ok(());
     };
-    let mut cluster = Cluster::start(
-        programs,
-        &ClusterSpec {
-            ram_bytes: RAM_BYTES,
-            heat: "export",
-            under: Some(scratch.path().to_owned()),
-            ..ClusterSpec::default()
-        },
-    )?;
+    let spec = ClusterSpec {
+        ram_bytes: RAM_BYTES,
+        heat: "export",
+        under: Some(scratch.path().to_owned()),
+        ..ClusterSpec::default()
+    };
+    let Some(mut cluster) = hearth_tests::cluster(&spec)? else {
+        return Ok(());
+    };
     let hearth = cluster.hearth().clone();
     let raw = scratch.path().join("raw");
     write_golden(&raw)?;
@@ -222,7 +202,7 @@ fn boot(cluster: &Cluster, raw: &Path, names: &[String], plan: &BootPlan) -> Res
     });
     fs::write(&file, text.to_string())?;
     let told = process::output(
-        nbdsh()
+        process::stock("nbdsh")
             .args(["-n", "-c", include_str!("boot_storm.py")])
             .env("BOOT_PLAN", &file),
     )?;

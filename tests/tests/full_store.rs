@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use xtask::cluster::{Cluster, ClusterSpec, Programs};
+use xtask::cluster::{Cluster, ClusterSpec};
 use xtask::{process, wait};
 
 const IMAGE: &str = "tests/full";
@@ -107,18 +107,13 @@ fn take_the_rest(path: &Path) -> Result<()> {
 }
 
 fn start() -> Result<Option<Bench>> {
-    let programs = match Programs::for_tests() {
-        Ok(programs) => programs,
-        Err(error) => {
-            hearth_tests::skip(&format!("{error:#}"));
-            return Ok(None);
-        }
-    };
     let spec = ClusterSpec {
         heat: "export",
         ..ClusterSpec::default()
     };
-    let mut cluster = Cluster::start(programs, &spec)?;
+    let Some(mut cluster) = hearth_tests::cluster(&spec)? else {
+        return Ok(None);
+    };
     cluster.node(0).stop()?;
     // Dropping the cluster takes it away again.
     let mounted = process::output(
@@ -126,33 +121,15 @@ fn start() -> Result<Option<Bench>> {
             .args(["-t", "tmpfs", "-o", &format!("size={STORE_BYTES}"), "hearth-full"])
             .arg(cluster.store_dir(0)),
     );
-    if let Err(error) = mounted {
-        hearth_tests::skip(&format!("{error:#}"));
+    if hearth_tests::or_skip(mounted).is_none() {
         return Ok(None);
     }
     cluster.crash_and_restart_node(0)?;
     cluster.wait_ready()?;
     fs::write(cluster.store_dir(0).join("other"), vec![1; OTHER_BYTES])?;
-    let hearth = cluster.hearth();
-    let size = IMAGE_BYTES.to_string();
-    wait::until("the node to take requests again", WITHIN, || {
-        hearth
-            .text(&[
-                "image",
-                "create",
-                IMAGE,
-                "--size",
-                &size,
-                "--node",
-                &Cluster::node_id(0),
-            ])
-            .map(Some)
+    let export = wait::until("the node to take requests again", WITHIN, || {
+        Ok(hearth_tests::attached(&cluster, IMAGE, IMAGE_BYTES).ok())
     })?;
-    let info = hearth.json(&["image", "attach", IMAGE])?;
-    let export = info["attached"]["export"]
-        .as_str()
-        .context("attached without an export name")?
-        .to_owned();
     Ok(Some(Bench {
         cluster,
         export,

@@ -9,7 +9,7 @@ use hearth_protocol::{ImageId, LayerId, Publisher, subject};
 use hearth_tests::digests_agree;
 use hearth_tests::load::Load;
 use serde_json::{Value, json};
-use xtask::cluster::{Cluster, ClusterSpec, Programs};
+use xtask::cluster::ClusterSpec;
 use xtask::wait;
 
 const WITHIN: Duration = Duration::from_secs(60);
@@ -146,18 +146,12 @@ async fn shower(url: &str, image: ImageId) -> Result<usize> {
 
 #[test]
 fn garbage_on_every_subject_changes_nothing() -> Result<()> {
-    let mut cluster = match Programs::for_tests() {
-        Ok(programs) => Cluster::start(
-            programs,
-            &ClusterSpec {
-                heat: "export",
-                ..ClusterSpec::default()
-            },
-        )?,
-        Err(error) => {
-            hearth_tests::skip(&format!("{error:#}"));
-            return Ok(());
-        }
+    let spec = ClusterSpec {
+        heat: "export",
+        ..ClusterSpec::default()
+    };
+    let Some(mut cluster) = hearth_tests::cluster(&spec)? else {
+        return Ok(());
     };
     let hearth = cluster.hearth().clone();
     hearth.text(&["image", "create", IMAGE, &IMAGE_BYTES.to_string()])?;

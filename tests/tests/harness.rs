@@ -71,12 +71,8 @@ fn load_waits_for_a_restarted_server_and_notices_lost_writes() -> Result<()> {
 #[test]
 fn nats_server_comes_back_on_its_port() -> Result<()> {
     let workspace = Workspace::find()?;
-    let program = match xtask::setup::nats_server(&workspace) {
-        Ok(program) => program,
-        Err(error) => {
-            hearth_tests::skip(&format!("{error:#}"));
-            return Ok(());
-        }
+    let Some(program) = hearth_tests::or_skip(xtask::setup::nats_server(&workspace)) else {
+        return Ok(());
     };
     let dir = tempfile::tempdir()?;
     let mut nats = Nats::start(&program, dir.path())?;

@@ -15,12 +15,7 @@ const MIB: u64 = 1 << 20;
 const IMAGE: &str = "appl/db";
 
 fn start() -> Result<Option<Cluster>> {
-    let stock = ["nbdinfo", "nbdcopy", "qemu-img"];
-    let missing = stock
-        .iter()
-        .find(|tool| !process::succeeds(Command::new(tool).arg("--version")));
-    if let Some(tool) = missing {
-        hearth_tests::skip(&format!("{tool} is missing"));
+    if !hearth_tests::have(&["nbdinfo", "nbdcopy", "qemu-img"]) {
         return Ok(None);
     }
     hearth_tests::cluster(&ClusterSpec {

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use hearth_tests::fio::{self, Measured, READ_BYTES, Target};
 use hearth_tests::memory::MemoryLimit;
 use serde_json::Value;
-use xtask::cluster::{Cluster, ClusterSpec, Hearth, Programs};
+use xtask::cluster::{ClusterSpec, Hearth};
 use xtask::throttle::Throttle;
 use xtask::wait;
 
@@ -58,33 +58,22 @@ const IMAGE: &str = "tests/promotion";
 
 #[test]
 fn promotion_comes_within_two_ticks_keeps_to_its_memory_and_does_not_hurt() -> Result<()> {
-    let programs = match Programs::for_tests() {
-        Ok(programs) => programs,
-        Err(error) => {
-            hearth_tests::skip(&format!("{error:#}"));
-            return Ok(());
-        }
-    };
     // Made first, so dropped last: groups are removed when nothing runs in them any more.
     let scratch = tempfile::tempdir()?;
     let limits = MemoryLimit::new(RAM_BYTES + OVERHEAD_BYTES)
         .and_then(|memory| Ok((memory, Throttle::new(scratch.path(), DISK_READ_IOPS)?)));
-    let (memory, throttle) = match limits {
-        Ok(limits) => limits,
-        Err(error) => {
-            hearth_tests::skip(&format!("{error:#}"));
-            return Ok(());
-        }
+    let Some((memory, throttle)) = hearth_tests::or_skip(limits) else {
+        return Ok(());
     };
-    let mut cluster = Cluster::start(
-        programs,
-        &ClusterSpec {
-            ram_bytes: RAM_BYTES,
-            under: Some(scratch.path().to_owned()),
-            node_groups: vec![memory.group().to_owned()],
-            ..ClusterSpec::default()
-        },
-    )?;
+    let spec = ClusterSpec {
+        ram_bytes: RAM_BYTES,
+        under: Some(scratch.path().to_owned()),
+        node_groups: vec![memory.group().to_owned()],
+        ..ClusterSpec::default()
+    };
+    let Some(mut cluster) = hearth_tests::cluster(&spec)? else {
+        return Ok(());
+    };
     let hearth = cluster.hearth().clone();
     let target = image(&hearth, scratch.path())?;
     if !fio::can_read(&target) {

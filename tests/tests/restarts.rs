@@ -41,22 +41,8 @@ fn start() -> Result<Option<Cluster>> {
 
 /// Makes an image, attaches it to the socket, and starts load on it.
 fn start_load(cluster: &Cluster) -> Result<Load> {
-    let hearth = cluster.hearth();
-    let size = IMAGE_BYTES.to_string();
-    hearth.text(&[
-        "image",
-        "create",
-        IMAGE,
-        "--size",
-        &size,
-        "--node",
-        &Cluster::node_id(0),
-    ])?;
-    let info = hearth.json(&["image", "attach", IMAGE])?;
-    let export = info["attached"]["export"]
-        .as_str()
-        .context("attached without an export name")?;
-    Load::start(&cluster.socket(0), export, IMAGE_BYTES)
+    let export = hearth_tests::attached(cluster, IMAGE, IMAGE_BYTES)?;
+    Load::start(&cluster.socket(0), &export, IMAGE_BYTES)
 }
 
 fn wait_for_requests(load: &mut Load, more: u64) -> Result<()> {

@@ -1,6 +1,6 @@
 //! The dashboard as text, for `hearth top -b` and `hearth status`: the same tables and sentences.
 
-use hearth_protocol::view::ClusterView;
+use hearth_protocol::view::{ClusterView, HealthItem};
 
 use crate::fmt;
 use crate::narrate;
@@ -28,12 +28,12 @@ pub fn summary(view: &ClusterView) -> String {
 }
 
 /// What is wrong, one line each with its remedy, or that nothing is.
-pub fn health(view: &ClusterView, detail: bool) -> String {
-    if view.health.is_empty() {
+pub fn health(items: &[HealthItem], detail: bool) -> String {
+    if items.is_empty() {
         return "health: ok\n".into();
     }
     let mut out = String::new();
-    for item in &view.health {
+    for item in items {
         out += &format!("{} {}: {}\n", item.severity, item.code, item.message);
         if detail {
             out += &format!("  to do: {}\n", item.fix);
@@ -47,7 +47,7 @@ pub fn overview(view: &ClusterView, width: usize) -> String {
     let snapshot = Snapshot::new(view.clone(), None);
     let view = &snapshot.view;
     let totals = &view.totals;
-    let mut out = summary(view) + "\n" + &health(view, false);
+    let mut out = summary(view) + "\n" + &health(&view.health, false);
     out += &format!(
         "reads from RAM: {}  worst read p99: {}  blocks promoted {} demoted {} skipped {}  events {} void {} gaps {}\n",
         snapshot.hit_permille().map_or_else(|| "-".into(), fmt::permille),

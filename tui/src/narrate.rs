@@ -488,6 +488,12 @@ pub fn event(event: &Event, name: &dyn Fn(ImageId) -> Option<ImageName>) -> Stri
         Event::DigestRecorded { at, state, .. } => {
             format!("digest at #{at}: {}", brief(&hearth_protocol::chain::hex(state)))
         }
+        Event::LossAccepted { positions, reason, .. } => {
+            format!(
+                "what another history held at #{} to #{} counts no more: {reason}",
+                positions.0, positions.1
+            )
+        }
         Event::LogRecovered { positions, reason, .. } => {
             format!(
                 "#{} to #{} were put back into the stream: {reason}",

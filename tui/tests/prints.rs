@@ -52,7 +52,7 @@ fn the_overview_and_the_health() {
     let view = sample::view(95);
     let text = headless::overview(&view, 0);
     check("overview", &text);
-    check("health-detail", &headless::health(&view, true));
+    check("health-detail", &headless::health(&view.health, true));
     let ascii = Theme {
         depth: Depth::Mono,
         ascii: true,

@@ -58,6 +58,11 @@ const MUTANTS: &[Mutant] = &[
         test: ["hearth-node", "store_faults", "every_site"],
     },
     Mutant {
+        name: "doubt-unmarked",
+        rule: "also if the daemon dies right behind the failed sync",
+        test: ["hearth-node", "store_crash", "right_behind_a_failed_sync"],
+    },
+    Mutant {
         name: "short-write-trusted",
         rule: "a short write is not the whole write",
         test: ["hearth-node", "store_faults", "every_site"],
@@ -91,6 +96,11 @@ const MUTANTS: &[Mutant] = &[
         name: "ram-unlimited",
         rule: "the RAM tier never holds more than its size",
         test: ["hearth-node", "volume_stress", ""],
+    },
+    Mutant {
+        name: "rollback-unseen",
+        rule: "a node freezes on a stream that lost what it has read",
+        test: ["hearth-node", "", "agent::seen"],
     },
     Mutant {
         name: "oversize-taken",

@@ -45,6 +45,15 @@ pub fn output(command: &mut Command) -> Result<String> {
     Ok(stdout.trim().to_owned())
 }
 
+/// A stock client of the distribution. Its Python modules, such as libnbd's for `nbdsh`, belong to its own Python,
+/// whichever other one comes first in the user's path.
+pub fn stock(program: &str) -> Command {
+    let mut command = Command::new(program);
+    let path = std::env::var("PATH").unwrap_or_default();
+    command.env("PATH", format!("/usr/bin:/bin:{path}"));
+    command
+}
+
 /// Whether a command can start and succeeds; its output is thrown away.
 pub fn succeeds(command: &mut Command) -> bool {
     command

@@ -105,7 +105,7 @@ impl Server {
         let socket = dir.join("memory");
         Self::new(
             "hearth",
-            hearth(MEMORY_BYTES, &[Path::new("memory"), &socket])?,
+            hearth(MEMORY_BYTES, &[Path::new("memory"), &socket, &dir.join("store")])?,
             Some(SERVER_CORE),
             socket,
         )

@@ -6,10 +6,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use hearth_node::disk::Disk;
 use hearth_node::export::device::{DeviceExports, DeviceOptions};
-use hearth_node::export::nbd::memory::MemoryDisk;
 use hearth_node::export::nbd::{ExportEntry, ExportTable, NbdLimits, NbdServer, SOCKET_MODE, proto};
 use hearth_node::store::{Store, StoreOptions};
 use hearth_node::tier::{RamTier, TierOptions};
@@ -23,10 +22,12 @@ const BLOCK_BYTES: u64 = 64 << 10;
 /// What is served.
 #[derive(Debug, Clone, clap::Subcommand)]
 pub enum What {
-    /// A disk whose blocks are all in memory, on an NBD socket
+    /// A new image in a store, all of it in the RAM tier, on an NBD socket
     Memory {
         /// Its unix socket
         socket: PathBuf,
+        /// Folder of the store
+        store: PathBuf,
     },
     /// A new image in a store, behind a small RAM tier, on an NBD socket
     Volume {
@@ -35,9 +36,9 @@ pub enum What {
         /// Folder of the store
         store: PathBuf,
     },
-    /// A disk whose blocks are all in memory, as a kernel block device `<folder>/dev/bench/disk`
+    /// A new image in a store, all of it in the RAM tier, as a kernel block device `<folder>/dev/bench/disk`
     Device {
-        /// Folder of its links and mounts
+        /// Folder of its links, mounts and store
         folder: PathBuf,
     },
     /// Answers whatever is asked without looking at it: what is left is the load generator's own limit
@@ -53,26 +54,31 @@ pub enum What {
 /// When the socket, the store or the device cannot be had.
 pub fn run(what: What, size_bytes: u64) -> Result<()> {
     match what {
-        What::Memory { socket } => nbd(&socket, Arc::new(memory(size_bytes)?)),
-        What::Volume { socket, store } => nbd(&socket, volume(&store, size_bytes)?),
+        What::Memory { socket, store } => nbd(&socket, in_ram(&store, size_bytes)?),
+        What::Volume { socket, store } => nbd(&socket, volume(&store, size_bytes, 8 << 20)?),
         What::Device { folder } => device(&folder, size_bytes),
         What::Null { socket } => null(&socket, size_bytes),
     }
 }
 
-fn memory(size_bytes: u64) -> Result<MemoryDisk> {
-    let disk = MemoryDisk::new(size_bytes);
-    for block in 0..disk.blocks() {
-        disk.write(block as u64 * BLOCK_BYTES, &[block as u8; BLOCK_BYTES as usize], false)?;
-        disk.set_in_ram(block, true);
+/// An image that is written, and then read into a tier that has room for it.
+fn in_ram(directory: &Path, size_bytes: u64) -> Result<Arc<Volume>> {
+    const STEP: usize = 1 << 20;
+    let volume = volume(directory, size_bytes, size_bytes + (64 << 20))?;
+    for offset in (0..size_bytes).step_by(STEP) {
+        let content = vec![(offset >> 20) as u8 | 1; STEP.min((size_bytes - offset) as usize)];
+        volume.write(offset, &content, false)?;
     }
-    Ok(disk)
+    volume.cache(0, size_bytes)?;
+    let held = volume.tier().usage().front.0;
+    ensure!(held == size_bytes, "{held} of {size_bytes} bytes are in RAM");
+    Ok(volume)
 }
 
-fn volume(directory: &Path, size_bytes: u64) -> Result<Arc<Volume>> {
+fn volume(directory: &Path, size_bytes: u64, ram_bytes: u64) -> Result<Arc<Volume>> {
     let store = Arc::new(Store::open(directory, StoreOptions::default())?);
     let tier = RamTier::new(TierOptions {
-        capacity_bytes: 8 << 20,
+        capacity_bytes: ram_bytes,
         front_percent: 25,
         lock: false,
     })?;
@@ -126,7 +132,7 @@ async fn nbd<D: Disk + 'static>(socket: &Path, disk: Arc<D>) -> Result<()> {
 fn device(folder: &Path, size_bytes: u64) -> Result<()> {
     let exports = DeviceExports::new(DeviceOptions::new(folder.join("dev"), folder.join("mounts")))?;
     let name = "bench/disk".parse()?;
-    exports.attach(&name, Arc::new(memory(size_bytes)?))?;
+    exports.attach(&name, in_ram(&folder.join("store"), size_bytes)?)?;
     // The caller closes this process's input to have the device taken away.
     std::io::stdin().read_to_end(&mut Vec::new())?;
     exports.detach(&name)?;

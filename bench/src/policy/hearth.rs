@@ -30,7 +30,7 @@ use super::trace::Trace;
 const LATE_US: u64 = 5_000;
 
 /// Bytes copied out of a block at each look: what is measured is the policy, not memory.
-const LOOK_BYTES: usize = 64;
+pub const LOOK_BYTES: usize = 64;
 
 /// What came of it.
 #[derive(Debug, Clone, Copy, Default)]
@@ -39,12 +39,12 @@ pub struct Played {
     pub hits: u64,
     /// Blocks read below: misses, reads ahead, promotions.
     pub backing: u64,
-    /// Processor time in the tier, with the copying of let-in blocks and what the harness itself takes.
-    pub node: Duration,
     /// Processor time in the scheduler: folding and deciding.
     pub scheduler: Duration,
     /// Blocks in heat reports.
     pub reported: u64,
+    /// Reads of the sample, and how many of them the shadows say a tier without prefetch hits.
+    pub predicted: (u64, u64),
     /// Bytes of bookkeeping for each resident block at the end, without ghosts.
     pub resident_bytes: u64,
 }
@@ -103,11 +103,11 @@ impl Node {
         });
     }
 
-    fn missed(&mut self, now_us: u64, volume: usize, unit: u32, first_use: bool) {
+    fn missed(&mut self, now_us: u64, volume: usize, unit: u32) {
         if !self.ahead {
             return;
         }
-        if let Some(replayed) = self.tier.missed(self.layers[volume], unit, first_use) {
+        if let Some(replayed) = self.tier.missed(self.layers[volume], unit) {
             for (number, unit) in replayed.units {
                 let volume = self.layers.iter().position(|l| l.is_number(number));
                 self.want(now_us, volume.expect("recorded of one of them"), unit, replayed.class);
@@ -124,7 +124,7 @@ impl Node {
                 Look::Hit => self.played.hits += 1,
                 Look::FirstUse(_) => {
                     self.played.hits += 1;
-                    self.missed(request.time_us, volume, unit, true);
+                    self.missed(request.time_us, volume, unit);
                 }
                 Look::Miss => {
                     let under_way = |p: &Pending| p.volume == volume && p.unit == unit;
@@ -132,15 +132,15 @@ impl Node {
                         // The reader waits for the read ahead, as it does for another's read of the same unit.
                         let p = self.pending.remove(at).expect("just found");
                         self.fill_ahead(&p);
-                        let late = self.tier.look(layer, unit, 0, &mut buf);
-                        self.missed(request.time_us, volume, unit, late != Look::Miss);
+                        self.tier.look(layer, unit, 0, &mut buf);
+                        self.missed(request.time_us, volume, unit);
                         continue;
                     }
                     let token = self.tier.begin_fill(layer, unit);
                     self.played.backing += 1;
                     let data = &self.data[..self.unit_bytes as usize];
                     self.tier.fill(layer, unit, token, data, Region::Front);
-                    self.missed(request.time_us, volume, unit, false);
+                    self.missed(request.time_us, volume, unit);
                 }
             }
         }
@@ -278,10 +278,20 @@ impl Scheduler {
 }
 
 /// Processor time of this thread: other work on the machine does not count.
-fn cpu_time() -> Result<Duration> {
+pub fn cpu_time() -> Result<Duration> {
     let usage = getrusage(UsageWho::RUSAGE_THREAD)?;
     let of = |t: TimeVal| Duration::from_micros((t.tv_sec() * 1_000_000 + t.tv_usec()) as u64);
     Ok(of(usage.user_time()) + of(usage.system_time()))
+}
+
+/// What one reading of [`cpu_time`] costs: many a tick takes no longer.
+fn reading_cost() -> Result<Duration> {
+    const READINGS: u32 = 1_000;
+    let started = cpu_time()?;
+    for _ in 1..READINGS {
+        cpu_time()?;
+    }
+    Ok(cpu_time()?.saturating_sub(started) / READINGS)
 }
 
 /// Plays a trace against RAM for `room` blocks.
@@ -351,7 +361,7 @@ pub fn play(trace: &Trace, room: usize, ahead: bool) -> Result<Played> {
             device: false,
         }));
     }
-    let started = cpu_time()?;
+    let reading = reading_cost()?;
     let second_of = |us: u64| us / 1_000_000;
     let mut window: BTreeMap<u16, ImageTally> = BTreeMap::new();
     let mut current = trace.requests.first().map_or(0, |r| second_of(r.time_us));
@@ -359,7 +369,7 @@ pub fn play(trace: &Trace, room: usize, ahead: bool) -> Result<Played> {
         let second = second_of(request.time_us);
         if second > current {
             node.arrive((current + 1) * 1_000_000);
-            tick(&mut node, &mut scheduler, &mut window, current)?;
+            tick(&mut node, &mut scheduler, &mut window, current, reading)?;
             current = second;
         }
         let burst = burst_bit((request.time_us - second * 1_000_000) * 1000);
@@ -374,13 +384,20 @@ pub fn play(trace: &Trace, room: usize, ahead: bool) -> Result<Played> {
             Op::Write => node.write(request, first, last),
         }
     }
-    node.played.node = cpu_time()?.saturating_sub(started + node.played.scheduler);
     node.played.resident_bytes = node.tier.overhead().0;
+    node.played.predicted = node.tier.predicted();
     Ok(node.played)
 }
 
 /// One second of the trace ended: report, fold, decide, obey.
-fn tick(node: &mut Node, scheduler: &mut Scheduler, window: &mut BTreeMap<u16, ImageTally>, second: u64) -> Result<()> {
+/// `reading` is what a reading of the clock costs.
+fn tick(
+    node: &mut Node,
+    scheduler: &mut Scheduler,
+    window: &mut BTreeMap<u16, ImageTally>,
+    second: u64,
+    reading: Duration,
+) -> Result<()> {
     let image = |volume: u16| ImageId(u128::from(volume) + 1);
     let counted = Window {
         images: std::mem::take(window)
@@ -416,7 +433,7 @@ fn tick(node: &mut Node, scheduler: &mut Scheduler, window: &mut BTreeMap<u16, I
     };
     let mut started = cpu_time()?;
     let commands = scheduler.second(heat, time)?;
-    let mut took = cpu_time()?.saturating_sub(started);
+    let mut took = cpu_time()?.saturating_sub(started + reading);
     for command in commands {
         let outcome = node.obey(&command.order);
         started = cpu_time()?;
@@ -425,7 +442,7 @@ fn tick(node: &mut Node, scheduler: &mut Scheduler, window: &mut BTreeMap<u16, I
             node: command.node,
             outcome,
         });
-        took += cpu_time()?.saturating_sub(started);
+        took += cpu_time()?.saturating_sub(started + reading);
     }
     node.played.scheduler += took;
     Ok(())

@@ -10,6 +10,7 @@ mod peers;
 mod table;
 mod targets;
 mod trace;
+mod work;
 
 use std::path::PathBuf;
 use std::sync::Mutex;
@@ -100,6 +101,12 @@ impl Outcome {
     fn percent(&self) -> f64 {
         100.0 * self.hits as f64 / self.reads.max(1) as f64
     }
+
+    /// What the shadows said of it, in percent.
+    fn predicted_percent(&self) -> f64 {
+        let (reads, hits) = self.played.map_or((0, 0), |p| p.predicted);
+        100.0 * hits as f64 / reads.max(1) as f64
+    }
 }
 
 /// Blocks that RAM holds.
@@ -178,8 +185,9 @@ pub fn run(options: &Options) -> Result<()> {
             let trace = Trace::new(&name, &requests, log);
             eprintln!("{name}, {} KiB blocks", (1 << log) >> 10);
             let rows = rows(&trace)?;
+            let work = work::measure(&trace, room(&trace, SIZES_PERCENT[2]))?;
             table::section(&mut text, &trace, &rows);
-            targets.look(&trace, &rows);
+            targets.look(&trace, &rows, work);
         }
     }
     let text = table::whole(&targets.text(), &text, started.elapsed());

@@ -30,6 +30,13 @@ pub fn section(text: &mut String, trace: &Trace, rows: &[(Policy, Vec<Outcome>)]
         }
         text.push('\n');
     }
+    if let Some((_, without)) = rows.iter().find(|(p, _)| *p == (Policy::Hearth { ahead: false })) {
+        text.push_str("| Hearth without prefetch, as its shadows predict it |");
+        for outcome in without {
+            let _ = write!(text, " {:.1} |", outcome.predicted_percent());
+        }
+        text.push('\n');
+    }
     reads_below(text, rows);
 }
 
@@ -62,4 +69,8 @@ const NOTES: &str = "
 Hearth is the production code: the node's RAM tier with its shadows and prefetchers, and the scheduler's fold and
 decisions once a second of the trace's time; a read ahead arrives 5 ms late. The peers let in what is written, which
 costs them no read: that is how the published figures were counted. Hearth does not; a write is only remembered.
+
+Node work is measured in a run of its own, on one thread: every call that the read and write paths make to the tier and
+the prefetchers, with shadows, evictions and the bookkeeping of fills, but no scheduler, and reads ahead are granted
+but not done. Copying the same units into memory of the same size is measured beside it and taken off.
 ";

@@ -15,6 +15,7 @@ use async_nats::jetstream::{self, Context};
 use async_nats::{Client, ConnectOptions, HeaderMap, Request, ServerAddr, StatusCode};
 use bytes::Bytes;
 use futures::future::BoxFuture;
+use futures::stream::BoxStream;
 use futures::{FutureExt, StreamExt};
 use hearth_protocol::{Seq, subject};
 use serde::Deserialize;
@@ -225,6 +226,32 @@ impl NatsArm {
             .unwrap_or(Err(RequestError::TimedOut))
     }
 
+    /// Asks everyone and brings the answers as they come; those in several parts are left out. Ends at once where
+    /// nobody listens.
+    async fn ask_all(&self, subject: String, payload: Bytes) -> Result<BoxStream<'static, Bytes>, RequestError> {
+        let broken = |error: &dyn std::fmt::Display| RequestError::Connection(error.to_string());
+        if self.client.connection_state() != State::Connected {
+            return Err(broken(&"it is down, reconnecting"));
+        }
+        let inbox = self.client.new_inbox();
+        let answers = self.client.subscribe(inbox.clone()).await.map_err(|e| broken(&e))?;
+        self.client
+            .publish_with_reply(subject, inbox, payload)
+            .await
+            .map_err(|e| broken(&e))?;
+        let listening =
+            |message: &async_nats::Message| futures::future::ready(message.status != Some(StatusCode::NO_RESPONDERS));
+        let whole = |message: async_nats::Message| {
+            let place = message
+                .headers
+                .as_ref()
+                .and_then(|h| h.get(PART))
+                .map(|p| p.as_str().to_owned());
+            futures::future::ready(Parts::default().take(place.as_deref(), message.payload))
+        };
+        Ok(answers.take_while(listening).filter_map(whole).boxed())
+    }
+
     async fn subscribe(&self, subject: String) -> Result<Requests, BusError> {
         let subscriber = self
             .client
@@ -321,6 +348,10 @@ impl Arm for NatsArm {
         streams::ensure(&self.client, &self.jetstream, wanted).boxed()
     }
 
+    fn make_log_anew<'a>(&'a self, identity: &'a str, replicas: usize) -> BoxFuture<'a, Result<(), BusError>> {
+        streams::make_log_anew(&self.jetstream, identity, replicas).boxed()
+    }
+
     fn bounds(&self) -> BoxFuture<'_, Result<Bounds, BusError>> {
         streams::bounds(&self.jetstream, subject::LOG_STREAM).boxed()
     }
@@ -369,6 +400,14 @@ impl Arm for NatsArm {
         timeout: Duration,
     ) -> BoxFuture<'_, Result<Bytes, RequestError>> {
         self.ask(subject, payload, timeout).boxed()
+    }
+
+    fn request_all(
+        &self,
+        subject: String,
+        payload: Bytes,
+    ) -> BoxFuture<'_, Result<BoxStream<'static, Bytes>, RequestError>> {
+        self.ask_all(subject, payload).boxed()
     }
 
     fn serve(&self, subject: String) -> BoxFuture<'_, Result<Requests, BusError>> {

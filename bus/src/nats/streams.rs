@@ -48,6 +48,29 @@ pub(super) async fn restore_heat(jetstream: &Context) -> Result<(), BusError> {
     Ok(())
 }
 
+/// Makes the log's stream with the identity of one that is gone. An empty one that stands in its place goes.
+pub(super) async fn make_log_anew(jetstream: &Context, identity: &str, replicas: usize) -> Result<(), BusError> {
+    if let Some(there) = find(jetstream, subject::LOG_STREAM).await? {
+        if there.state.last_sequence > 0 {
+            return Err(BusError::Unsafe(vec![format!(
+                "stream {} holds {} messages and is not made anew",
+                subject::LOG_STREAM,
+                there.state.last_sequence
+            )]));
+        }
+        jetstream
+            .delete_stream(subject::LOG_STREAM)
+            .await
+            .map_err(|error| unavailable("removing an empty stream", error))?;
+    }
+    let made = ensure_one(jetstream, settings::log_stream(replicas, identity.to_owned())).await?;
+    if made.config.metadata.get(settings::IDENTITY).map(String::as_str) == Some(identity) {
+        Ok(())
+    } else {
+        Err(unavailable("making the log's stream anew", "another one came first"))
+    }
+}
+
 fn peers(info: &Info) -> Vec<String> {
     let Some(cluster) = &info.cluster else {
         return Vec::new();

@@ -37,7 +37,15 @@ pub async fn run(context: &Context, verb: Log) -> Outcome {
         } => list(context, since, until, limit, &only, &from).await,
         Log::Show { seq, from } => show(context, Seq(seq), &from).await,
         Log::Verify { witness, from } => super::verify::run(context, &witness, &from).await,
-        Log::Recover { log_dir, change } => super::recover::run(context, &log_dir, change).await,
+        Log::Recover {
+            log_dir,
+            accept_loss,
+            replicas,
+            change,
+        } => {
+            let how = super::recover::How { accept_loss, replicas };
+            super::recover::run(context, &log_dir, how, change).await
+        }
     }
 }
 

@@ -81,7 +81,7 @@ async fn batch(context: &Context, options: &Top) -> Outcome {
                 context.out.text("\n");
             }
         }
-        let view = cluster.view().await?;
+        let view = cluster.view_with_health().await?;
         context.out.one(&view, || headless::overview(&view, output::width()));
     }
     Ok(())
@@ -123,7 +123,7 @@ async fn views(cluster: Cluster, feed: mpsc::Sender<Feed>, wishes: mpsc::Receive
             continue;
         }
         due = tokio::time::Instant::now() + every;
-        let news = match cluster.view().await {
+        let news = match cluster.view_with_health().await {
             Ok(view) => Feed::View(Box::new(view)),
             Err(failure) => Feed::Lost(failure.message),
         };

@@ -48,11 +48,11 @@ pub struct ClusterFacts {
 
 impl ClusterFacts {
     /// Notes where a message stands, whatever it says: the server compares with the last message of an aggregate, and
-    /// counts repeats and garbage among them.
+    /// counts repeats and garbage among them. Aggregates that never had a valid event are none: their ids are inventions.
     pub fn saw(&mut self, seq: Seq, subject: &str) {
-        let image = subject::image_of(subject);
-        if let Some(image) = image {
-            self.tails.insert(image, seq);
+        let tail = subject::image_of(subject).and_then(|image| self.tails.get_mut(&image));
+        if let Some(tail) = tail {
+            *tail = seq;
         }
     }
 
@@ -65,14 +65,15 @@ impl ClusterFacts {
             return self.remember(seq, Verdict::Void("the event repeats an earlier one"));
         }
         *last = envelope.publisher_seq;
-        if let Some(image) = image_of(event) {
+        let verdict = self.validity.judge(&envelope.publisher, event);
+        self.remember(seq, verdict);
+        if let Some(image) = image_of(event).filter(|id| verdict.is_valid() || self.aggregates.contains_key(id)) {
             self.aggregates.insert(image, seq);
+            self.tails.insert(image, seq);
             if let Some(facts) = self.images.get_mut(&image) {
                 facts.last = seq;
             }
         }
-        let verdict = self.validity.judge(&envelope.publisher, event);
-        self.remember(seq, verdict);
         if verdict.is_valid() {
             self.apply_valid(own, seq, event);
         }
@@ -320,6 +321,31 @@ mod tests {
         assert!(script.event(&one, 2, &deleted).is_valid());
         assert!(script.event(&two, 4, &created(3, "a/b", "node-2")).is_valid());
         assert_eq!(script.facts.aggregate(ImageId(1)), Seq(6));
+    }
+
+    #[test]
+    fn invented_images_are_not_remembered() {
+        let mut script = Script::new();
+        let one = Publisher::Node("node-1".parse().unwrap());
+        let two = Publisher::Node("node-2".parse().unwrap());
+        script.event(&one, 1, &created(1, "a/b", "node-1"));
+        for id in 2..1_000 {
+            script.facts.saw(Seq(id), &subject::image(ImageId(id.into()), &two));
+            let void = script.event(
+                &two,
+                id,
+                &Event::ImageDeleted {
+                    image: ImageId(id.into()),
+                },
+            );
+            assert!(!void.is_valid());
+        }
+        assert_eq!((script.facts.tails.len(), script.facts.aggregates.len()), (1, 1));
+        // Garbage on a known image's subject counts as its tail, and an image that is gone stays known as that.
+        script.facts.saw(Seq(5_000), &subject::image(ImageId(1), &two));
+        assert_eq!(script.facts.tail(ImageId(1)), Seq(5_000));
+        script.event(&one, 2, &Event::ImageDeleted { image: ImageId(1) });
+        assert!(script.facts.aggregate(ImageId(1)) > Seq(0));
     }
 
     #[test]

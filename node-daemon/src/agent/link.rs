@@ -33,12 +33,69 @@ pub struct Progress {
     pub joined: Option<Seq>,
     /// Set when the stream was rolled back: changes are frozen, I/O goes on.
     pub frozen: Option<String>,
+    /// The stream is known to hold what this node has read before.
+    pub belongs: bool,
+    /// How often an operator's word replaced what was read before by another history.
+    pub histories: u64,
+    /// Images of store and log were compared since: changes are possible.
+    pub reconciled: bool,
 }
 
 impl Progress {
     /// Whether the node has read everything that was there when it joined.
     pub fn caught_up(&self) -> bool {
         self.joined.is_some_and(|joined| self.applied >= joined)
+    }
+}
+
+/// What reads the log.
+struct Follower {
+    reader: Reader,
+    seen: Seen,
+    /// The opening of the reader whose stream is known to be the one read before.
+    checked_opening: Option<u64>,
+    /// While it is not: that stream, read from its beginning.
+    anew: Option<Anew>,
+}
+
+/// A stream that does not hold what was read before, read from its beginning to find an operator's word that it counts.
+struct Anew {
+    reader: Reader,
+    opening: Option<u64>,
+    facts: ClusterFacts,
+    seen: Seen,
+    released: bool,
+}
+
+impl Anew {
+    fn new(reader: Reader, seen: &Seen) -> Self {
+        Self {
+            reader,
+            opening: None,
+            facts: ClusterFacts::default(),
+            seen: seen.anew(),
+            released: false,
+        }
+    }
+
+    /// Reads on. At the end of what is there: whether an operator released this node from what `former` saw. `None` when
+    /// the stream is another one than before.
+    async fn on(&mut self, own: &NodeId, former: &Seen) -> Result<Option<bool>, BusError> {
+        let fetched = self.reader.fetch(FETCH_MAX, FETCH_WAIT).await?;
+        if *self.opening.get_or_insert(self.reader.openings()) != self.reader.openings() {
+            return Ok(None);
+        }
+        for message in &fetched {
+            self.facts.saw(message.seq, &message.subject);
+            let decoded = message.decode().ok();
+            if let Some(decoded) = &decoded {
+                self.facts.apply(own, message.seq, &decoded.envelope, &decoded.event);
+                let valid = self.facts.verdict(message.seq).is_some_and(Verdict::is_valid);
+                self.released |= valid && former.is_released_by(message, &decoded.event);
+            }
+            self.seen.note(message, decoded.as_ref().map(|d| &d.event));
+        }
+        Ok(Some(self.released && fetched.len() < FETCH_MAX))
     }
 }
 
@@ -60,6 +117,7 @@ fn is_about_places(event: &Event) -> bool {
             | Event::PolicySet { .. }
             | Event::DigestRecorded { .. }
             | Event::LogRecovered { .. }
+            | Event::LossAccepted { .. }
     )
 }
 
@@ -111,20 +169,28 @@ impl Link {
     }
 
     /// Reads the log for ever; `applied` is called after each batch, outside all locks, and told what the batch was
-    /// about. Reads nothing from a stream that does not hold what `seen` remembers, until it does.
-    pub async fn follow(&self, mut seen: Seen, applied: impl Fn(Batch)) {
-        let mut reader = self.bus.log_reader(Seq(1), subject::node_filters(&self.own));
+    /// about. Reads nothing from a stream that does not hold what `seen` remembers, until it does, or until an operator
+    /// has written into it that this counts no more.
+    pub async fn follow(&self, seen: Seen, applied: impl Fn(Batch)) {
+        let mut follower = Follower {
+            reader: self.reader(Seq(1)),
+            seen,
+            checked_opening: None,
+            anew: None,
+        };
         let mut said = String::new();
-        let mut checked_opening = None;
         loop {
-            let followed = self.follow_once(&mut reader, &mut seen, &mut checked_opening).await;
+            let followed = self.follow_once(&mut follower).await;
             match followed {
                 Ok(None) => {}
                 Ok(Some(batch)) => {
                     said.clear();
                     applied(batch);
                 }
-                Err(error @ BusError::RolledBack { .. }) => self.freeze(error.to_string()),
+                Err(error @ BusError::RolledBack { .. }) => {
+                    self.freeze(error.to_string());
+                    follower.checked_opening = None;
+                }
                 Err(error) => {
                     let text = error.to_string();
                     if text != said {
@@ -136,11 +202,18 @@ impl Link {
         }
     }
 
+    fn reader(&self, from: Seq) -> Reader {
+        self.bus.log_reader(from, subject::node_filters(&self.own))
+    }
+
     fn freeze(&self, why: String) {
         let fresh = self.progress.borrow().frozen.as_ref() != Some(&why);
         if fresh {
             tracing::error!("changes to images are frozen, their I/O goes on: {why}");
-            self.progress.send_modify(|p| p.frozen = Some(why));
+            self.progress.send_modify(|p| {
+                p.belongs = false;
+                p.frozen = Some(why);
+            });
         }
     }
 
@@ -150,33 +223,53 @@ impl Link {
             self.freeze(why);
             return Ok(false);
         }
-        let thawed = self.progress.send_if_modified(|p| p.frozen.take().is_some());
-        if thawed {
+        let frozen = self.progress.borrow().frozen.is_some();
+        self.progress.send_if_modified(|p| {
+            let changes = !p.belongs || p.frozen.is_some();
+            p.belongs = true;
+            p.frozen = None;
+            changes
+        });
+        if frozen {
             tracing::info!("the stream continues what this node has read; changes are possible again");
         }
         Ok(true)
     }
 
-    async fn follow_once(
-        &self,
-        reader: &mut Reader,
-        seen: &mut Seen,
-        checked_opening: &mut Option<u64>,
-    ) -> Result<Option<Batch>, BusError> {
+    async fn follow_once(&self, follower: &mut Follower) -> Result<Option<Batch>, BusError> {
+        let Follower {
+            reader,
+            seen,
+            checked_opening,
+            anew,
+        } = follower;
         if checked_opening.is_none() {
             // Before anything is read: what an earlier process saw must be there.
             while !self.belongs(seen).await? {
-                tokio::time::sleep(FETCH_WAIT).await;
+                let read = anew.get_or_insert_with(|| Anew::new(self.reader(Seq(1)), seen));
+                match read.on(&self.own, seen).await {
+                    Ok(Some(released)) if released => {
+                        let read = anew.take().expect("just read");
+                        self.begin_anew(read, follower);
+                        return Ok(Some(Batch { places: true }));
+                    }
+                    Ok(Some(_)) => {}
+                    // Another stream again, or none: from its beginning.
+                    Ok(None) | Err(BusError::RolledBack { .. }) => {
+                        *anew = None;
+                        tokio::time::sleep(FETCH_WAIT).await;
+                    }
+                    Err(error) => return Err(error),
+                }
             }
+            *anew = None;
             *checked_opening = Some(reader.openings());
         }
         let fetched = reader.fetch(FETCH_MAX, FETCH_WAIT).await?;
         if *checked_opening != Some(reader.openings()) {
             if !self.belongs(seen).await? {
                 // What was fetched comes from a stream that does not count: read again from where the facts end.
-                *reader = self
-                    .bus
-                    .log_reader(self.facts().seq().next(), subject::node_filters(&self.own));
+                *reader = self.reader(self.facts().seq().next());
                 *checked_opening = None;
                 return Ok(None);
             }
@@ -207,9 +300,34 @@ impl Link {
         Ok(Some(batch))
     }
 
-    /// Publishes the event that says this process started, until it is in the log.
+    /// Takes a history that an operator said counts, read from its beginning, in place of the one read before.
+    fn begin_anew(&self, read: Anew, follower: &mut Follower) {
+        let applied = read.facts.seq();
+        tracing::warn!(
+            %applied,
+            "an operator accepted that what this node read before counts no more: it goes on with the stream as it is"
+        );
+        *self.facts.write().expect("facts lock") = read.facts;
+        follower.checked_opening = read.opening;
+        follower.reader = read.reader;
+        follower.seen = read.seen;
+        self.progress.send_modify(|p| {
+            *p = Progress {
+                applied,
+                belongs: true,
+                histories: p.histories + 1,
+                ..Progress::default()
+            };
+        });
+    }
+
+    /// Publishes the event that says this process started, until it is in the log; not into a stream that is not known
+    /// to hold what was read before.
     pub async fn join(&self, event: &Event) {
+        let mut progress = self.progress();
         let seq = loop {
+            // The sender lives as long as this.
+            let _ = progress.wait_for(|p| p.belongs).await;
             match self.publisher.publish(subject::node(&self.own), event).await {
                 Ok(seq) => break seq,
                 Err(error) => {
@@ -226,6 +344,12 @@ impl Link {
     /// # Errors
     /// [`PublishError`].
     pub async fn publish_node(&self, event: &Event) -> Result<Seq, PublishError> {
+        if let Some(why) = self.frozen() {
+            return Err(PublishError::Unknown {
+                subject: subject::node(&self.own),
+                reason: format!("not sent, changes are frozen: {why}"),
+            });
+        }
         self.publisher.publish(subject::node(&self.own), event).await
     }
 
@@ -301,6 +425,29 @@ impl Link {
         }
     }
 
+    /// Why changes are frozen, if they are.
+    pub fn frozen(&self) -> Option<String> {
+        self.progress.borrow().frozen.clone()
+    }
+
+    /// Store and log were compared.
+    pub fn reconciled(&self) {
+        self.progress.send_modify(|p| p.reconciled = true);
+    }
+
+    /// Says whether requests for changes are taken now: as [`Link::ready`], and store and log were compared.
+    ///
+    /// # Errors
+    /// As [`Link::ready`].
+    pub fn takes_changes(&self) -> Result<(), Failure> {
+        self.ready()?;
+        if self.progress.borrow().reconciled {
+            Ok(())
+        } else {
+            Err(still_reading())
+        }
+    }
+
     /// Says whether changes are possible now.
     ///
     /// # Errors
@@ -311,18 +458,22 @@ impl Link {
             return Err(Failure::new(
                 FailureKind::Refused,
                 format!("changes are frozen: {why}"),
-                "restore the stream; running images are not affected",
+                "put back what the stream lost, or accept the loss: hearth log recover; running images are not affected",
             ));
         }
         if !progress.caught_up() {
-            return Err(Failure::new(
-                FailureKind::Running,
-                "the node is still reading the log",
-                "try again in a few seconds",
-            ));
+            return Err(still_reading());
         }
         Ok(())
     }
+}
+
+fn still_reading() -> Failure {
+    Failure::new(
+        FailureKind::Running,
+        "the node is still reading the log",
+        "try again in a few seconds",
+    )
 }
 
 fn publish_failure(error: &PublishError) -> Failure {

@@ -1,7 +1,9 @@
 //! The daemon's side towards the cluster: follows the log, answers requests, carries out commands, reports heat.
 
 pub mod commands;
+mod epochs;
 pub mod facts;
+mod health;
 mod image_export;
 pub mod jobs;
 pub mod link;

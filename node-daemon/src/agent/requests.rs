@@ -17,7 +17,7 @@ use super::resize;
 use super::served::Served;
 use crate::export::nbd::NbdHandle;
 use crate::store::{ImageMeta, StoreError};
-use crate::volume::map_of;
+use crate::volume::{in_words, map_of};
 
 /// Runs of a map in one answer, so that it fits a message.
 const MAP_RUNS_MAX: usize = 4_096;
@@ -55,6 +55,9 @@ impl Requests {
             ));
         }
         self.link = self.link.because(&asked.reason);
+        if changes_images(&asked.request) {
+            self.link.takes_changes()?;
+        }
         match asked.request {
             NodeRequest::ImageCreate { name, size, block_size } => self.create(name, size, block_size).await,
             NodeRequest::ImageImport { name, path, block_size } => self.import(name, path, block_size),
@@ -74,19 +77,47 @@ impl Requests {
             NodeRequest::ImageMap { image } => self.map(&image),
             NodeRequest::ImageList => {
                 let mut images: Vec<_> = self.node.store.images().iter().map(|meta| self.info(meta)).collect();
+                images.extend(self.damaged_infos());
                 images.sort_by(|a, b| a.name.cmp(&b.name));
                 Ok(NodeReply::Images { images })
             }
             NodeRequest::JobShow { job } => Ok(NodeReply::Job(self.jobs.show(job)?)),
             NodeRequest::JobCancel { job } => Ok(NodeReply::Job(self.jobs.cancel(job)?)),
             NodeRequest::NodeShow => Ok(NodeReply::Node(self.node_info())),
+            NodeRequest::Health => self.blocking_health().await,
         }
+    }
+
+    /// Answers what is asked of all nodes at once: nothing but questions about their health.
+    ///
+    /// # Errors
+    /// `Usage` for anything else.
+    pub async fn answer_to_all(self, request: NodeRequest) -> Answer<NodeReply> {
+        match request {
+            NodeRequest::Health => self.blocking_health().await,
+            _ => Err(Failure::new(
+                FailureKind::Usage,
+                "all nodes together are only asked how they are",
+                "ask one node",
+            )),
+        }
+    }
+
+    async fn blocking_health(self) -> Answer<NodeReply> {
+        tokio::task::spawn_blocking(move || NodeReply::Health(self.health()))
+            .await
+            .map_err(|error| failed(format!("the request failed inside the daemon: {error}")))
     }
 
     pub(super) fn find(&self, name: &ImageName) -> Result<ImageMeta, Failure> {
         self.node.store.find(name).map_err(|_| {
             let id = &self.node.config.id;
             let facts = self.link.facts();
+            if let Some((image, _)) = facts.image_named(name)
+                && let Err(damaged @ StoreError::Damaged { .. }) = self.node.store.image(image)
+            {
+                return store_failure(&damaged);
+            }
             match facts.image_named(name) {
                 Some((_, there)) => Failure::new(
                     FailureKind::NotFound,
@@ -427,24 +458,8 @@ impl Requests {
             parent: meta.parent.as_ref().map(|p| format!("{}@{}", p.name, p.snapshot)),
             node: self.node.config.id.clone(),
             attached: self.node.served.get(meta.id).map(|served| self.attach_info(&served)),
-            trouble: self.trouble(&meta),
+            trouble: in_words(&self.ailments(&meta)),
         }
-    }
-
-    /// What is wrong with an image, in words.
-    fn trouble(&self, meta: &ImageMeta) -> Option<String> {
-        if let Some(served) = self.node.served.get(meta.id) {
-            return served.volume.trouble();
-        }
-        let waiting = self.node.waiting_why(meta.id);
-        let waiting = waiting.map(|why| format!("is to be served and cannot be: {why}; it is tried again every 2 s"));
-        waiting.or_else(|| {
-            let closed = meta.closed.as_ref()?;
-            Some(format!(
-                "takes no more writes since {}; the next attach opens it, without what was not flushed",
-                closed.why
-            ))
-        })
     }
 
     fn attach_info(&self, served: &Served) -> AttachInfo {
@@ -471,6 +486,27 @@ impl Requests {
             heat_source_why: self.node.probes.as_ref().err().cloned().unwrap_or_default(),
             version: env!("CARGO_PKG_VERSION").into(),
         }
+    }
+}
+
+/// Whether a request is to change images, in store and log.
+fn changes_images(request: &NodeRequest) -> bool {
+    match request {
+        NodeRequest::ImageCreate { .. }
+        | NodeRequest::ImageImport { .. }
+        | NodeRequest::ImageClone { .. }
+        | NodeRequest::ImageSnapshot { .. }
+        | NodeRequest::ImageDelete { .. }
+        | NodeRequest::ImageAttach { .. }
+        | NodeRequest::ImageDetach { .. }
+        | NodeRequest::ImageResize { .. } => true,
+        NodeRequest::ImageExport { .. }
+        | NodeRequest::ImageMap { .. }
+        | NodeRequest::ImageList
+        | NodeRequest::JobShow { .. }
+        | NodeRequest::JobCancel { .. }
+        | NodeRequest::NodeShow
+        | NodeRequest::Health => false,
     }
 }
 
@@ -506,39 +542,48 @@ async fn tell_size(requests: &Requests, meta: &ImageMeta) {
 }
 
 /// Brings store and log together after a crash between the two: images that the log does not know are announced,
-/// images that the log says are deleted go, sizes that the log does not know are told.
+/// images that the log says are deleted go, sizes and epochs that the log does not know are told.
 pub async fn reconcile(requests: &Requests) {
     for meta in requests.node.store.images() {
-        let (known_size, deleted) = {
-            let facts = requests.link.facts();
-            let known = facts.image(meta.id).map(|image| image.created.size);
-            (known, facts.aggregate(meta.id) > Seq(0))
-        };
-        if let Some(size) = known_size {
-            if size < ByteLen(meta.size) {
-                tell_size(requests, &meta).await;
-            }
-            continue;
+        reconcile_image(requests, &meta).await;
+        match requests.tell_epochs(&meta).await {
+            Ok(0) => {}
+            Ok(told) => tracing::info!(image = %meta.name, told, "told attaches that the log had lost"),
+            Err(error) => tracing::error!(image = %meta.name, %error, "store and log differ about an image's epoch"),
         }
-        let served = requests.node.served.get(meta.id).is_some();
-        let result = match (deleted, served) {
-            (true, false) => {
-                let id: ImageId = meta.id;
-                requests
-                    .blocking(move |node| node.store.delete(id).map(drop).map_err(|e| store_failure(&e)))
-                    .await
-                    .map(|()| "removed an image that the log says is deleted")
-            }
-            (true, true) => Err(failed("the log says it is deleted, but it is in service".into())),
-            (false, _) => requests
-                .link
-                .publish_image(meta.id, &created(&requests.node, &meta))
+    }
+}
+
+async fn reconcile_image(requests: &Requests, meta: &ImageMeta) {
+    let (known_size, deleted) = {
+        let facts = requests.link.facts();
+        let known = facts.image(meta.id).map(|image| image.created.size);
+        (known, facts.aggregate(meta.id) > Seq(0))
+    };
+    if let Some(size) = known_size {
+        if size < ByteLen(meta.size) {
+            tell_size(requests, meta).await;
+        }
+        return;
+    }
+    let served = requests.node.served.get(meta.id).is_some();
+    let result = match (deleted, served) {
+        (true, false) => {
+            let id: ImageId = meta.id;
+            requests
+                .blocking(move |node| node.store.delete(id).map(drop).map_err(|e| store_failure(&e)))
                 .await
-                .map(|_| "announced an image that the log did not know"),
-        };
-        match result {
-            Ok(what) => tracing::info!(image = %meta.name, what),
-            Err(error) => tracing::error!(image = %meta.name, %error, "store and log differ about an image"),
+                .map(|()| "removed an image that the log says is deleted")
         }
+        (true, true) => Err(failed("the log says it is deleted, but it is in service".into())),
+        (false, _) => requests
+            .link
+            .publish_image(meta.id, &created(&requests.node, meta))
+            .await
+            .map(|_| "announced an image that the log did not know"),
+    };
+    match result {
+        Ok(what) => tracing::info!(image = %meta.name, what),
+        Err(error) => tracing::error!(image = %meta.name, %error, "store and log differ about an image"),
     }
 }

@@ -163,13 +163,24 @@ async fn agent(node: Arc<Node>, connections: NbdHandle, seen: Seen) {
         connections,
         jobs: Arc::new(Jobs::default()),
     };
-    let administration = async {
-        link.join(&joined(&node)).await;
-        remember_incarnation(&node);
+    // Joins, and compares store and log; again after each time that another history took the place of the one read.
+    let membership = async {
         let mut progress = link.progress();
-        let _ = progress.wait_for(|p| p.caught_up() || p.frozen.is_some()).await;
-        requests::reconcile(&requests).await;
-        wake.notify_one();
+        loop {
+            let history = progress.borrow().histories;
+            link.join(&joined(&node)).await;
+            remember_incarnation(&node);
+            // The sender lives as long as the link.
+            let _ = progress.wait_for(|p| p.caught_up() || p.histories != history).await;
+            if progress.borrow().histories == history {
+                requests::reconcile(&requests).await;
+                link.reconciled();
+                wake.notify_one();
+            }
+            let _ = progress.wait_for(|p| p.histories != history).await;
+        }
+    };
+    let administration = async {
         let subject = subject::node_rpc(&node.config.id);
         loop {
             let requests = requests.clone();
@@ -178,9 +189,21 @@ async fn agent(node: Arc<Node>, connections: NbdHandle, seen: Seen) {
             tokio::time::sleep(RECONNECT).await;
         }
     };
+    // From the first moment on: also a node that cannot follow the log says what is wrong.
+    let health = async {
+        loop {
+            let requests = requests.clone();
+            let answer = move |asked| requests.clone().answer_to_all(asked);
+            let ended = rpc::serve(&bus, subject::NODES_RPC, answer).await;
+            tracing::warn!(?ended, "the subscription for requests to all nodes ended; trying again");
+            tokio::time::sleep(RECONNECT).await;
+        }
+    };
     tokio::join!(
         follower,
+        membership,
         administration,
+        health,
         commands::run(Arc::clone(&node), link.clone(), Arc::clone(&wake)),
         report_heat(Arc::clone(&node), link.clone()),
     );

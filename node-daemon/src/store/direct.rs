@@ -106,6 +106,15 @@ impl DirectFile {
         self.file.file()
     }
 
+    /// Whether the file's bytes may be read by others than [`Self::read`]: nothing stands between the two.
+    pub fn is_plain(&self) -> bool {
+        #[cfg(feature = "mutants")]
+        if mutants::WRITE_BACK.is_on() {
+            return false;
+        }
+        !self.file.is_watched()
+    }
+
     fn fits(&self, buf: &[u8]) -> bool {
         !self.direct || buf.as_ptr().align_offset(ALIGN) == 0
     }

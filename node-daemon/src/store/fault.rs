@@ -112,6 +112,12 @@ sites! {
     LayerMetaSync, "layer-meta-sync", Sync;
     /// Giving a layer's metadata file its final name.
     LayerMetaRename, "layer-meta-rename", Name;
+    /// Creation of the mark that a layer's bytes are in doubt.
+    DoubtCreate, "doubt-create", Name;
+    /// Writing into that mark what happened.
+    DoubtWrite, "doubt-write", Write;
+    /// Removing that mark, once the image was opened anew without what is in doubt.
+    DoubtRemove, "doubt-remove", Name;
     /// Sync of a layer's directory.
     LayerDirSync, "layer-dir-sync", Sync;
     /// Sync of the directory of layers.
@@ -237,6 +243,11 @@ impl Faults {
     /// Calls `hook` at every site; an error it returns is reported as the operating system's.
     pub fn hook(hook: impl Fn(&Call<'_>) -> io::Result<Verdict> + Send + Sync + 'static) -> Self {
         Self(Some(Arc::new(hook)))
+    }
+
+    /// Whether there is a hook.
+    pub fn is_armed(&self) -> bool {
+        self.0.is_some()
     }
 
     /// Asks the hook, if there is one.

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::error::StoreError;
 use super::fault::Site;
 use super::incarnation::random_id;
-use super::layer::{Closed, Layer, LayerMeta};
+use super::layer::{self, Closed, Layer, LayerMeta};
 use super::os::{self, FileSites};
 use super::sealed_file::{self, Kind};
 use super::{Opened, Store};
@@ -375,6 +375,7 @@ impl Store {
                     closed: None,
                     ..meta.clone()
                 })?;
+                layer::remove_doubt(&self.layer_dir(meta.top()), self.faults())?;
             }
             f(self)
         };
@@ -486,7 +487,9 @@ impl Store {
             let path = self.image_dir(id).join("meta");
             os::remove_file(Site::ImageMetaRemove, &path, self.faults()).map_err(StoreError::at("remove", &path))?;
             state.images.remove(&id);
-            let used = |layer: &LayerId| state.images.values().any(|i| i.stack.contains(layer));
+            // What a damaged image uses is not known: nothing of it goes.
+            let unknown = !state.damaged.is_empty();
+            let used = |layer: &LayerId| unknown || state.images.values().any(|i| i.stack.contains(layer));
             let unused: Vec<_> = meta.stack.iter().copied().filter(|l| !used(l)).collect();
             (meta, unused)
         };

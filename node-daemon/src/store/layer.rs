@@ -8,7 +8,7 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -19,11 +19,11 @@ use nix::unistd::{Whence, lseek};
 use serde::{Deserialize, Serialize};
 
 use super::blockmap::{BlockMap, BlockState};
-use super::direct::DirectFile;
+use super::direct::{DirectFile, is_aligned};
 use super::error::{StoreError, disk_io};
 use super::fault::{Faults, Site};
 use super::journal::{Journal, Record, Trust};
-use super::os::{self, FileSites};
+use super::os::{self, FileSites, StoreFile};
 use super::sealed_file::{self, Kind};
 use crate::disk::DiskError;
 use crate::mutants;
@@ -54,6 +54,9 @@ pub const BITMAP: Kind = Kind {
 /// A journal longer than this is folded into the bitmap file at the next flush: 262,144 records, read back in well
 /// under a second. Short in this file's tests, so that they reach it.
 const JOURNAL_BYTES_MAX: u64 = if cfg!(test) { 1 << 10 } else { 8 << 20 };
+
+/// The mark of a failed sync in a layer's directory.
+const DOUBT: &str = "doubt";
 
 /// What a layer is, as its metadata file says it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -101,6 +104,12 @@ pub struct Recovery {
     pub dropped: usize,
     /// Bytes of unrecorded writes that were punched out of the data file.
     pub scrubbed_bytes: u64,
+}
+
+impl AsFd for Layer {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.data.file().as_fd()
+    }
 }
 
 fn damaged(path: &Path, why: impl Into<String>) -> StoreError {
@@ -381,6 +390,11 @@ impl Layer {
         })
     }
 
+    /// Whether `length` bytes at `offset` can be read from the layer's own file, by whoever has it ([`AsFd`]).
+    pub fn is_readable_directly(&self, offset: u64, length: usize) -> bool {
+        is_aligned(offset, length) && offset + length as u64 <= self.meta.size && self.data.is_plain()
+    }
+
     /// Writes to the data file, aligned to 4,096 bytes. `durable` needs all journal records committed.
     ///
     /// # Errors
@@ -563,6 +577,9 @@ impl Layer {
 
     /// Closes the layer for writes until it is opened anew. `doubt`: acknowledged writes may be lost.
     pub fn poison(&self, why: String, doubt: bool) {
+        if doubt && self.poisoned.get().is_none() && !mutants::DOUBT_UNMARKED.is_on() {
+            self.leave_doubt(&why);
+        }
         if self
             .poisoned
             .set(Closed {
@@ -575,10 +592,51 @@ impl Layer {
         }
     }
 
+    /// Leaves the mark of a failed sync: the first thing that is done after one, and one system call, so that a daemon
+    /// that dies right behind the sync is not followed by one that knows of nothing. Not synced: the death of the
+    /// machine takes what was not flushed in any case.
+    fn leave_doubt(&self, why: &str) {
+        let path = self.dir.join(DOUBT);
+        let marked = StoreFile::create(Site::DoubtCreate, &path, 0, &self.faults)
+            .and_then(|file| file.write(Site::DoubtWrite, 0, why.as_bytes()));
+        if let Err(err) = marked {
+            tracing::error!(layer = %self.id(), %err, "cannot mark that a sync failed");
+        }
+    }
+
     /// Why it was poisoned, if it was.
     pub fn poisoned(&self) -> Option<&Closed> {
         self.poisoned.get()
     }
+}
+
+/// The mark that a failed sync left on the layer in `dir`, if one did. What it says is for people; that it is there
+/// counts.
+///
+/// # Errors
+/// [`StoreError::Io`].
+pub(super) fn doubt(dir: &Path) -> Result<Option<Closed>, StoreError> {
+    let path = dir.join(DOUBT);
+    match fs::read(&path) {
+        Ok(bytes) if bytes.is_empty() => Ok(Some("a sync failed".into())),
+        Ok(bytes) => Ok(Some(String::from_utf8_lossy(&bytes).into_owned())),
+        Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(err) => Err(StoreError::at("read", &path)(err)),
+    }
+    .map(|why| why.map(|why| Closed { why, doubt: true }))
+}
+
+/// Removes the mark of a failed sync, durably; only once the image no longer counts on what was in doubt.
+///
+/// # Errors
+/// [`StoreError`].
+pub(super) fn remove_doubt(dir: &Path, faults: &Faults) -> Result<(), StoreError> {
+    let path = dir.join(DOUBT);
+    if !path.exists() {
+        return Ok(());
+    }
+    os::remove_file(Site::DoubtRemove, &path, faults).map_err(StoreError::at("remove", &path))?;
+    sealed_file::sync_dir(Site::LayerDirSync, dir, faults)
 }
 
 /// Bytes that the layer in `dir` takes up on disk.

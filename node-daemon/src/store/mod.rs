@@ -7,6 +7,7 @@
 //! layers/<layer-id>/data     the blocks, sparse, read and written past the page cache
 //! layers/<layer-id>/bitmap   which blocks the layer holds; names the journal that continues it
 //! layers/<layer-id>/journal-<generation>
+//! layers/<layer-id>/doubt    only after a failed sync, until the image is opened anew
 //! ```
 //!
 //! An image exists when its metadata file does: that rename is the commit point of create, import, clone and
@@ -25,7 +26,7 @@ mod layer;
 pub mod os;
 pub mod sealed_file;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
@@ -34,6 +35,7 @@ use hearth_protocol::{Epoch, ImageId, ImageName, Incarnation, LayerId, LeaseId, 
 
 pub use blockmap::{BlockMap, BlockState};
 pub use error::StoreError;
+pub(crate) use error::disk_io;
 pub use image::{IMAGE_META, ImageMeta, LocationRun, Parent, Record, Snapshot};
 pub use journal::{Record as JournalRecord, Trust, encode as encode_record, records};
 pub use layer::{BITMAP, Closed, LAYER_META, Layer, LayerMeta, Recovery, apply, decode_bitmap};
@@ -64,6 +66,8 @@ pub struct Store {
 #[derive(Default)]
 struct State {
     images: BTreeMap<ImageId, ImageMeta>,
+    /// Images whose metadata file is damaged.
+    damaged: BTreeSet<ImageId>,
     attached: HashSet<ImageId>,
     /// Names of imports that run.
     reserved: HashSet<ImageName>,
@@ -154,19 +158,46 @@ impl Store {
                     .map_err(StoreError::at("remove", &path))?;
                 continue;
             }
-            let meta = ImageMeta::read(&path)?;
-            if meta.id != id {
-                return Err(StoreError::Damaged {
-                    path,
-                    why: format!("it belongs to image {}", meta.id),
-                });
+            match self.read_image(id) {
+                Ok(meta) => {
+                    state.images.insert(id, meta);
+                }
+                // The others are served all the same.
+                Err(err @ StoreError::Damaged { .. }) => {
+                    tracing::error!(image = %id, "{err}");
+                    state.damaged.insert(id);
+                }
+                Err(err) => return Err(err),
             }
-            state.images.insert(id, meta);
         }
         Ok(())
     }
 
+    fn read_image(&self, id: ImageId) -> Result<ImageMeta, StoreError> {
+        let path = self.image_dir(id).join("meta");
+        let meta = ImageMeta::read(&path)?;
+        if meta.id != id {
+            return Err(StoreError::Damaged {
+                path,
+                why: format!("it belongs to image {}", meta.id),
+            });
+        }
+        Ok(meta)
+    }
+
+    /// Images whose metadata file is damaged, with what is wrong. Each is looked at again: one that was restored
+    /// meanwhile is an image again.
+    pub fn damaged(&self) -> Vec<(ImageId, StoreError)> {
+        let ids: Vec<_> = self.state().damaged.iter().copied().collect();
+        let look = |id| self.image(id).err().map(|err| (id, err));
+        ids.into_iter().filter_map(look).collect()
+    }
+
     fn remove_left_over_layers(&self) -> Result<(), StoreError> {
+        if !self.state().damaged.is_empty() {
+            tracing::warn!("layers that no image uses are kept: a damaged image may use them");
+            return Ok(());
+        }
         let used: HashSet<LayerId> = self.state().images.values().flat_map(|i| i.stack.clone()).collect();
         for name in entries(&self.root.join("layers"))? {
             match name.parse::<LayerId>() {
@@ -211,13 +242,16 @@ impl Store {
     /// The image of that id.
     ///
     /// # Errors
-    /// [`StoreError::NoImage`].
+    /// [`StoreError::NoImage`]; [`StoreError::Damaged`] as long as its metadata file is.
     pub fn image(&self, id: ImageId) -> Result<ImageMeta, StoreError> {
-        self.state()
-            .images
-            .get(&id)
-            .cloned()
-            .ok_or_else(|| StoreError::no_image(id))
+        let mut state = self.state();
+        if state.damaged.contains(&id) {
+            let meta = self.read_image(id)?;
+            tracing::info!(image = %meta.name, "a damaged image was restored");
+            state.damaged.remove(&id);
+            state.images.insert(id, meta);
+        }
+        state.images.get(&id).cloned().ok_or_else(|| StoreError::no_image(id))
     }
 
     /// The image of that name.
@@ -312,8 +346,8 @@ impl Store {
         set_version: SetVersion,
     ) -> Result<Opened, StoreError> {
         let mut meta = {
+            let meta = self.image(id)?;
             let mut state = self.state();
-            let meta = state.images.get(&id).cloned().ok_or_else(|| StoreError::no_image(id))?;
             let known = &meta.record;
             if epoch < known.epoch || (epoch == known.epoch && known.lease.is_some_and(|l| l != lease)) {
                 return Err(StoreError::Unfit(format!(
@@ -331,14 +365,10 @@ impl Store {
                 .iter()
                 .map(|id| self.layer_ref(*id))
                 .collect::<Result<Vec<_>, _>>()?;
-            if let (Some(closed), true) = (&meta.closed, meta.record.epoch == epoch) {
+            if let (Some(closed), true) = (self.closed(&meta)?, meta.record.epoch == epoch) {
                 // The daemon died and serves again under the same lease: that repairs nothing.
-                let (layer, recovery) = Layer::open_closed(
-                    &self.layer_dir(meta.top()),
-                    self.kept(&meta),
-                    closed.clone(),
-                    &self.faults,
-                )?;
+                let (layer, recovery) =
+                    Layer::open_closed(&self.layer_dir(meta.top()), self.kept(&meta), closed, &self.faults)?;
                 return Ok(Opened {
                     top: self.remember(layer),
                     meta,
@@ -354,6 +384,7 @@ impl Store {
             meta.closed = None;
             meta.storage_incarnation = Some(self.incarnation);
             self.put_image(&meta)?;
+            layer::remove_doubt(&self.layer_dir(meta.top()), &self.faults)?;
             Ok(Opened {
                 meta,
                 top,
@@ -364,6 +395,21 @@ impl Store {
         open().inspect_err(|_| {
             self.state().attached.remove(&id);
         })
+    }
+
+    /// Why an image takes no more writes under the lease of its record, if so: by its metadata, or by the mark of a
+    /// sync that failed so shortly before the daemon's death that the metadata does not say so.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    pub fn closed(&self, meta: &ImageMeta) -> Result<Option<Closed>, StoreError> {
+        if meta.clean || mutants::CLOSED_FORGOTTEN.is_on() {
+            return Ok(None);
+        }
+        match &meta.closed {
+            Some(closed) => Ok(Some(closed.clone())),
+            None => layer::doubt(&self.layer_dir(meta.top())),
+        }
     }
 
     /// What is still there of writes that were not flushed, if the image is as its last attach left it.
@@ -383,7 +429,7 @@ impl Store {
 
     /// Opens the top layer for writing; after a crash, recovers it first.
     fn open_top(&self, meta: &ImageMeta) -> Result<(Arc<Layer>, Option<Recovery>), StoreError> {
-        let trust = match &meta.closed {
+        let trust = match &self.closed(meta)? {
             _ if meta.clean => None,
             Some(closed) if closed.doubt => Some(Trust::Committed),
             _ => Some(self.kept(meta)),
@@ -439,9 +485,7 @@ impl Store {
     /// [`StoreError`].
     pub fn close_for_writes(&self, id: ImageId, closed: Closed) -> Result<(), StoreError> {
         let mut meta = self.image(id)?;
-        if !mutants::CLOSED_FORGOTTEN.is_on() {
-            meta.closed = Some(closed);
-        }
+        meta.closed = Some(closed);
         self.put_image(&meta)
     }
 

@@ -73,6 +73,11 @@ impl StoreFile {
         &self.file
     }
 
+    /// Whether a fault arm wants to see every call.
+    pub fn is_watched(&self) -> bool {
+        self.faults.is_armed()
+    }
+
     /// Asks the fault arm at a site where nothing is changed.
     ///
     /// # Errors

@@ -2,8 +2,6 @@
 //!
 //! The recorded order is the node's, not an image's: a clone boots as its siblings did.
 
-use std::sync::atomic::Ordering;
-
 use super::budget::{REPLAY, class_of};
 use super::guard::FillToken;
 use super::resident::key_of;
@@ -39,7 +37,7 @@ impl LayerHandle {
 impl RamTier {
     /// Units that may be out at once: half of the front's window.
     fn ahead_room(&self, unit_bytes: u64) -> u32 {
-        let window = self.capacity / 100 * u64::from(self.window.load(Ordering::Relaxed));
+        let window = self.capacity / 100 * u64::from(self.shape().window_percent);
         (window / 2 / unit_bytes).min(u64::from(u32::MAX)) as u32
     }
 
@@ -53,14 +51,11 @@ impl RamTier {
         (class, self.budget.grant(class, count, self.ahead_room(unit_bytes)))
     }
 
-    /// A unit was read and was not in RAM, or was there only because it was read ahead (`first_use`). Records it, and
-    /// says what followed it last time; each of those must end in [`Self::fill_ahead`] or [`Self::unread`].
-    pub fn missed(&self, layer: LayerHandle, unit: u32, first_use: bool) -> Option<Replayed> {
+    /// A unit was read and was not in RAM, or was there only because it was read ahead. Records it, and says what
+    /// followed it last time; each of those must end in [`Self::fill_ahead`] or [`Self::unread`].
+    pub fn missed(&self, layer: LayerHandle, unit: u32) -> Option<Replayed> {
         if self.front_capacity == 0 {
             return None;
-        }
-        if !first_use {
-            self.budget.missed();
         }
         let mut replayed = None;
         let room = self.ahead_room(layer.unit_bytes());
@@ -100,6 +95,23 @@ impl RamTier {
         {
             self.residents.clock.count(layer.unit_bytes());
         }
+    }
+
+    /// A read asks for part of a unit that is not resident, and nothing makes it worth bringing in whole: says whether
+    /// the unit is remembered, which does, and remembers it otherwise. The shadows do not hear of it: they stand for
+    /// units that come in.
+    pub fn pass(&self, layer: LayerHandle, unit: u32) -> bool {
+        let key = key_of(layer, unit);
+        if self.policy().front.remembers(mix(key)) {
+            return true;
+        }
+        self.passed_by(layer, key);
+        false
+    }
+
+    /// Sampled reads so far, and how many of them the tier would have hit without prefetch, as its shadows say.
+    pub fn predicted(&self) -> (u64, u64) {
+        self.shadows.lock().expect("shadow lock").predicted()
     }
 
     /// Bytes that do not grow with the number of residents: shadows, recorded misses.

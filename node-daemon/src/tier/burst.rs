@@ -8,7 +8,7 @@
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// Ticks in which as many bytes are touched anew as the tier holds.
-const TICKS_PER_TURNOVER: u64 = 32;
+pub const TICKS_PER_TURNOVER: u64 = 32;
 
 /// A touch less than half a turnover after the last counted one belongs to the same burst.
 const CORRELATED_TICKS: u16 = 16;

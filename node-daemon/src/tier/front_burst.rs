@@ -1,19 +1,25 @@
 //! The front: a window that newcomers pass through, and a kept queue that they enter only if they were touched in
 //! more bursts than what would leave for them.
 //!
+//! Where recency says more than counting, the duel is left out: then it is S3-FIFO with bursts for touches.
+//!
 //! It takes the frequency filter of W-TinyLFU (Einziger et al., 2017), the FIFO queues with one mark of S3-FIFO (Yang
 //! et al., 2023), so that a hit moves nothing, and the correlation window of Clock2Q+; counts outlive a unit's stay in
 //! a ghost table. `docs/adr/0004` has what each part was worth.
 
-use super::burst::Heat;
-use super::front::{FrontPolicy, Marks};
+use super::burst::{Heat, TICKS_PER_TURNOVER};
+use super::front::{FrontPolicy, Marks, Shape};
 use super::ghost::Ghost;
+use super::slots::PAGE;
 
 /// Units of the kept queue that are given a second chance before one leaves all the same.
 const CHANCES: usize = 64;
 
 /// Times that a unit read ahead may pass the window again unused: its reader may be slow.
 const ROUNDS: u8 = 3;
+
+/// Without a duel: a unit whose last burst began at most two turnovers ago came back soon.
+const SOON_TICKS: u16 = 2 * TICKS_PER_TURNOVER as u16;
 
 const NONE: u32 = u32::MAX;
 
@@ -30,12 +36,37 @@ struct Link {
     next: u32,
 }
 
-/// Per id: its queue, the logarithm of its size, and its rounds.
+/// Per id: its queue in the low two bits, its rounds in the next two, and above them its size as a shift of [`PAGE`].
 #[derive(Clone, Copy)]
-struct Tag {
-    queue: Queue,
-    log: u8,
-    rounds: u8,
+struct Tag(u8);
+
+impl Tag {
+    fn of(bytes: usize) -> Self {
+        Self(((bytes / PAGE).ilog2() as u8) << 4)
+    }
+
+    fn queue(self) -> Queue {
+        match self.0 & 3 {
+            0 => Queue::None,
+            1 => Queue::Window,
+            _ => Queue::Kept,
+        }
+    }
+
+    fn set_queue(&mut self, queue: Queue) {
+        self.0 = self.0 & !3 | queue as u8;
+    }
+
+    fn bytes(self) -> usize {
+        PAGE << (self.0 >> 4)
+    }
+
+    /// Counts one more round; false if it has had them all.
+    fn next_round(&mut self) -> bool {
+        let more = self.0 >> 2 & 3 < ROUNDS;
+        self.0 += u8::from(more) << 2;
+        more
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -59,19 +90,19 @@ pub struct BurstFront {
     tags: Vec<Tag>,
     window: List,
     kept: List,
-    window_percent: u8,
+    shape: Shape,
     ghost: Ghost,
 }
 
 impl BurstFront {
-    /// A policy whose window is so many percent of the front.
-    pub fn new(window_percent: u8) -> Self {
+    /// A policy of this shape.
+    pub fn new(shape: Shape) -> Self {
         Self {
             links: Vec::new(),
             tags: Vec::new(),
             window: EMPTY,
             kept: EMPTY,
-            window_percent,
+            shape,
             ghost: Ghost::new(),
         }
     }
@@ -85,7 +116,7 @@ impl BurstFront {
     }
 
     fn push(&mut self, id: u32, queue: Queue) {
-        let bytes = 1usize << self.tags[id as usize].log;
+        let bytes = self.tags[id as usize].bytes();
         let list = self.list(queue);
         let tail = list.tail;
         list.tail = id;
@@ -100,11 +131,11 @@ impl BurstFront {
             previous: tail,
             next: NONE,
         };
-        self.tags[id as usize].queue = queue;
+        self.tags[id as usize].set_queue(queue);
     }
 
     fn unlink(&mut self, id: u32) {
-        let Tag { queue, log, .. } = self.tags[id as usize];
+        let tag = self.tags[id as usize];
         let Link { previous, next } = self.links[id as usize];
         if previous != NONE {
             self.links[previous as usize].next = next;
@@ -112,16 +143,16 @@ impl BurstFront {
         if next != NONE {
             self.links[next as usize].previous = previous;
         }
-        let list = self.list(queue);
+        let list = self.list(tag.queue());
         if list.head == id {
             list.head = next;
         }
         if list.tail == id {
             list.tail = previous;
         }
-        list.bytes -= 1 << log;
+        list.bytes -= tag.bytes();
         list.count -= 1;
-        self.tags[id as usize].queue = Queue::None;
+        self.tags[id as usize].set_queue(Queue::None);
     }
 
     fn move_to(&mut self, id: u32, queue: Queue) {
@@ -156,7 +187,7 @@ impl FrontPolicy for BurstFront {
         self.ghost.take(key)
     }
 
-    fn admitted(&mut self, id: u32, bytes: usize, now: u16) {
+    fn admitted(&mut self, id: u32, bytes: usize, now: u16, remembered: Heat) {
         let at = id as usize;
         if self.links.len() <= at {
             let none = Link {
@@ -164,17 +195,17 @@ impl FrontPolicy for BurstFront {
                 next: NONE,
             };
             self.links.resize(at + 1, none);
-            let none = Tag {
-                queue: Queue::None,
-                log: 0,
-                rounds: 0,
-            };
-            self.tags.resize(at + 1, none);
+            self.tags.resize(at + 1, Tag(0));
         }
-        assert!(self.tags[at].queue == Queue::None, "unit {id} is admitted twice");
-        self.tags[at].log = bytes.ilog2() as u8;
-        self.tags[at].rounds = 0;
-        self.push(id, Queue::Window);
+        assert!(self.tags[at].queue() == Queue::None, "unit {id} is admitted twice");
+        self.tags[at] = Tag::of(bytes);
+        let soon = remembered.count > 0 && now.wrapping_sub(remembered.stamp) < SOON_TICKS;
+        let queue = if soon && !self.shape.duel {
+            Queue::Kept
+        } else {
+            Queue::Window
+        };
+        self.push(id, queue);
         self.ghost.make_room(self.window.count + self.kept.count, now);
     }
 
@@ -185,9 +216,13 @@ impl FrontPolicy for BurstFront {
         touched.is_some()
     }
 
+    fn remembers(&self, key: u64) -> bool {
+        self.ghost.knows(key)
+    }
+
     fn victim(&mut self, marks: &mut dyn Marks) -> Option<u32> {
         let room = self.window.bytes + self.kept.bytes;
-        let window_max = room / 100 * usize::from(self.window_percent);
+        let window_max = room / 100 * usize::from(self.shape.window_percent);
         // Each step moves a unit out of the window, clears a mark or uses up a round; marks that readers set meanwhile
         // buy two more rounds at most.
         let mut patience = (2 + usize::from(ROUNDS)) * (self.window.count + self.kept.count);
@@ -202,17 +237,22 @@ impl FrontPolicy for BurstFront {
                 return self.leave(victim, marks);
             }
             if marks.is_ahead(id) {
-                let rounds = &mut self.tags[id as usize].rounds;
-                if *rounds < ROUNDS && self.window.bytes > window_max / 2 {
-                    *rounds += 1;
+                if self.window.bytes > window_max / 2 && self.tags[id as usize].next_round() {
                     self.move_to(id, Queue::Window);
                     continue;
                 }
                 return self.leave(id, marks);
             }
             let touched = marks.take_touched(id);
+            if !self.shape.duel {
+                if touched {
+                    self.move_to(id, Queue::Kept);
+                    continue;
+                }
+                return self.leave(id, marks);
+            }
             // Room that the kept queue has not filled yet is given away unasked, in whole units.
-            if self.kept.bytes + window_max + (1 << self.tags[id as usize].log) <= room {
+            if self.kept.bytes + window_max + self.tags[id as usize].bytes() <= room {
                 self.move_to(id, Queue::Kept);
                 continue;
             }
@@ -236,8 +276,8 @@ impl FrontPolicy for BurstFront {
         self.unlink(id);
     }
 
-    fn set_window(&mut self, percent: u8) {
-        self.window_percent = percent;
+    fn set_shape(&mut self, shape: Shape) {
+        self.shape = shape;
     }
 
     fn overhead_bytes(&self) -> (usize, usize) {

@@ -27,8 +27,12 @@ impl Ghost {
         }
     }
 
+    fn bucket_start(&self, fingerprint: u32) -> usize {
+        (fingerprint as usize % (self.cells.len() / BUCKET)) * BUCKET
+    }
+
     fn bucket(&mut self, fingerprint: u32) -> &mut [Cell] {
-        let start = (fingerprint as usize % (self.cells.len() / BUCKET)) * BUCKET;
+        let start = self.bucket_start(fingerprint);
         &mut self.cells[start..start + BUCKET]
     }
 
@@ -70,6 +74,14 @@ impl Ghost {
             .iter_mut()
             .find(|c| c.heat.count > 0 && c.fingerprint == fingerprint);
         found.map(std::mem::take).unwrap_or_default().heat
+    }
+
+    /// Whether a unit is remembered.
+    pub fn knows(&self, key: u64) -> bool {
+        let fingerprint = (key >> 32) as u32;
+        let start = self.bucket_start(fingerprint);
+        let bucket = &self.cells[start..start + BUCKET];
+        bucket.iter().any(|c| c.heat.count > 0 && c.fingerprint == fingerprint)
     }
 
     /// Bytes that the table takes.

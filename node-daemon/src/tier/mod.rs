@@ -37,7 +37,8 @@ use hearth_protocol::{BlockIndex, ByteLen, LayerId};
 pub use ahead::Replayed;
 use arena::Arena;
 use budget::Budget;
-use front::FrontPolicy;
+use burst::Heat;
+use front::{FrontPolicy, Shape};
 use front_burst::BurstFront;
 pub use guard::FillToken;
 use guard::WriteGuards;
@@ -46,7 +47,7 @@ use inflight::InFlight;
 pub(crate) use inflight::Lead;
 pub use resident::Look;
 use resident::{Arrival, Residents, key_of};
-use shadow::{Shadows, WINDOWS};
+use shadow::{SHAPES, Shadows};
 use slots::{SLOT, Slots};
 
 /// How to build a tier.
@@ -62,11 +63,12 @@ pub struct TierOptions {
 }
 
 impl TierOptions {
-    /// A locked tier with the recommended front.
+    /// A locked tier with the recommended front: on no recorded trace did a larger main region hit more than the
+    /// front would have with the room (`docs/adr/0004`).
     pub fn of_bytes(capacity_bytes: u64) -> Self {
         Self {
             capacity_bytes,
-            front_percent: 25,
+            front_percent: 94,
             lock: true,
         }
     }
@@ -131,6 +133,16 @@ pub struct TierCounters {
     pub ahead_wasted: u64,
 }
 
+/// An access, as the shadows are told of it.
+enum Seen {
+    /// A read; whether RAM had the unit on demand, and whether it was read below for it.
+    Read {
+        hit: bool,
+        below: bool,
+    },
+    Write,
+}
+
 #[derive(Default)]
 struct Counters {
     admitted: AtomicU64,
@@ -181,8 +193,8 @@ pub struct RamTier {
     shadows: Mutex<Shadows>,
     /// Of 65,536 units those whose hash is below this are followed by the shadows.
     sampled_below: u32,
-    /// The front's window in percent, as the shadows advise.
-    window: AtomicU8,
+    /// The front's shape, as the shadows advise: its place in [`SHAPES`].
+    shape: AtomicU8,
     capacity: u64,
     front_capacity: u64,
     main_capacity: u64,
@@ -193,7 +205,7 @@ pub struct RamTier {
 /// The main region gives room back when the tier hits less than a front alone would, by more than this.
 const MAIN_LOSS_PERMILLE: i64 = 5;
 
-/// It is given more when the tier hits more than a front alone would, by at least this.
+/// It is given some back when the tier hits more than a front alone would, by at least this.
 const MAIN_GAIN_PERMILLE: i64 = 10;
 
 /// Spreads a number over 64 bits (the finalizer of splitmix64).
@@ -213,6 +225,7 @@ impl RamTier {
         let capacity = u64::from(count) * SLOT as u64;
         let percent = u64::from(options.front_percent.min(100));
         let front_capacity = u64::from(count) * percent / 100 * SLOT as u64;
+        let main_capacity = capacity - front_capacity;
         let slots = count << u32::from(mutants::RAM_UNLIMITED.is_on());
         let arena = Arena::new(slots as usize * SLOT, options.lock)?;
         if let Some(why) = arena.lock_refused() {
@@ -226,22 +239,22 @@ impl RamTier {
             policy: Mutex::new(Policy {
                 slots: Slots::new(slots),
                 free_ids: Vec::new(),
-                front: Box::new(BurstFront::new(WINDOWS[0])),
+                front: Box::new(BurstFront::new(SHAPES[0])),
                 front_bytes: 0,
                 main_bytes: 0,
                 dropped: HashSet::new(),
             }),
             layers: RwLock::default(),
             counters: Counters::default(),
-            budget: Budget::default(),
+            budget: Budget::new(Shadows::sampled_below(capacity)),
             history: Mutex::new(History::new(ahead::history_misses(capacity))),
             shadows: Mutex::new(Shadows::new(capacity)),
             sampled_below: Shadows::sampled_below(capacity),
-            window: AtomicU8::new(WINDOWS[0]),
-            main_allowed: AtomicU64::new(capacity - front_capacity),
+            shape: AtomicU8::new(0),
+            main_allowed: AtomicU64::new(main_capacity),
             capacity,
             front_capacity,
-            main_capacity: capacity - front_capacity,
+            main_capacity,
         }))
     }
 
@@ -286,27 +299,46 @@ impl RamTier {
             Look::Hit => {}
             Look::FirstUse(class) => self.budget.used(class),
         }
-        self.sample(key, layer.unit_log, true, look == Look::Hit);
+        self.sample(
+            key,
+            layer.unit_log,
+            Seen::Read {
+                hit: look == Look::Hit,
+                below: false,
+            },
+        );
         look
+    }
+
+    fn is_sampled(&self, hash: u64) -> bool {
+        u32::from((hash >> 16) as u16) < self.sampled_below && self.front_capacity > 0
     }
 
     /// Shows an access to the shadows, if its unit is sampled, and takes their advice. Never waits.
     #[inline]
-    fn sample(&self, key: u64, log: u8, read: bool, hit: bool) {
+    fn sample(&self, key: u64, log: u8, seen: Seen) {
         let hash = mix(key);
-        if u32::from((hash >> 16) as u16) >= self.sampled_below || self.front_capacity == 0 {
+        if !self.is_sampled(hash) {
             return;
         }
         let Ok(mut shadows) = self.shadows.try_lock() else {
             return;
         };
-        let Some(advice) = shadows.access(hash, log, read, hit) else {
+        let (read, hit, below) = match seen {
+            Seen::Read { hit, below } => (true, hit, below),
+            Seen::Write => (false, false, false),
+        };
+        let (would_hit, advice) = shadows.access(hash, log, read, hit);
+        drop(shadows);
+        self.budget.sampled(read && !would_hit, below);
+        let Some(advice) = advice else {
             return;
         };
-        drop(shadows);
-        self.window.store(advice.window, Ordering::Relaxed);
+        self.shape.store(advice.shape, Ordering::Relaxed);
         let allowed = self.main_allowed.load(Ordering::Relaxed);
-        let next = if advice.missed_permille > MAIN_LOSS_PERMILLE {
+        // What is empty costs nothing.
+        let holds = self.policy.try_lock().is_ok_and(|policy| policy.main_bytes > 0);
+        let next = if advice.missed_permille > MAIN_LOSS_PERMILLE && holds {
             allowed / 4
         } else if advice.missed_permille < -MAIN_GAIN_PERMILLE {
             (allowed + self.main_capacity / 64).min(self.main_capacity)
@@ -391,10 +423,9 @@ impl RamTier {
         }
         let now = self.residents.clock.now();
         let recalled = policy.front.recall(mix(key));
-        let heat = if ahead.is_some() {
-            recalled
-        } else {
-            recalled.counted(now)
+        let (heat, remembered) = match ahead {
+            Some(_) => (recalled, Heat::default()),
+            None => (recalled.counted(now), recalled),
         };
         let id = policy.free_ids.pop().unwrap_or_else(|| self.residents.new_id());
         let arrival = Arrival {
@@ -416,7 +447,7 @@ impl RamTier {
         match region {
             Region::Front => {
                 policy.front_bytes += bytes;
-                policy.front.admitted(id, bytes as usize, now);
+                policy.front.admitted(id, bytes as usize, now, remembered);
                 count(&self.counters.admitted);
             }
             Region::Main => {
@@ -426,9 +457,17 @@ impl RamTier {
             }
         }
         drop(policy);
-        if ahead.is_none() && region == Region::Front {
+        if ahead.is_some() {
+            if self.is_sampled(mix(key)) {
+                self.budget.sampled(false, true);
+            }
+        } else if region == Region::Front {
             self.residents.clock.count(bytes);
-            self.sample(key, layer.unit_log, true, false);
+            let seen = Seen::Read {
+                hit: false,
+                below: true,
+            };
+            self.sample(key, layer.unit_log, seen);
         }
         Filled::Done
     }
@@ -456,9 +495,13 @@ impl RamTier {
         Filled::Done
     }
 
+    fn shape(&self) -> Shape {
+        SHAPES[usize::from(self.shape.load(Ordering::Relaxed))]
+    }
+
     /// Drops one unit of the front; false if it has none.
     fn evict(&self, policy: &mut Policy) -> bool {
-        policy.front.set_window(self.window.load(Ordering::Relaxed));
+        policy.front.set_shape(self.shape());
         let Some(id) = policy.front.victim(&mut &self.residents) else {
             return false;
         };
@@ -621,7 +664,7 @@ impl WriteTicket<'_> {
             if !self.tier.residents.write(&self.tier.arena, key, within, &data[range]) {
                 self.tier.passed_by(self.layer, key);
             }
-            self.tier.sample(key, self.layer.unit_log, false, false);
+            self.tier.sample(key, self.layer.unit_log, Seen::Write);
         });
     }
 
@@ -724,19 +767,19 @@ mod tests {
 
     #[test]
     fn the_front_has_what_the_main_region_leaves() {
-        let tier = tier(16);
+        let tier = tier(64);
         let layer = tier.register(LayerId(1), UNIT);
-        for unit in 0..16 {
+        for unit in 0..64 {
             access(&tier, layer, unit);
         }
-        assert_eq!(tier.usage().front, ByteLen(16 * UNIT));
+        assert_eq!(tier.usage().front, ByteLen(64 * UNIT));
         assert_eq!(tier.promote_resident(layer, 3), Some(Filled::Done));
-        let token = tier.begin_fill(layer, 40);
-        assert_eq!(tier.fill(layer, 40, token, &[2; 16], Region::Main), Filled::Done);
+        let token = tier.begin_fill(layer, 70);
+        assert_eq!(tier.fill(layer, 70, token, &[2; 16], Region::Main), Filled::Done);
         let usage = tier.usage();
-        assert_eq!((usage.main, usage.front), (ByteLen(2 * UNIT), ByteLen(14 * UNIT)));
-        assert_eq!(usage.front_capacity, ByteLen(14 * UNIT));
-        assert!(tier.region(layer, 3) == Some(Region::Main) && tier.region(layer, 40) == Some(Region::Main));
+        assert_eq!((usage.main, usage.front), (ByteLen(2 * UNIT), ByteLen(62 * UNIT)));
+        assert_eq!(usage.front_capacity, ByteLen(62 * UNIT));
+        assert!(tier.region(layer, 3) == Some(Region::Main) && tier.region(layer, 70) == Some(Region::Main));
     }
 
     /// Promoted blocks that nobody reads cost hits that a front alone would have: the main region shrinks.
@@ -744,13 +787,13 @@ mod tests {
     fn a_main_region_that_does_not_pay_gives_its_room_back() {
         let tier = tier(100);
         let layer = tier.register(LayerId(1), UNIT);
-        for unit in 1_000..1_075 {
+        for unit in 1_000..1_006 {
             let token = tier.begin_fill(layer, unit);
             assert_eq!(tier.fill(layer, unit, token, &[1; 16], Region::Main), Filled::Done);
         }
         let before = tier.usage().main_capacity.0;
         for i in 0..20_000 {
-            access(&tier, layer, i % 60);
+            access(&tier, layer, i % 97);
         }
         assert!(tier.usage().main_capacity.0 < before / 4, "{:?}", tier.usage());
     }
@@ -769,7 +812,7 @@ mod tests {
         assert_eq!(tier.fill(layer, 0, token, &[1; 16], Region::Front), Filled::Full);
         assert_eq!(tier.fill(layer, 0, token, &[1; 16], Region::Main), Filled::Done);
         assert_eq!(tier.grant_sequential(64, 8, UNIT).1, 0);
-        assert_eq!(tier.missed(layer, 1, false), None);
+        assert_eq!(tier.missed(layer, 1), None);
     }
 
     #[test]
@@ -781,7 +824,10 @@ mod tests {
             0,
             "nothing was missed yet: there is nothing to waste"
         );
-        (1_000..1_100).for_each(|unit| assert_eq!(tier.missed(layer, unit, false), None));
+        for unit in 1_000..1_100 {
+            access(&tier, layer, unit);
+            assert_eq!(tier.missed(layer, unit), None);
+        }
         let (class, granted) = tier.grant_sequential(8, 2, UNIT);
         assert_eq!(granted, 2);
         for unit in 0..2 {

@@ -274,7 +274,16 @@ impl Residents {
         entry.count.store(packed, Ordering::Relaxed);
         entry.stamp.store(heat.stamp, Ordering::Relaxed);
         entry.flags.store(log << LOG_SHIFT | region | ahead, Ordering::Relaxed);
-        table.insert_unique(hash, id, |id| mix(self.entry(*id).key.load(Ordering::Relaxed)));
+        let hash_of = |id: &u32| mix(self.entry(*id).key.load(Ordering::Relaxed));
+        if table.len() == table.capacity() {
+            // Left to itself the table would double as soon as its places for removed units run out.
+            let mut fresh = HashTable::with_capacity(table.len() + table.len() / 4 + 1);
+            for id in table.drain() {
+                fresh.insert_unique(hash_of(&id), id, hash_of);
+            }
+            *table = fresh;
+        }
+        table.insert_unique(hash, id, hash_of);
         true
     }
 

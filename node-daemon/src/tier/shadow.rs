@@ -1,28 +1,42 @@
 //! Shadow simulation: what a front of another shape would have hit, on a sample of the units.
 //!
-//! No window size wins everywhere (POLICY §4): little RAM wants a large window, much wants a small one. So two fronts
-//! without bytes follow a sample of the units, chosen by hash, one with each window; the real front takes the window
-//! of the one that hits more. Their hits also tell whether the main region earns its room: what the shadows hit is
-//! what the tier would hit without one.
+//! No shape wins everywhere (POLICY §4): little RAM wants a large window, much wants a small one; some loads reward
+//! counting, others only recency. So fronts without bytes follow a sample of the units, chosen by hash, one of each
+//! shape; the real front takes the shape of the one that hits most. What they hit is what the tier would hit without
+//! a main region and without prefetch: it tells whether the main region earns its room, and it is what the account of
+//! prefetch is measured by.
 //!
 //! Memory is bounded by [`SAMPLE_BYTES`] of units, however large the tier is. Locked on sampled accesses only.
 
 use hashbrown::HashTable;
 
 use super::burst::{BurstClock, Heat};
-use super::front::{FrontPolicy, Marks};
+use super::front::{FrontPolicy, Marks, Shape};
 use super::front_burst::BurstFront;
 
 /// RAM that each shadow pretends to have, at most: 512 units of 64 KiB.
 const SAMPLE_BYTES: u64 = 32 << 20;
 
-/// The windows tried, in percent of the front.
-pub const WINDOWS: [u8; 2] = [10, 90];
+/// The shapes tried.
+pub const SHAPES: [Shape; 3] = [
+    Shape {
+        window_percent: 10,
+        duel: true,
+    },
+    Shape {
+        window_percent: 90,
+        duel: true,
+    },
+    Shape {
+        window_percent: 10,
+        duel: false,
+    },
+];
 
 /// Sampled accesses between two decisions.
 const DECIDE_EVERY: u32 = 256;
 
-/// The lead that makes the tier change its window, in accesses per thousand of what is remembered.
+/// The lead that makes the tier change its shape, in accesses per thousand of what is remembered.
 const LEAD_PERMILLE: i64 = 20;
 
 /// What is remembered fades by this part with each decision: some 16,000 sampled accesses count.
@@ -74,9 +88,9 @@ struct Replica {
 }
 
 impl Replica {
-    fn new(capacity: u64, window: u8) -> Self {
+    fn new(capacity: u64, shape: Shape) -> Self {
         Self {
-            front: BurstFront::new(window),
+            front: BurstFront::new(shape),
             table: HashTable::new(),
             entries: Entries {
                 all: Vec::new(),
@@ -121,9 +135,10 @@ impl Replica {
             self.free.push(id);
         }
         self.clock.count(bytes);
+        let remembered = self.front.recall(key);
         let entry = Entry {
             key,
-            heat: self.front.recall(key).counted(now),
+            heat: remembered.counted(now),
             touched: false,
             log,
         };
@@ -135,7 +150,7 @@ impl Replica {
         let all = &self.entries.all;
         self.table.insert_unique(key, id, |id| all[*id as usize].key);
         self.bytes += bytes;
-        self.front.admitted(id, bytes as usize, now);
+        self.front.admitted(id, bytes as usize, now, remembered);
         false
     }
 }
@@ -146,34 +161,37 @@ const FADE_LATELY: i64 = 4;
 /// What a decision says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Advice {
-    /// The better window, in percent.
-    pub window: u8,
+    /// The better shape, by its place in [`SHAPES`].
+    pub shape: u8,
     /// Sampled reads in a thousand that the better shadow hit and the tier did not; negative if the tier hit more.
     pub missed_permille: i64,
 }
 
 /// The shadows.
 pub struct Shadows {
-    replicas: [Replica; 2],
+    replicas: [Replica; 3],
     /// Sampled reads, and hits of each replica; faded.
     reads: i64,
-    hits: [i64; 2],
+    hits: [i64; 3],
     /// The last few decisions' reads, and how many the better shadow hit and the tier did not; faded faster.
     lately: [i64; 2],
     since: u32,
     better: usize,
+    /// Sampled reads so far, and how many of them the shadow of the tier's shape hit.
+    predicted: (u64, u64),
 }
 
 impl Shadows {
-    /// Shadows of a tier of `capacity` bytes, which begins with the smaller window.
+    /// Shadows of a tier of `capacity` bytes, which begins with the first shape.
     pub fn new(capacity: u64) -> Self {
         let sample = capacity.min(SAMPLE_BYTES);
         Self {
-            replicas: WINDOWS.map(|window| Replica::new(sample, window)),
+            replicas: SHAPES.map(|shape| Replica::new(sample, shape)),
             reads: 0,
-            hits: [0; 2],
+            hits: [0; 3],
             lately: [0; 2],
             since: 0,
+            predicted: (0, 0),
             better: 0,
         }
     }
@@ -183,12 +201,17 @@ impl Shadows {
         (SAMPLE_BYTES.saturating_mul(1 << 16) / capacity.max(1)).min(1 << 16) as u32
     }
 
-    /// A sampled unit was read or written; `hit` says whether the tier had it by demand. Gives advice now and then.
-    pub fn access(&mut self, key: u64, log: u8, read: bool, hit: bool) -> Option<Advice> {
+    /// A sampled unit was read or written; `hit` says whether the tier had it by demand. Says whether the tier's
+    /// shadow had it, and gives advice now and then.
+    pub fn access(&mut self, key: u64, log: u8, read: bool, hit: bool) -> (bool, Option<Advice>) {
+        let mut better_hit = false;
         for (i, replica) in self.replicas.iter_mut().enumerate() {
             let found = replica.access(key, log, read) && read;
             self.hits[i] += i64::from(found);
             if i == self.better {
+                better_hit = found;
+                self.predicted.0 += u64::from(read);
+                self.predicted.1 += u64::from(found);
                 self.lately[1] += i64::from(found) - i64::from(hit && read);
             }
         }
@@ -196,15 +219,16 @@ impl Shadows {
         self.lately[0] += i64::from(read);
         self.since += 1;
         if self.since < DECIDE_EVERY {
-            return None;
+            return (better_hit, None);
         }
         self.since = 0;
-        let lead = self.hits[1 - self.better] - self.hits[self.better];
+        let best = (0..SHAPES.len()).max_by_key(|i| self.hits[*i]).unwrap_or(0);
+        let lead = self.hits[best] - self.hits[self.better];
         if lead * 1000 > self.reads * LEAD_PERMILLE {
-            self.better = 1 - self.better;
+            self.better = best;
         }
         let advice = Advice {
-            window: WINDOWS[self.better],
+            shape: self.better as u8,
             missed_permille: self.lately[1] * 1000 / self.lately[0].max(1),
         };
         for sum in self.hits.iter_mut().chain([&mut self.reads]) {
@@ -213,7 +237,12 @@ impl Shadows {
         for sum in &mut self.lately {
             *sum -= *sum / FADE_LATELY;
         }
-        Some(advice)
+        (better_hit, Some(advice))
+    }
+
+    /// Sampled reads so far, and how many of them the shadow of the tier's shape hit.
+    pub fn predicted(&self) -> (u64, u64) {
+        self.predicted
     }
 
     /// Bytes that the shadows take.
@@ -232,22 +261,34 @@ mod tests {
 
     const UNIT: u64 = 64 << 10;
 
-    fn advice(units: u64, accesses: impl Iterator<Item = u64>) -> (Advice, [i64; 2]) {
+    fn advice(units: u64, accesses: impl Iterator<Item = u64>) -> (Advice, [i64; 3]) {
         let mut shadows = Shadows::new(units * UNIT);
         let last = accesses
-            .filter_map(|unit| shadows.access(super::super::mix(unit), 16, true, false))
+            .filter_map(|unit| shadows.access(super::super::mix(unit), 16, true, false).1)
             .last();
         (last.expect("enough accesses for a decision"), shadows.hits)
     }
 
     /// Hot units read in turns with a scan want a small window, units that are read twice at some distance and never
-    /// again a large one.
+    /// again a larger one; when other units become hot every now and then, counts of the past mislead.
     #[test]
-    fn the_better_window_is_found() {
+    fn the_best_shape_is_found() {
         let hot = (0..40_000u64).map(|i| if i % 4 == 0 { i / 4 % 80 } else { 1_000 + i });
-        assert_eq!(advice(100, hot).0.window, WINDOWS[0]);
+        assert_eq!(advice(100, hot).0.shape, 0);
         let twice = (0..40_000u64).map(|i| if i % 2 == 0 { i } else { (i - 1).saturating_sub(60) });
-        assert_eq!(advice(100, twice).0.window, WINDOWS[1]);
+        assert_ne!(
+            advice(100, twice).0.shape,
+            0,
+            "both other shapes keep a window as large as it needs"
+        );
+        let moving = (0..40_000u64).map(|i| {
+            if i % 2 == 0 {
+                100_000 + i / 2_000 * 100 + i / 2 % 70
+            } else {
+                1_000 + i
+            }
+        });
+        assert_eq!(advice(100, moving).0.shape, 2);
     }
 
     #[test]

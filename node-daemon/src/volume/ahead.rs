@@ -125,8 +125,8 @@ impl Volume {
 
     /// Tells the history of a unit that was missed, or would have been, and hands over what followed it last time.
     /// Never waits for a disk.
-    pub(super) fn note_missed(&self, stack: &Stack, level: usize, unit: u32, first_use: bool) {
-        let Some(Replayed { class, units }) = self.tier.missed(stack.handle(level), unit, first_use) else {
+    pub(super) fn note_missed(&self, stack: &Stack, level: usize, unit: u32) {
+        let Some(Replayed { class, units }) = self.tier.missed(stack.handle(level), unit) else {
             return;
         };
         let asked = units.len();

@@ -15,15 +15,18 @@ mod read;
 mod stack;
 mod stats;
 mod trouble;
+mod whole;
 mod write;
 
+use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock, Weak};
+use std::time::Duration;
 
 use hearth_protocol::heat::LatencySummary;
 use hearth_protocol::{BlockIndex, Epoch, ImageId, LayerId, LeaseId, SetVersion, SnapshotName};
 
-use crate::disk::{Disk, DiskError, Extent, ExtentKind};
+use crate::disk::{Disk, DiskError, Extent, ExtentKind, FileRead};
 use crate::store::{ImageMeta, Layer, LayerRef, Recovery, Store, StoreError};
 use crate::tier::RamTier;
 
@@ -35,6 +38,7 @@ use stack::Stack;
 pub use stack::{BlockSource, NoPeers};
 use stats::Stats;
 pub use stats::VolumeCounters;
+pub use trouble::{Ailment, in_words};
 
 /// An image (or a sealed layer, read-only) being served.
 pub struct Volume {
@@ -58,6 +62,7 @@ pub struct Volume {
     ahead: ahead::Ahead,
     poison_noted: AtomicBool,
     trouble: trouble::Trouble,
+    whole: whole::WholeUnits,
     me: Weak<Volume>,
 }
 
@@ -120,6 +125,7 @@ impl Volume {
             ahead: ahead::Ahead::default(),
             poison_noted: AtomicBool::new(false),
             trouble: trouble::Trouble::default(),
+            whole: whole::WholeUnits::default(),
             me: me.clone(),
             store,
             tier,
@@ -366,6 +372,21 @@ impl Disk for Volume {
 
     fn try_read_ram(&self, offset: u64, buf: &mut [u8]) -> bool {
         self.read_ram(offset, buf)
+    }
+
+    fn file_read(&self, offset: u64, length: usize) -> Option<FileRead> {
+        self.part_in_file(offset, length)
+    }
+
+    fn file_read_done(
+        &self,
+        offset: u64,
+        length: usize,
+        took: Duration,
+        read: io::Result<()>,
+    ) -> Result<(), DiskError> {
+        self.part_was_read(offset, length, took, read)
+            .inspect_err(|err| self.trouble.note_read(err))
     }
 
     fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {

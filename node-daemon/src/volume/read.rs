@@ -1,14 +1,16 @@
 //! Reads: RAM, then the local layer, then a peer; what was missed is offered to the front.
 
 use std::cell::RefCell;
+use std::io;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::Volume;
 use super::stack::{Stack, Where};
 use super::stats::add;
-use crate::disk::DiskError;
+use crate::disk::{DiskError, FileRead};
 use crate::store::direct::{AlignedBuf, with_buffer};
+use crate::store::{LayerRef, disk_io};
 use crate::tier::{LayerHandle, Look, Region};
 
 /// Whole units that are read below with one request, in bytes.
@@ -75,8 +77,9 @@ impl Volume {
                     match self.tier.look(stack.handle(level), piece.unit, piece.within, part) {
                         Look::Miss => return false,
                         Look::Hit => {}
-                        Look::FirstUse(_) => self.note_missed(&stack, level, piece.unit, true),
+                        Look::FirstUse(_) => self.note_missed(&stack, level, piece.unit),
                     }
+                    self.whole.note(piece.unit, true);
                     hits += 1;
                 }
             }
@@ -113,8 +116,9 @@ impl Volume {
                     let look = self.tier.look(handle, piece.unit, piece.within, part);
                     if look != Look::Miss {
                         if look != Look::Hit {
-                            self.note_missed(&stack, level, piece.unit, true);
+                            self.note_missed(&stack, level, piece.unit);
                         }
+                        self.whole.note(piece.unit, true);
                         add(&self.stats.ram_hits, 1);
                         piece.len
                     } else {
@@ -186,12 +190,12 @@ impl Volume {
             }
         }
         if let Where::Local(level) | Where::Remote(level) = found {
-            (unit..unit + count as u32).for_each(|unit| self.note_missed(stack, level, unit, false));
+            (unit..unit + count as u32).for_each(|unit| self.note_missed(stack, level, unit));
         }
         Ok(len)
     }
 
-    /// Answers part of a unit that is not in RAM: reads the whole unit, so that it can be let in.
+    /// Answers part of a unit that is not in RAM: reads the whole unit, so that it can be let in, if that is worth it.
     fn read_part(
         &self,
         stack: &Stack,
@@ -200,8 +204,9 @@ impl Volume {
         piece: &Piece,
         buf: &mut [u8],
     ) -> Result<(), DiskError> {
-        if !self.tier.has_front() {
-            // Nobody would keep the rest of the unit.
+        self.whole.note(piece.unit, false);
+        if !self.brings_whole(handle, piece.unit) {
+            // Nobody would keep the rest of the unit, or use it.
             add(&self.stats.ram_misses, 1);
             let offset = u64::from(piece.unit) * self.unit_bytes() + piece.within as u64;
             return self.fetch(stack, found, offset, buf);
@@ -211,7 +216,7 @@ impl Volume {
             let look = self.tier.look(handle, piece.unit, piece.within, buf);
             if look != Look::Miss {
                 if let (Look::FirstUse(_), Where::Local(level) | Where::Remote(level)) = (look, found) {
-                    self.note_missed(stack, level, piece.unit, true);
+                    self.note_missed(stack, level, piece.unit);
                 }
                 add(&self.stats.ram_hits, 1);
                 return Ok(());
@@ -232,10 +237,61 @@ impl Volume {
             buf.copy_from_slice(&whole[piece.within..piece.within + piece.len]);
             self.tier.fill(handle, piece.unit, token, whole, Region::Front);
             if let Where::Local(level) | Where::Remote(level) = found {
-                self.note_missed(stack, level, piece.unit, false);
+                self.note_missed(stack, level, piece.unit);
             }
             Ok(())
         })
+    }
+
+    /// Where a part of one unit lies, if it is in a file here and RAM is not to keep the unit; counts the miss.
+    pub(super) fn part_in_file(&self, offset: u64, length: usize) -> Option<FileRead> {
+        self.check_range(offset, length as u64).ok()?;
+        if length == 0 || self.closing.load(Ordering::Acquire) {
+            return None;
+        }
+        let piece = self.piece(offset, length);
+        let stack = self.stack();
+        let Where::Local(level) = stack.find(self.block_of(piece.unit), 0) else {
+            return None;
+        };
+        let LayerRef::Local(layer) = &stack.levels[level].layer else {
+            return None;
+        };
+        let is_part = piece.len == length && length < self.unit_len(piece.unit);
+        if !is_part || !layer.is_readable_directly(offset, length) || self.brings_whole(stack.handle(level), piece.unit)
+        {
+            return None;
+        }
+        add(&self.stats.ram_misses, 1);
+        self.note_range(offset, length);
+        Some(FileRead {
+            file: layer.clone(),
+            offset,
+        })
+    }
+
+    /// Counts a part that was read.
+    pub(super) fn part_was_read(
+        &self,
+        offset: u64,
+        length: usize,
+        took: Duration,
+        read: io::Result<()>,
+    ) -> Result<(), DiskError> {
+        read.map_err(|err| {
+            disk_io(
+                format!("cannot read {length} bytes at {offset} of image {}", self.image),
+                err,
+            )
+        })?;
+        add(&self.stats.store_bytes, length as u64);
+        self.stats.reads.record(took);
+        Ok(())
+    }
+
+    /// Whether a miss of part of a unit is to bring in the whole: somebody would keep it, and it is worth it.
+    fn brings_whole(&self, handle: LayerHandle, unit: u32) -> bool {
+        self.tier.has_front() && (self.whole.covers(unit) || self.tier.pass(handle, unit))
     }
 
     /// Reads below RAM, after looking up anew where the bytes are.

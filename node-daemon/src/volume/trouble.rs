@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::Volume;
 use crate::disk::DiskError;
+use crate::store::Closed;
 
 /// Failures since attach.
 #[derive(Default)]
@@ -55,41 +56,87 @@ impl Trouble {
     }
 }
 
+/// One thing that is wrong with an image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ailment {
+    /// A stable code such as `IMAGE_CLOSED`.
+    pub code: &'static str,
+    /// Whether the guest is refused something now.
+    pub error: bool,
+    /// What is wrong.
+    pub what: String,
+    /// What to do.
+    pub fix: String,
+}
+
+impl Ailment {
+    /// An image that takes no more writes, and why.
+    pub fn closed(closed: &Closed) -> Self {
+        let lost = if closed.doubt {
+            "; writes that were not flushed before may be lost"
+        } else {
+            ""
+        };
+        Self {
+            code: "IMAGE_CLOSED",
+            error: true,
+            what: format!("takes no more writes: {}{lost}", closed.why),
+            fix:
+                "Look at the disk under the store, then detach and attach the image (hearth image detach, hearth image \
+                  attach), and let the guest check its file systems"
+                    .into(),
+        }
+    }
+}
+
+/// Ailments in one text; `None` without any.
+pub fn in_words(ailments: &[Ailment]) -> Option<String> {
+    let parts: Vec<_> = ailments.iter().map(|a| format!("{}. {}", a.what, a.fix)).collect();
+    (!parts.is_empty()).then(|| parts.join("; "))
+}
+
 impl Volume {
-    /// What is wrong with the image and what to do, in words; `None` while all is well.
-    pub fn trouble(&self) -> Option<String> {
-        let mut parts = Vec::new();
+    /// What is wrong with the image, worst first.
+    pub fn ailments(&self) -> Vec<Ailment> {
+        let mut all = Vec::new();
         if let Some(closed) = Self::top(&self.stack()).poisoned() {
-            let lost = if closed.doubt {
-                "; writes that were not flushed before may be lost"
-            } else {
-                ""
-            };
-            parts.push(format!(
-                "takes no more writes: {}{lost}. Look at the disk under the store, then detach and attach the image, \
-                 and let the guest check its file systems",
-                closed.why
-            ));
+            all.push(Ailment::closed(closed));
         } else if let Some(lost) = self.recovery.map(|r| r.dropped).filter(|dropped| *dropped > 0) {
-            parts.push(format!(
-                "was recovered at attach: {lost} changes of blocks that were never flushed are gone. Let the guest \
-                 check its file systems"
-            ));
+            all.push(Ailment {
+                code: "IMAGE_RECOVERED",
+                error: false,
+                what: format!("was recovered at attach: {lost} changes of blocks that were never flushed are gone"),
+                fix: "Let the guest check its file systems".into(),
+            });
         }
         let counts = self.trouble.counts.lock().expect("trouble lock");
         if self.trouble.full.load(Ordering::Acquire) {
-            parts.push(format!(
-                "the store is full: {} writes were refused since attach. Delete images or add disk space; writes go on \
-                 by themselves then",
-                counts.refused_full
-            ));
+            all.push(Ailment {
+                code: "STORE_FULL",
+                error: true,
+                what: format!(
+                    "the store is full: {} writes were refused since attach",
+                    counts.refused_full
+                ),
+                fix: "Delete images or add disk space; writes go on by themselves then".into(),
+            });
         }
         if counts.reads + counts.writes > 0 {
-            parts.push(format!(
-                "{} reads and {} writes failed since attach, the last: {}. Look at the disk under the store",
-                counts.reads, counts.writes, counts.last
-            ));
+            all.push(Ailment {
+                code: "IMAGE_IO_FAILED",
+                error: false,
+                what: format!(
+                    "{} reads and {} writes failed since attach, the last: {}",
+                    counts.reads, counts.writes, counts.last
+                ),
+                fix: "Look at the disk under the store".into(),
+            });
         }
-        (!parts.is_empty()).then(|| parts.join("; "))
+        all
+    }
+
+    /// The same in words; `None` while all is well.
+    pub fn trouble(&self) -> Option<String> {
+        in_words(&self.ailments())
     }
 }

@@ -68,6 +68,16 @@ impl Bench {
     }
 }
 
+/// A device over a disk, if the test can run.
+fn scene(tools: &[&str], disk: Double) -> Option<(Bench, Arc<Double>, DeviceInfo)> {
+    if !runs(tools) {
+        return None;
+    }
+    let (bench, disk) = (Bench::new(), Arc::new(disk));
+    let info = bench.attach(&disk);
+    Some((bench, disk, info))
+}
+
 impl Drop for Bench {
     fn drop(&mut self) {
         if let Err(e) = self.exports.detach(&self.name) {
@@ -123,14 +133,11 @@ fn sys(info: &DeviceInfo, entry: &str) -> String {
 
 #[test]
 fn the_device_is_as_asked_and_leaves_nothing_behind() {
-    if !runs(&[]) {
-        return;
-    }
-    let bench = Bench::new();
     // Not a multiple of the disk's block size.
     let size = 3 * MIB + 4096;
-    let disk = Arc::new(Double::in_memory(size).half_in_ram());
-    let info = bench.attach(&disk);
+    let Some((bench, disk, info)) = scene(&[], Double::in_memory(size).half_in_ram()) else {
+        return;
+    };
     assert_eq!(
         info.path,
         bench.folder.path().canonicalize().unwrap().join("dev/appl/vm-1")
@@ -192,12 +199,9 @@ fn the_device_is_as_asked_and_leaves_nothing_behind() {
 
 #[test]
 fn fio_finds_every_byte_at_depth_32() {
-    if !runs(&["fio"]) {
+    let Some((_bench, disk, info)) = scene(&["fio"], Double::in_memory(64 * MIB).half_in_ram()) else {
         return;
-    }
-    let bench = Bench::new();
-    let disk = Arc::new(Double::in_memory(64 * MIB).half_in_ram());
-    let info = bench.attach(&disk);
+    };
     for (pattern, block) in [("randwrite", "4k-64k"), ("write", "1m-1m")] {
         run(
             "fio",
@@ -225,12 +229,9 @@ fn fio_finds_every_byte_at_depth_32() {
 
 #[test]
 fn an_ext4_lives_on_it() {
-    if !runs(&["fio", "mkfs.ext4"].map(|t| if t == "mkfs.ext4" { "/sbin/mkfs.ext4" } else { t })) {
+    let Some((bench, disk, info)) = scene(&["fio", "/sbin/mkfs.ext4"], Double::in_memory(64 * MIB)) else {
         return;
-    }
-    let bench = Bench::new();
-    let disk = Arc::new(Double::in_memory(64 * MIB));
-    let info = bench.attach(&disk);
+    };
     let device = info.path.to_str().unwrap();
     run("/sbin/mkfs.ext4", &["-q", "-F", device]);
     let tree = bench.folder.path().join("tree");
@@ -271,12 +272,9 @@ fn an_ext4_lives_on_it() {
 
 #[test]
 fn discards_and_zeroes_reach_the_disk_as_such() {
-    if !runs(&["blkdiscard"]) {
+    let Some((_bench, disk, info)) = scene(&["blkdiscard"], Double::in_memory(16 * MIB)) else {
         return;
-    }
-    let bench = Bench::new();
-    let disk = Arc::new(Double::in_memory(16 * MIB));
-    let info = bench.attach(&disk);
+    };
     let device = info.path.to_str().unwrap();
     let file = open_direct(&info.path);
     let (ones, range) = aligned(MIB as usize, 0xff);
@@ -311,12 +309,9 @@ fn discards_and_zeroes_reach_the_disk_as_such() {
 
 #[test]
 fn a_flush_reaches_the_disk() {
-    if !runs(&[]) {
+    let Some((_bench, disk, info)) = scene(&[], Double::in_memory(MIB)) else {
         return;
-    }
-    let bench = Bench::new();
-    let disk = Arc::new(Double::in_memory(MIB));
-    let info = bench.attach(&disk);
+    };
     let file = open_direct(&info.path);
     // Setting the loop device up flushes too.
     let before = Double::get(&disk.flushes);
@@ -328,12 +323,9 @@ fn a_flush_reaches_the_disk() {
 
 #[test]
 fn detaching_a_device_in_use_is_refused_and_changes_nothing() {
-    if !runs(&[]) {
+    let Some((bench, _disk, info)) = scene(&[], Double::in_memory(MIB)) else {
         return;
-    }
-    let bench = Bench::new();
-    let disk = Arc::new(Double::in_memory(MIB));
-    let info = bench.attach(&disk);
+    };
     let file = open_direct(&info.path);
     let refused = bench.exports.detach(&bench.name).unwrap_err();
     assert!(matches!(refused, DeviceError::Busy { .. }), "{refused}");
@@ -356,12 +348,9 @@ fn detaching_a_device_in_use_is_refused_and_changes_nothing() {
 /// udev opens a device that was written to for a moment, which is no use of it.
 #[test]
 fn a_look_into_the_device_does_not_keep_it_from_being_detached() {
-    if !runs(&[]) {
+    let Some((bench, disk, info)) = scene(&[], Double::in_memory(MIB)) else {
         return;
-    }
-    let bench = Bench::new();
-    let disk = Arc::new(Double::in_memory(MIB));
-    let info = bench.attach(&disk);
+    };
     let file = open_direct(&info.path);
     let before = Double::get(&disk.flushes);
     std::thread::scope(|scope| {
@@ -382,13 +371,10 @@ fn a_look_into_the_device_does_not_keep_it_from_being_detached() {
 
 #[test]
 fn thirty_two_reads_wait_for_the_disk_at_once() {
-    if !runs(&["fio"]) {
-        return;
-    }
-    let bench = Bench::new();
     // No read returns before 32 are inside, so a shallower export would hang here.
-    let disk = Arc::new(Double::in_memory(MIB).gated(32));
-    let info = bench.attach(&disk);
+    let Some((_bench, disk, info)) = scene(&["fio"], Double::in_memory(MIB).gated(32)) else {
+        return;
+    };
     std::thread::scope(|scope| {
         for i in 0..32u64 {
             let path = &info.path;
@@ -403,11 +389,9 @@ fn thirty_two_reads_wait_for_the_disk_at_once() {
 
 #[test]
 fn a_read_only_disk_is_a_read_only_device() {
-    if !runs(&[]) {
+    let Some((_bench, _disk, info)) = scene(&[], Double::in_memory(MIB).read_only()) else {
         return;
-    }
-    let bench = Bench::new();
-    let info = bench.attach(&Arc::new(Double::in_memory(MIB).read_only()));
+    };
     assert_eq!(sys(&info, "ro"), "1");
     let write = File::options()
         .write(true)
@@ -421,12 +405,9 @@ fn a_read_only_disk_is_a_read_only_device() {
 
 #[test]
 fn a_failing_disk_is_an_io_error_and_can_be_detached() {
-    if !runs(&[]) {
+    let Some((bench, disk, info)) = scene(&[], Double::in_memory(MIB)) else {
         return;
-    }
-    let bench = Bench::new();
-    let disk = Arc::new(Double::in_memory(MIB));
-    let info = bench.attach(&disk);
+    };
     let file = open_direct(&info.path);
     disk.writes_fail.store(true, Ordering::SeqCst);
     let (data, range) = aligned(4096, 1);

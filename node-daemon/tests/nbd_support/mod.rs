@@ -7,7 +7,7 @@ pub mod gated;
 pub mod raw;
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Output, Stdio};
 use std::sync::Arc;
 use std::thread;
 
@@ -15,6 +15,7 @@ use hearth_node::disk::Disk;
 use hearth_node::export::nbd::memory::OneExport;
 use hearth_node::export::nbd::{ExportTable, NbdHandle, NbdLimits, NbdServer, SOCKET_MODE};
 use tokio::sync::oneshot;
+use xtask::process::stock;
 
 /// Name of the export in most tests.
 pub const EXPORT: &str = "appl/vm-1";
@@ -129,17 +130,9 @@ pub fn skip(reason: &str) {
     );
 }
 
-/// A stock client. Debian's Python modules belong to Debian's Python, whichever else comes first in the path.
-fn client(program: &str) -> Command {
-    let mut command = Command::new(program);
-    let path = std::env::var("PATH").unwrap_or_default();
-    command.env("PATH", format!("/usr/bin:/bin:{path}"));
-    command
-}
-
 fn runs(tool: &str) -> bool {
     let mut words = tool.split(' ');
-    let mut command = client(words.next().expect("a tool has a name"));
+    let mut command = stock(words.next().expect("a tool has a name"));
     let arguments: Vec<_> = words.collect();
     if arguments.is_empty() {
         command.arg("--version");
@@ -154,7 +147,7 @@ fn runs(tool: &str) -> bool {
 
 /// Runs a command to its end.
 pub fn run(program: &str, arguments: &[&str]) -> Output {
-    client(program)
+    stock(program)
         .args(arguments)
         .output()
         .unwrap_or_else(|error| panic!("run {program}: {error}"))

@@ -301,7 +301,10 @@ impl State {
                     None => facts.odd.foreign_answers += 1,
                 }
             }
-            Event::TermStarted { .. } | Event::DigestRecorded { .. } | Event::LogRecovered { .. } => {}
+            Event::TermStarted { .. }
+            | Event::DigestRecorded { .. }
+            | Event::LogRecovered { .. }
+            | Event::LossAccepted { .. } => {}
             Event::Ticked { tick, time, .. } => self.ticked(*tick, *time),
             Event::HeatFolded(heat) => self.heat_folded(seq, heat),
             Event::PolicySet { version, policy, .. } => self.policy_set(*version, policy),

@@ -186,12 +186,7 @@ pub fn image_heat(state: &State, image: ImageId) -> Option<ImageHeatView> {
 fn health(facts: &Facts) -> Vec<HealthItem> {
     let mut items = Vec::new();
     let mut add = |code: &str, error: bool, message: String, fix: String| {
-        items.push(HealthItem {
-            code: code.into(),
-            severity: if error { "error" } else { "warning" }.into(),
-            message,
-            fix,
-        });
+        items.push(HealthItem::new(code, error, message, fix));
     };
     if facts.validity.leader().is_none() {
         add(
@@ -264,6 +259,6 @@ fn health(facts: &Facts) -> Vec<HealthItem> {
             "hearth log verify".into(),
         );
     }
-    items.sort_by(|a: &HealthItem, b| (&a.severity, &a.code, &a.message).cmp(&(&b.severity, &b.code, &b.message)));
+    HealthItem::sort(&mut items);
     items
 }

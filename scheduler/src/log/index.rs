@@ -131,7 +131,8 @@ pub(super) fn keys(seq: Seq, envelope: &Envelope, event: &Event) -> Vec<(Group, 
         | Event::Ticked { .. }
         | Event::PolicySet { .. }
         | Event::DigestRecorded { .. }
-        | Event::LogRecovered { .. } => {}
+        | Event::LogRecovered { .. }
+        | Event::LossAccepted { .. } => {}
     }
     let mut keys: Vec<_> = found.iter().map(|index| (index.group(), index.key(seq))).collect();
     if let Event::Ticked { time, .. } = event {

@@ -69,6 +69,33 @@ fn store_options() -> Options {
     options
 }
 
+fn judge_layout(dir: &Path, value: &[u8]) -> Result<(), LogError> {
+    match <[u8; 4]>::try_from(value).map(u32::from_be_bytes) {
+        Ok(layout) if layout <= LAYOUT => Ok(()),
+        Ok(layout) => Err(LogError::Newer {
+            dir: dir.into(),
+            found: format!("its layout is {layout}, this build knows up to {LAYOUT}"),
+        }),
+        Err(_) => Err(LogError::Damaged {
+            dir: dir.into(),
+            seq: Seq(0),
+            why: "its layout cannot be read".into(),
+        }),
+    }
+}
+
+/// Looks at a directory's layout before it is opened for writing: that alone makes RocksDB write files anew. Whatever
+/// else is wrong with it, opening it says.
+fn refuse_newer(dir: &Path) -> Result<(), LogError> {
+    let Ok(db) = DB::open_cf_for_read_only(&store_options(), dir, [META], false) else {
+        return Ok(());
+    };
+    let layout = db
+        .cf_handle(META)
+        .and_then(|meta| db.get_cf(meta, LAYOUT_KEY).ok().flatten());
+    layout.map_or(Ok(()), |value| judge_layout(dir, &value))
+}
+
 impl RocksLog {
     /// Opens the log of a directory for writing, or starts one.
     ///
@@ -80,6 +107,7 @@ impl RocksLog {
             dir: dir.into(),
             source,
         })?;
+        refuse_newer(dir)?;
         let mut options = store_options();
         options.create_if_missing(true);
         options.create_missing_column_families(true);
@@ -134,17 +162,9 @@ impl RocksLog {
     }
 
     fn check_layout(&self) -> Result<(), LogError> {
-        let Some(value) = self.meta(LAYOUT_KEY)? else {
-            return Ok(());
-        };
-        let layout = <[u8; 4]>::try_from(value.as_slice()).map(u32::from_be_bytes);
-        match layout {
-            Ok(layout) if layout <= LAYOUT => Ok(()),
-            Ok(layout) => Err(LogError::Newer {
-                dir: self.dir.clone(),
-                found: format!("its layout is {layout}, this build knows up to {LAYOUT}"),
-            }),
-            Err(_) => Err(self.damaged(Seq(0), "its layout cannot be read")),
+        match self.meta(LAYOUT_KEY)? {
+            None => Ok(()),
+            Some(value) => judge_layout(&self.dir, &value),
         }
     }
 

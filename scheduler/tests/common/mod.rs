@@ -242,7 +242,7 @@ impl Process {
             .arg("--dir")
             .arg(dir.join("log"))
             .args(more)
-            .env("RUST_LOG", "info")
+            .env("RUST_LOG", "info,hearth_scheduler::keeper=debug")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(stderr)
@@ -300,6 +300,33 @@ impl Drop for Process {
         self.kill();
         if std::thread::panicking() {
             eprintln!("--- stderr of {}:\n{}", self.id, self.said());
+        }
+    }
+}
+
+/// A server and a scheduler that leads on it, seen from its first tick on. What stops last stands first.
+pub struct Scene {
+    pub dir: tempfile::TempDir,
+    pub server: NatsServer,
+    pub s1: Process,
+    pub bus: Bus,
+    pub watch: Watch,
+}
+
+impl Scene {
+    pub async fn start() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let server = NatsServer::start(&dir.path().join("nats"));
+        let s1 = Process::start(&server, "s1", &dir.path().join("s1"));
+        let bus = connect(&server).await;
+        let mut watch = Watch::new(&bus);
+        watch.ticks(1).await;
+        Self {
+            dir,
+            server,
+            s1,
+            bus,
+            watch,
         }
     }
 }

@@ -104,6 +104,7 @@ impl Default for ClusterSpec {
         Self {
             nodes: 1,
             ram_bytes: 32 << 20,
+            // More room for promoted blocks than a node gives them by default: demo and tests are there to show them.
             front_percent: 25,
             heat: "auto",
             under: None,

@@ -65,7 +65,16 @@ impl Nats {
     /// # Errors
     /// It does not come back.
     pub fn crash_and_restart(&mut self) -> Result<()> {
+        self.crash_and_restart_after(|_| Ok(()))
+    }
+
+    /// As [`Nats::crash_and_restart`]; meanwhile something is done with the folder of its streams.
+    ///
+    /// # Errors
+    /// That fails, or it does not come back.
+    pub fn crash_and_restart_after(&mut self, meanwhile: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
         self.daemon.kill()?;
+        meanwhile(&self.dir.join("streams"))?;
         (self.daemon, self.ports) = launch(&self.program, &self.dir, self.ports)?;
         Ok(())
     }

@@ -19,12 +19,17 @@ use super::job::{Failure, Job, Outcome, Terms};
 use super::limits::NbdLimits;
 use super::output::{Output, REPLY_ROOM_BYTES};
 use super::proto::{self, Errno, Framing, Head, Malformed, PAYLOAD_BYTES_MAX, Request, command};
+use super::ring::{self, Pending};
 use super::stream::Stream;
 use super::workers::{Completion, Lane, Submission};
-use super::{ExportEntry, ExportTable};
+use super::{ExportEntry, ExportTable, pace};
 
 /// Bytes read from the socket at once; large enough for a few hundred requests or a batch of small writes.
 const INPUT_BYTES: usize = 128 << 10;
+/// A rest of a payload from this on is read with little of what comes behind it.
+const LARGE_PAYLOAD_BYTES_MIN: usize = 16 << 10;
+/// That little: the next header, and a batch of requests without payload.
+const BEHIND_LARGE_BYTES: usize = 1 << 10;
 /// Longest read answered from RAM straight into the output arena.
 const ARENA_READ_BYTES_MAX: u64 = 64 << 10;
 /// Longest read answered from RAM in line; copying more would hold up the other connections of this thread.
@@ -261,6 +266,7 @@ impl Connection {
             Ok(()) => End::Closed,
             Err(end) => end,
         };
+        pace::came_back(self.in_flight);
         self.in_flight -= self.lane.cancel() + self.arrived.len();
         while self.in_flight > 0 {
             self.lane.completions().arrived().await;
@@ -277,9 +283,13 @@ impl Connection {
             self.absorb();
             let pause = self.process()?;
             self.lane.submit(&mut self.submissions);
+            ring::submit();
             let (sent, released) = self.output.send(&self.stream).map_err(hung_up)?;
             if released > 0 {
                 self.budget.release(released);
+            }
+            if sent > 0 {
+                pace::replies_left();
             }
             if self.is_finished() {
                 return Ok(());
@@ -325,6 +335,7 @@ impl Connection {
                 outcome,
             } = completion;
             self.in_flight -= 1;
+            pace::came_back(1);
             if let Some(counter) = &self.entry.counter
                 && let Some(op) = op_of(request.command)
             {
@@ -473,10 +484,31 @@ impl Connection {
         {
             *hits += 1;
             self.output.reply(self.framing, request, Outcome::Data(buffer), length);
+        } else if request.length <= ARENA_READ_BYTES_MAX
+            && self.in_flight < self.limits.workers_per_connection_max
+            && ring::has_room()
+            && let Some(from) = self.entry.disk.file_read(request.offset, length)
+        {
+            ring::begin(Pending {
+                request: *request,
+                received: self.received,
+                reserved: length,
+                buffer,
+                from,
+                disk: Arc::clone(&self.entry.disk),
+                completions: Arc::clone(self.lane.completions()),
+            });
+            self.went();
         } else {
             self.submit(*request, Some(buffer), length);
         }
         Ok(None)
+    }
+
+    /// One more request is with the disk.
+    fn went(&mut self) {
+        self.in_flight += 1;
+        pace::handed_over(1);
     }
 
     fn count(&self, request: &Request) {
@@ -500,7 +532,7 @@ impl Connection {
             received: self.received,
             reserved,
         });
-        self.in_flight += 1;
+        self.went();
     }
 
     /// Reads what the socket has; says whether there was anything.
@@ -516,7 +548,13 @@ impl Connection {
             Receiving::Payload { buffer, filled, .. } => {
                 let rest = &mut buffer[*filled..];
                 let wanted = rest.len();
-                let mut parts = [IoSliceMut::new(rest), IoSliceMut::new(&mut self.input)];
+                // Behind a large payload comes another: that, too, is better read to its place than copied there.
+                let behind = if wanted >= LARGE_PAYLOAD_BYTES_MIN {
+                    &mut self.input[..BEHIND_LARGE_BYTES]
+                } else {
+                    &mut self.input
+                };
+                let mut parts = [IoSliceMut::new(rest), IoSliceMut::new(behind)];
                 self.stream.try_read_vectored(&mut parts).inspect(|read| {
                     *filled += (*read).min(wanted);
                     self.end = read.saturating_sub(wanted);
@@ -535,6 +573,7 @@ impl Connection {
             Ok(0) => Err(End::Cut),
             Ok(_) => {
                 self.received = Instant::now();
+                pace::requests_came(self.received);
                 Ok(true)
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),

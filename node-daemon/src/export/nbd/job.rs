@@ -34,7 +34,8 @@ impl Failure {
         }
     }
 
-    fn of(error: &DiskError, is_write: bool) -> Self {
+    /// A disk's failure.
+    pub fn of(error: &DiskError, is_write: bool) -> Self {
         let errno = match error {
             DiskError::OutOfRange { .. } if is_write => Errno::NoSpace,
             DiskError::OutOfRange { .. } => Errno::Inval,

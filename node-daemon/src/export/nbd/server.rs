@@ -18,10 +18,11 @@ use tokio::task::JoinSet;
 
 use super::buffer::{Budget, BufferPool};
 use super::connection::{Connection, Control, End, shake_hands};
+use super::handshake::Chosen;
 use super::limits::NbdLimits;
 use super::stream::{Accepted, Listener};
 use super::workers::Workers;
-use super::{ExportEntry, ExportTable, NbdError};
+use super::{ExportEntry, ExportTable, NbdError, pace, ring};
 use crate::mutants;
 
 /// A connection as an operator sees it.
@@ -235,7 +236,14 @@ impl IoThreads {
             threads.handles.push(runtime.handle().clone());
             threads.stops.push(stop);
             let body = move || {
-                let _ = runtime.block_on(stopped);
+                runtime.block_on(async {
+                    tokio::select! {
+                        _ = stopped => {}
+                        () = pace::stay_awake() => {}
+                        () = ring::serve() => {}
+                    }
+                });
+                ring::close();
             };
             threads
                 .joins
@@ -378,7 +386,12 @@ impl NbdServer {
                 );
                 continue;
             };
-            threads.next().spawn(converse(Arc::clone(&context), registered, socket));
+            tokio::spawn(converse(
+                Arc::clone(&context),
+                registered,
+                socket,
+                threads.next().clone(),
+            ));
         }
         accepting.shutdown().await; // closes the listeners, and removes the sockets that were made here
         if tokio::time::timeout(limits.drain_timeout * 2, self.handle.hang_up_all())
@@ -401,21 +414,29 @@ struct Context {
     limits: Arc<NbdLimits>,
 }
 
-/// One connection from accept to hang-up.
-async fn converse(context: Arc<Context>, registered: Registered, socket: Accepted) {
-    let end = serve(&context, &registered, socket).await;
+/// One connection from accept to hang-up. The handshake is done where connections are accepted: a crowd that gets no
+/// further takes no time from the threads that serve guests. `thread` is one of those.
+async fn converse(context: Arc<Context>, registered: Registered, socket: Accepted, thread: Handle) {
     let id = registered.id;
+    let end = match prepare(&context, &registered, socket).await {
+        Ok(ready) => {
+            let serving = thread.spawn(async move { serve(&context, &registered, ready).await });
+            // The thread may be gone already: then so is the server.
+            serving.await.unwrap_or(End::Closed)
+        }
+        Err(end) => end,
+    };
     match end {
         End::Closed => tracing::debug!(id, "an NBD connection was closed"),
         end => tracing::warn!(id, %end, "an NBD connection was ended"),
     }
 }
 
-async fn serve(context: &Context, registered: &Registered, socket: Accepted) -> End {
-    let stream = match socket.into_stream() {
-        Ok(stream) => stream,
-        Err(error) => return End::Socket(error),
-    };
+/// A connection after its handshake: its socket, what it chose, and what it sent behind it.
+type Ready = (Accepted, Chosen, Vec<u8>);
+
+async fn prepare(context: &Context, registered: &Registered, socket: Accepted) -> Result<Ready, End> {
+    let stream = socket.into_stream().map_err(End::Socket)?;
     let limits = &context.limits;
     let table = Admission {
         table: &*context.table,
@@ -424,10 +445,18 @@ async fn serve(context: &Context, registered: &Registered, socket: Accepted) -> 
     };
     let handshake = shake_hands(&stream, &table, &registered.control);
     let (chosen, early) = match tokio::time::timeout(limits.handshake_timeout, handshake).await {
-        Ok(Ok(done)) => done,
-        Ok(Err(end)) => return end,
-        Err(_) => return End::HandshakeTimeout,
+        Ok(done) => done?,
+        Err(_) => return Err(End::HandshakeTimeout),
     };
+    Ok((stream.into_accepted().map_err(End::Socket)?, chosen, early))
+}
+
+async fn serve(context: &Context, registered: &Registered, (socket, chosen, early): Ready) -> End {
+    let stream = match socket.into_stream() {
+        Ok(stream) => stream,
+        Err(error) => return End::Socket(error),
+    };
+    let limits = &context.limits;
     let budget = Budget::new(
         Arc::clone(&context.pool),
         limits.connection_bytes_granted,

@@ -58,6 +58,17 @@ macro_rules! either {
 }
 
 impl Stream {
+    /// Unties the socket from its runtime.
+    ///
+    /// # Errors
+    /// The runtime's, when it is shutting down.
+    pub fn into_accepted(self) -> io::Result<Accepted> {
+        Ok(match self {
+            Stream::Unix(stream) => Accepted::Unix(stream.into_std()?),
+            Stream::Tcp(stream) => Accepted::Tcp(stream.into_std()?),
+        })
+    }
+
     /// Reads what is there.
     pub fn try_read(&self, buf: &mut [u8]) -> io::Result<usize> {
         either!(self, stream => stream.try_read(buf))

@@ -34,7 +34,8 @@ pub struct Completions {
 }
 
 impl Completions {
-    fn push(&self, completion: Completion) {
+    /// Adds one.
+    pub fn push(&self, completion: Completion) {
         self.queue.lock().expect("no panic under this lock").push(completion);
         self.arrived.notify_one();
     }
@@ -151,7 +152,7 @@ pub struct Lane {
 
 impl Lane {
     /// Where this lane's completions arrive.
-    pub fn completions(&self) -> &Completions {
+    pub fn completions(&self) -> &Arc<Completions> {
         &self.completions
     }
 

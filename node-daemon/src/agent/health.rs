@@ -1,0 +1,108 @@
+//! What is wrong on this node, as it knows by itself: of its images, and of its place in the log.
+
+use hearth_protocol::limits::NODE_HEALTH_MAX;
+use hearth_protocol::rpc::{ImageInfo, NodeHealth};
+use hearth_protocol::view::HealthItem;
+use hearth_protocol::{ByteLen, ImageId};
+
+use super::requests::Requests;
+use crate::store::{ImageMeta, StoreError};
+use crate::volume::{Ailment, in_words};
+
+fn damaged(error: &StoreError) -> Ailment {
+    Ailment {
+        code: "IMAGE_DAMAGED",
+        error: true,
+        what: error.to_string(),
+        fix: "Put a sound copy of the file in its place; the image is served again by itself then".into(),
+    }
+}
+
+impl Requests {
+    /// What is wrong with an image.
+    pub(super) fn ailments(&self, meta: &ImageMeta) -> Vec<Ailment> {
+        if let Some(served) = self.node.served.get(meta.id) {
+            return served.volume.ailments();
+        }
+        if let Some(why) = self.node.waiting_why(meta.id) {
+            return vec![Ailment {
+                code: "IMAGE_NOT_SERVED",
+                error: true,
+                what: format!("is to be served and cannot be: {why}"),
+                fix: "Remove what stands in the way; it is tried again every 2 s".into(),
+            }];
+        }
+        match self.node.store.closed(meta) {
+            Ok(None) => Vec::new(),
+            Ok(Some(closed)) => vec![Ailment {
+                fix: "The next attach opens it, without what was not flushed".into(),
+                ..Ailment::closed(&closed)
+            }],
+            Err(error) => vec![damaged(&error)],
+        }
+    }
+
+    fn damaged_images(&self) -> Vec<(ImageId, Ailment)> {
+        let found = self.node.store.damaged();
+        found.iter().map(|(id, error)| (*id, damaged(error))).collect()
+    }
+
+    /// The images whose metadata cannot be read, as far as the log knows them.
+    pub(super) fn damaged_infos(&self) -> Vec<ImageInfo> {
+        let facts = self.link.facts();
+        let info = |(id, ailment): (ImageId, Ailment)| {
+            let known = facts.image(id)?;
+            Some(ImageInfo {
+                id,
+                name: known.created.name.clone(),
+                size: known.created.size,
+                block_size: known.created.block_size,
+                allocated: ByteLen(0),
+                layers: known.created.layers.clone(),
+                snapshots: known.snapshots.iter().map(|(name, _)| name.clone()).collect(),
+                parent: None,
+                node: self.node.config.id.clone(),
+                attached: None,
+                trouble: in_words(&[ailment]),
+            })
+        };
+        self.damaged_images().into_iter().filter_map(info).collect()
+    }
+
+    /// Everything that is wrong.
+    pub(super) fn health(&self) -> NodeHealth {
+        let node = &self.node.config.id;
+        let mut items = Vec::new();
+        if let Some(why) = self.link.frozen() {
+            items.push(HealthItem::new(
+                "NODE_FROZEN",
+                true,
+                format!("node {node} makes no changes to images, their I/O goes on: {why}"),
+                "put back what the stream lost, or accept the loss: hearth log recover --help",
+            ));
+        }
+        let item = |what: String, ailment: Ailment| {
+            let message = format!("{what} on {node}: {}", ailment.what);
+            HealthItem::new(ailment.code, ailment.error, message, ailment.fix)
+        };
+        for meta in self.node.store.images() {
+            let found = self.ailments(&meta).into_iter();
+            items.extend(found.map(|ailment| item(format!("image {}", meta.name), ailment)));
+        }
+        for (id, ailment) in self.damaged_images() {
+            let name = self.link.facts().image(id).map(|known| known.created.name.to_string());
+            items.push(item(
+                format!("image {}", name.unwrap_or_else(|| id.to_string())),
+                ailment,
+            ));
+        }
+        HealthItem::sort(&mut items);
+        let omitted = items.len().saturating_sub(NODE_HEALTH_MAX);
+        items.truncate(NODE_HEALTH_MAX);
+        NodeHealth {
+            node: node.clone(),
+            items,
+            omitted: omitted as u64,
+        }
+    }
+}
