@@ -9,6 +9,7 @@
 //! at most 70 bytes a tracked block.
 
 use std::cmp::Reverse;
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 
 use hearth_protocol::heat::BlockHeat;
@@ -195,19 +196,17 @@ impl NodeBlocks {
             if add == 0 {
                 continue;
             }
-            let before = layer.cells.get(&record.block).copied();
-            let mut cell = before.unwrap_or_default();
-            if let Some(before) = &before {
-                layer.unlist(record.block, before, floor);
-            } else {
-                self.tracked += 1;
-            }
+            let entry = layer.cells.entry(record.block);
+            self.tracked += u64::from(matches!(entry, Entry::Vacant(_)));
+            let cell = entry.or_default();
+            let before = *cell;
             cell.weight = cell.weight.saturating_add(add).min(u64::MAX >> 1);
             if at.clean {
                 cell.heat_seq = at.seq;
             }
-            layer.cells.insert(record.block, cell);
-            layer.list(record.block, &cell, floor);
+            let after = *cell;
+            layer.unlist(record.block, &before, floor);
+            layer.list(record.block, &after, floor);
         }
         if layer.cells.is_empty() {
             self.layers.remove(&at.layer);

@@ -211,7 +211,8 @@ impl<'a> Plan<'a> {
         let mut left = budget;
         let mut chosen: Vec<Chosen<'a>> = Vec::new();
         let mut displaced: BTreeMap<LayerId, Vec<Demotion>> = BTreeMap::new();
-        let mut lost: Vec<Alternative> = Vec::new();
+        // Written out only if a command is given: in most ticks of a full region nothing pays.
+        let mut lost: Vec<(Ranked<'a>, &'static str)> = Vec::with_capacity(ALTERNATIVES_MAX);
         let mut candidates = self.candidates();
         // Victims of the candidate at hand; if it loses they are still the coldest for the next one.
         let mut victims: Vec<Ranked<'a>> = Vec::new();
@@ -242,7 +243,7 @@ impl<'a> Plan<'a> {
             };
             if let Some(why) = why {
                 residents.put_back(&mut victims);
-                lost.push(self.alternative(&candidate, why));
+                lost.push((candidate, why));
                 // All that follow are colder and every victim is at least as warm: they are looked at only to name
                 // the best of them.
                 if lost.len() == ALTERNATIVES_MAX {
@@ -291,6 +292,7 @@ impl<'a> Plan<'a> {
             ("budget_bytes", budget),
             ("in_flight_bytes", in_flight),
         ];
+        let lost: Vec<Alternative> = lost.iter().map(|(l, why)| self.alternative(l, why)).collect();
         self.give_promotions(&chosen, &numbers, &lost);
     }
 
