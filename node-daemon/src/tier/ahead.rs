@@ -4,8 +4,8 @@
 
 use super::budget::{REPLAY, class_of};
 use super::guard::FillToken;
-use super::resident::key_of;
-use super::{Filled, LayerHandle, RamTier, Region, SLOT, mix};
+use super::resident::{Key, key_of};
+use super::{Filled, LayerHandle, Policy, RamTier, Region, SLOT};
 
 /// Misses remembered for each slot of 64 KiB.
 const MISSES_PER_SLOT: u64 = 4;
@@ -13,9 +13,10 @@ const MISSES_PER_SLOT: u64 = 4;
 /// Misses remembered at least and at most: at 16 bytes 1 MiB, and 64 MiB.
 const MISSES: (u64, u64) = (1 << 16, 1 << 22);
 
-/// Misses that a tier of `capacity` bytes remembers.
+/// Misses that a tier of `capacity` bytes remembers: a power of two.
 pub(super) fn history_misses(capacity: u64) -> usize {
-    (capacity / SLOT as u64 * MISSES_PER_SLOT).clamp(MISSES.0, MISSES.1) as usize
+    let wanted = (capacity / SLOT as u64 * MISSES_PER_SLOT).clamp(MISSES.0, MISSES.1);
+    1 << wanted.ilog2()
 }
 
 /// What a replay asks for: units of some layers, guesses of one class.
@@ -60,7 +61,7 @@ impl RamTier {
         let mut replayed = None;
         let room = self.ahead_room(layer.unit_bytes());
         let mut history = self.history.lock().expect("history lock");
-        history.missed(key_of(layer, unit), |keys, count, matches| {
+        history.missed(key_of(layer, unit).name, |keys, count, matches| {
             let class = class_of(REPLAY, matches);
             let granted = self.budget.grant(class, count, room);
             if granted > 0 {
@@ -77,22 +78,26 @@ impl RamTier {
     pub fn fill_ahead(&self, layer: LayerHandle, unit: u32, token: FillToken, data: &[u8], class: u8) -> Filled {
         let filled = self.fill_as(layer, unit, token, data, Region::Front, Some(class));
         if filled != Filled::Done {
-            self.budget.unread(class);
+            self.budget.unread(class, 1);
         }
         filled
     }
 
     /// `count` units that might have been read ahead were not.
     pub fn unread(&self, class: u8, count: u32) {
-        (0..count).for_each(|_| self.budget.unread(class));
+        self.budget.unread(class, count);
     }
 
     /// A unit that is not resident was written: its history knows it, RAM does not.
-    pub(super) fn passed_by(&self, layer: LayerHandle, key: u64) {
+    pub(super) fn passed_by(&self, layer: LayerHandle, key: Key) {
         // A writer does not wait for the queues; a burst that is not counted is no harm.
-        if let Ok(mut policy) = self.policy.try_lock()
-            && policy.front.passed_by(mix(key), self.residents.clock.now())
-        {
+        if let Ok(mut policy) = self.policy.try_lock() {
+            self.count_passed(&mut policy, layer, key);
+        }
+    }
+
+    fn count_passed(&self, policy: &mut Policy, layer: LayerHandle, key: Key) {
+        if policy.front.passed_by(key.hash, self.residents.clock.now()) {
             self.residents.clock.count(layer.unit_bytes());
         }
     }
@@ -102,10 +107,11 @@ impl RamTier {
     /// units that come in.
     pub fn pass(&self, layer: LayerHandle, unit: u32) -> bool {
         let key = key_of(layer, unit);
-        if self.policy().front.remembers(mix(key)) {
+        let mut policy = self.policy();
+        if policy.front.remembers(key.hash) {
             return true;
         }
-        self.passed_by(layer, key);
+        self.count_passed(&mut policy, layer, key);
         false
     }
 

@@ -64,7 +64,7 @@ pub struct Budget {
     expected: AtomicU64,
     below: AtomicU64,
     /// Of 65,536 units so many are sampled.
-    sampled: u32,
+    sampled: AtomicU32,
     used_total: AtomicU64,
     wasted_total: AtomicU64,
 }
@@ -81,7 +81,7 @@ impl Budget {
             classes: Default::default(),
             expected: AtomicU64::new(0),
             below: AtomicU64::new(0),
-            sampled: sampled.max(1),
+            sampled: AtomicU32::new(sampled.max(1)),
             used_total: AtomicU64::new(0),
             wasted_total: AtomicU64::new(0),
         }
@@ -97,11 +97,20 @@ impl Budget {
         }
     }
 
+    /// From now on `sampled` in 65,536 units are told of; what was counted before is brought to that scale.
+    pub fn resample(&self, sampled: u32) {
+        let before = u64::from(self.sampled.swap(sampled.max(1), Ordering::Relaxed));
+        for sum in [&self.expected, &self.below] {
+            let scaled = sum.load(Ordering::Relaxed) * u64::from(sampled) / before;
+            sum.store(scaled, Ordering::Relaxed);
+        }
+    }
+
     /// A unit read ahead was used.
     pub fn used(&self, class: u8) {
         let class = &self.classes[usize::from(class) % CLASSES];
         class.used.fetch_add(1, Ordering::Relaxed);
-        settle(&class.out);
+        settle(&class.out, 1);
         self.used_total.fetch_add(1, Ordering::Relaxed);
     }
 
@@ -109,7 +118,7 @@ impl Budget {
     pub fn wasted(&self, class: u8) {
         let class = &self.classes[usize::from(class) % CLASSES];
         let wasted = class.wasted.fetch_add(1, Ordering::Relaxed) + 1;
-        settle(&class.out);
+        settle(&class.out, 1);
         let used = class.used.load(Ordering::Relaxed);
         if used + wasted > OUTCOMES_MAX {
             class.used.store(used / 2, Ordering::Relaxed);
@@ -118,9 +127,11 @@ impl Budget {
         self.wasted_total.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// A unit that was asked for was not read after all, or a reader came first.
-    pub fn unread(&self, class: u8) {
-        settle(&self.classes[usize::from(class) % CLASSES].out);
+    /// Units that were asked for were not read after all, or a reader came first.
+    pub fn unread(&self, class: u8, count: u32) {
+        if count > 0 {
+            settle(&self.classes[usize::from(class) % CLASSES].out, count);
+        }
     }
 
     /// How many of `count` units of a class may be read ahead now; they count as asked for. Together at most `room`
@@ -141,7 +152,8 @@ impl Budget {
 
     /// Units that may still be read ahead.
     fn balance(&self) -> i64 {
-        let units = |n: &AtomicU64| n.load(Ordering::Relaxed) as i64 * SAMPLED_ALL / i64::from(self.sampled);
+        let sampled = i64::from(self.sampled.load(Ordering::Relaxed));
+        let units = |n: &AtomicU64| n.load(Ordering::Relaxed) as i64 * SAMPLED_ALL / sampled;
         let expected = units(&self.expected);
         let cold = expected.min(COLD_UNITS);
         let over = cold * COLD_OVER_PERCENT + (expected - cold) * OVER_PERCENT;
@@ -155,8 +167,8 @@ impl Budget {
     }
 }
 
-fn settle(out: &AtomicU32) {
-    let _ = out.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1));
+fn settle(out: &AtomicU32, count: u32) {
+    let _ = out.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| Some(n.saturating_sub(count)));
 }
 
 #[cfg(test)]
@@ -213,7 +225,7 @@ mod tests {
         assert_eq!(budget.grant(1, 10, 16), 10);
         // Reads below that the shadow would have hit.
         (0..200).for_each(|_| budget.sampled(false, true));
-        budget.unread(1);
+        budget.unread(1, 1);
         assert_eq!(budget.grant(1, 1, 16), 0);
     }
 
@@ -230,7 +242,7 @@ mod tests {
         (0..1000).for_each(|_| budget.sampled(true, true));
         assert_eq!(budget.grant(1, 10, 16), 10);
         assert_eq!(budget.grant(2, 10, 16), 6);
-        budget.unread(1);
+        budget.unread(1, 1);
         assert_eq!(budget.grant(2, 10, 16), 1);
     }
 

@@ -23,16 +23,20 @@ pub const COUNT_MAX: u8 = 15;
 pub struct BurstClock {
     bytes: AtomicU64,
     tick: AtomicU32,
+    /// Bytes at which the next tick begins.
+    next: AtomicU64,
     bytes_per_tick: u64,
 }
 
 impl BurstClock {
     /// The clock of a tier of `capacity` bytes.
     pub fn new(capacity: u64) -> Self {
+        let bytes_per_tick = (capacity / TICKS_PER_TURNOVER).max(1);
         Self {
             bytes: AtomicU64::new(0),
             tick: AtomicU32::new(0),
-            bytes_per_tick: (capacity / TICKS_PER_TURNOVER).max(1),
+            next: AtomicU64::new(bytes_per_tick),
+            bytes_per_tick,
         }
     }
 
@@ -42,10 +46,23 @@ impl BurstClock {
         self.tick.load(Ordering::Relaxed) as u16
     }
 
+    /// Goes on as the clock of a tier of half the capacity, at the same tick.
+    pub fn halve(&mut self) {
+        self.bytes_per_tick = (self.bytes_per_tick / 2).max(1);
+        let tick = u64::from(self.tick.load(Ordering::Relaxed));
+        self.bytes.store(tick * self.bytes_per_tick, Ordering::Relaxed);
+        self.next.store((tick + 1) * self.bytes_per_tick, Ordering::Relaxed);
+    }
+
     /// A unit of so many bytes was touched anew.
+    #[inline]
     pub fn count(&self, bytes: u64) {
         let bytes = self.bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        self.tick.store((bytes / self.bytes_per_tick) as u32, Ordering::Relaxed);
+        if bytes >= self.next.load(Ordering::Relaxed) {
+            let tick = bytes / self.bytes_per_tick;
+            self.tick.store(tick as u32, Ordering::Relaxed);
+            self.next.store((tick + 1) * self.bytes_per_tick, Ordering::Relaxed);
+        }
     }
 }
 

@@ -14,35 +14,41 @@ struct Cell {
     heat: Heat,
 }
 
+/// Cells that are looked at together: half a cache line, and never on two.
+#[derive(Clone, Copy, Default)]
+#[repr(align(32))]
+struct Bucket([Cell; BUCKET]);
+
 /// The table: buckets of four cells, the longest untouched of a bucket gives way.
 pub struct Ghost {
-    cells: Vec<Cell>,
+    /// A power of two of them.
+    buckets: Vec<Bucket>,
 }
 
 impl Ghost {
     /// An empty table.
     pub fn new() -> Self {
         Self {
-            cells: vec![Cell::default(); 64],
+            buckets: vec![Bucket::default(); 16],
         }
     }
 
-    fn bucket_start(&self, fingerprint: u32) -> usize {
-        (fingerprint as usize % (self.cells.len() / BUCKET)) * BUCKET
+    fn at(&self, fingerprint: u32) -> usize {
+        fingerprint as usize & (self.buckets.len() - 1)
     }
 
-    fn bucket(&mut self, fingerprint: u32) -> &mut [Cell] {
-        let start = self.bucket_start(fingerprint);
-        &mut self.cells[start..start + BUCKET]
+    fn bucket(&mut self, fingerprint: u32) -> &mut [Cell; BUCKET] {
+        let at = self.at(fingerprint);
+        &mut self.buckets[at].0
     }
 
     /// Grows for a front of so many units.
     pub fn make_room(&mut self, units: usize, now: u16) {
-        while units * PER_RESIDENT > self.cells.len() {
-            let larger = vec![Cell::default(); self.cells.len() * 2];
-            for cell in std::mem::replace(&mut self.cells, larger) {
-                if cell.heat.count > 0 {
-                    self.insert(cell, now);
+        while units * PER_RESIDENT > self.buckets.len() * BUCKET {
+            let larger = vec![Bucket::default(); self.buckets.len() * 2];
+            for bucket in std::mem::replace(&mut self.buckets, larger) {
+                for cell in bucket.0.iter().filter(|c| c.heat.count > 0) {
+                    self.insert(*cell, now);
                 }
             }
         }
@@ -79,15 +85,14 @@ impl Ghost {
     /// Whether a unit is remembered.
     pub fn knows(&self, key: u64) -> bool {
         let fingerprint = (key >> 32) as u32;
-        let start = self.bucket_start(fingerprint);
-        let bucket = &self.cells[start..start + BUCKET];
+        let bucket = &self.buckets[self.at(fingerprint)].0;
         bucket.iter().any(|c| c.heat.count > 0 && c.fingerprint == fingerprint)
     }
 
     /// Bytes that the table takes.
     pub fn bytes(&self) -> usize {
-        self.cells.len() * size_of::<Cell>()
+        self.buckets.len() * size_of::<Bucket>()
     }
 }
 
-const _: () = assert!(size_of::<Cell>() == 8);
+const _: () = assert!(size_of::<Cell>() == 8 && size_of::<Bucket>() == 32);

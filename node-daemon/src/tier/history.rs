@@ -5,7 +5,8 @@
 //! counts), and an index from a unit to its last place in the ring. A miss that was seen before starts a *replay*
 //! there; while the misses go on as recorded, the replay reads ahead, further with each match.
 //!
-//! Pure: knows no disk and no clock. Memory: 12 bytes per recorded miss, allocated as they come.
+//! Pure: knows no disk and no clock. Memory: 12 bytes per recorded miss, allocated as they come. A miss costs the lines
+//! of the index that it looks at and, if the unit was recorded before, one of the ring: index cells carry a tag.
 
 /// Replays followed at once.
 const REPLAYS: usize = 8;
@@ -31,98 +32,132 @@ struct Replay {
     used_at: u64,
 }
 
+/// An index cell: 24 low bits of a position in the ring, and above them a tag of the key that stands there. 0 is none.
+#[derive(Clone, Copy, Default)]
+struct Cell(u32);
+
+const POSITION_BITS: u32 = 24;
+const POSITION_MASK: u32 = (1 << POSITION_BITS) - 1;
+
+/// Misses recorded at most: a quarter of the positions that a cell can tell apart, so that cells that were left behind
+/// are told from new ones.
+const CAPACITY_MAX: usize = 1 << (POSITION_BITS - 2);
+
+impl Cell {
+    fn new(spread: u64, position: u64) -> Self {
+        Self(Self::tag(spread) << POSITION_BITS | (position as u32 & POSITION_MASK))
+    }
+
+    fn tag(spread: u64) -> u32 {
+        (spread >> 56) as u32 | 1
+    }
+
+    fn has_tag(self, spread: u64) -> bool {
+        self.0 >> POSITION_BITS == Self::tag(spread)
+    }
+
+    fn position(self) -> u32 {
+        self.0 & POSITION_MASK
+    }
+}
+
 /// The recorded order. Keys are (layer, unit) as the tier names them.
 pub struct History {
     ring: Vec<u64>,
+    /// A power of two.
     capacity: usize,
     /// Keys recorded so far; the newest stands at `count - 1`.
     count: u64,
-    /// Low 32 bits of position + 1 per cell, 0 for none; twice the ring's cells. Verified against the ring.
-    index: Vec<u32>,
+    /// A power of two of them; verified against the ring.
+    index: Vec<Cell>,
     replays: [Replay; REPLAYS],
 }
 
-fn spread(key: u64) -> usize {
-    (key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 24) as usize
+fn spread(key: u64) -> u64 {
+    key.wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
 
 impl History {
-    /// Remembers the last `capacity` misses, at least 64.
+    /// Remembers the last `capacity` misses, rounded up to a power of two, at least 64.
     pub fn new(capacity: usize) -> Self {
         Self {
             ring: Vec::new(),
-            capacity: capacity.clamp(64, 1 << 28),
+            capacity: capacity.clamp(64, CAPACITY_MAX).next_power_of_two(),
             count: 0,
-            index: vec![0; 128],
+            index: vec![Cell::default(); 128],
             replays: [Replay::default(); REPLAYS],
         }
     }
 
     fn at(&self, position: u64) -> u64 {
-        self.ring[(position % self.capacity as u64) as usize]
+        self.ring[position as usize & (self.capacity - 1)]
     }
 
     fn oldest(&self) -> u64 {
         self.count - self.ring.len() as u64
     }
 
-    /// Whole position of an index cell, if the ring still holds it.
-    fn position(&self, cell: u32) -> Option<u64> {
-        let low = cell.checked_sub(1)?;
-        let back = (self.count as u32).wrapping_sub(low);
-        let position = self.count.checked_sub(u64::from(back))?;
-        (back > 0 && position >= self.oldest()).then_some(position)
+    /// How many misses ago an index cell's key was recorded, if the ring still holds it; at least 1.
+    fn back(&self, cell: Cell) -> Option<u64> {
+        let back = u64::from((self.count as u32).wrapping_sub(cell.position()) & POSITION_MASK);
+        (cell.0 != 0 && back > 0 && back <= self.ring.len() as u64).then_some(back)
     }
 
-    fn find(&self, key: u64) -> Option<u64> {
+    /// The cells of a key.
+    fn cells(&self, spread: u64) -> impl Iterator<Item = usize> + use<> {
         let mask = self.index.len() - 1;
-        (0..PROBES).find_map(|i| {
-            let position = self.position(self.index[(spread(key) + i) & mask])?;
-            (self.at(position) == key).then_some(position)
+        (0..PROBES).map(move |i| ((spread >> 24) as usize + i) & mask)
+    }
+
+    /// Where a key was recorded last: the cell that says so, and the position.
+    fn find(&self, key: u64, spread: u64) -> Option<(usize, u64)> {
+        self.cells(spread).find_map(|at| {
+            let cell = self.index[at];
+            if !cell.has_tag(spread) {
+                return None;
+            }
+            let position = self.count - self.back(cell)?;
+            (self.at(position) == key).then_some((at, position))
         })
     }
 
-    fn put(&mut self, key: u64, position: u64) {
-        let mask = self.index.len() - 1;
-        let mut best = (u64::MAX, 0);
-        for i in 0..PROBES {
-            let at = (spread(key) + i) & mask;
-            let age = match self.position(self.index[at]) {
-                Some(held) if self.at(held) == key => 0,
-                Some(held) => held + 1,
-                None => 0,
-            };
-            if age < best.0 {
-                best = (age, at);
-            }
-        }
-        self.index[best.1] = position.wrapping_add(1) as u32;
+    /// The cell of a key that gives way to a new one: an empty one, or the oldest.
+    fn oldest_cell(&self, spread: u64) -> usize {
+        let age = |at: &usize| self.back(self.index[*at]).unwrap_or(u64::MAX);
+        self.cells(spread).max_by_key(age).expect("a key has cells")
     }
 
-    fn record(&mut self, key: u64) {
+    /// Records a miss that was recorded before in `cell`, if anywhere.
+    fn record(&mut self, key: u64, spread_key: u64, cell: Option<usize>) {
+        let position = self.count;
+        let at = cell.unwrap_or_else(|| self.oldest_cell(spread_key));
+        self.index[at] = Cell::new(spread_key, position);
         if self.ring.len() < self.capacity {
             self.ring.push(key);
         } else {
-            self.ring[(self.count % self.capacity as u64) as usize] = key;
+            let capacity = self.capacity as u64;
+            self.ring[(position & (capacity - 1)) as usize] = key;
         }
-        let position = self.count;
         self.count += 1;
-        if self.ring.len() * 2 > self.index.len() && self.index.len() < self.capacity.next_power_of_two() {
-            self.index = vec![0; self.index.len() * 2];
+        if self.ring.len() * 2 > self.index.len() && self.index.len() < self.capacity {
+            self.index = vec![Cell::default(); self.index.len() * 2];
             for position in self.oldest()..self.count {
-                self.put(self.at(position), position);
+                let key = self.at(position);
+                let spread = spread(key);
+                let at = self.find(key, spread).map(|(at, _)| at);
+                let at = at.unwrap_or_else(|| self.oldest_cell(spread));
+                self.index[at] = Cell::new(spread, position);
             }
-        } else {
-            self.put(key, position);
         }
     }
 
     /// A unit was missed. Gives what to read ahead to `want`, with the number of misses that came as recorded; it
     /// answers how many of the units it was given it takes.
     pub fn missed(&mut self, key: u64, mut want: impl FnMut(&mut dyn Iterator<Item = u64>, u32, u32) -> u32) {
-        let found = self.find(key);
-        self.record(key);
-        let Some(found) = found else { return };
+        let spread = spread(key);
+        let found = self.find(key, spread);
+        self.record(key, spread, found.map(|(cell, _)| cell));
+        let Some((_, found)) = found else { return };
         let follows = |r: &Replay| r.used_at > 0 && found + SLACK >= r.next && found <= r.ahead.max(r.next) + SLACK;
         let at = match self.replays.iter().position(follows) {
             Some(at) => {
@@ -162,7 +197,7 @@ impl History {
 
     /// Bytes it holds now, and at most per recorded miss.
     pub fn bytes(&self) -> usize {
-        self.ring.capacity() * size_of::<u64>() + self.index.len() * size_of::<u32>()
+        self.ring.capacity() * size_of::<u64>() + self.index.len() * size_of::<Cell>()
     }
 }
 

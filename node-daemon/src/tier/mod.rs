@@ -14,6 +14,7 @@ mod ahead;
 mod arena;
 mod budget;
 mod burst;
+mod fill;
 pub mod front;
 mod front_burst;
 mod ghost;
@@ -24,12 +25,11 @@ pub mod prefetch;
 mod resident;
 mod shadow;
 mod slots;
+mod write;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
-
-use crate::mutants;
 
 use hearth_protocol::heat::TierUse;
 use hearth_protocol::{BlockIndex, ByteLen, LayerId};
@@ -37,7 +37,7 @@ use hearth_protocol::{BlockIndex, ByteLen, LayerId};
 pub use ahead::Replayed;
 use arena::Arena;
 use budget::Budget;
-use burst::Heat;
+pub use fill::Filled;
 use front::{FrontPolicy, Shape};
 use front_burst::BurstFront;
 pub use guard::FillToken;
@@ -46,9 +46,10 @@ use history::History;
 use inflight::InFlight;
 pub(crate) use inflight::Lead;
 pub use resident::Look;
-use resident::{Arrival, Residents, key_of};
-use shadow::{SHAPES, Shadows};
+use resident::{Key, Residents, key_of};
+use shadow::{Advice, SHAPES, Shadows};
 use slots::{SLOT, Slots};
+pub use write::WriteTicket;
 
 /// How to build a tier.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,19 +98,6 @@ pub enum Region {
     Main,
 }
 
-/// What became of a fill.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Filled {
-    /// The copy is in RAM.
-    Done,
-    /// It was there already, in the region asked for or a better one.
-    Present,
-    /// A write to the block began since the read did: dropped (rule 11).
-    Stale,
-    /// The region has no room.
-    Full,
-}
-
 /// Totals since the tier was built.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct TierCounters {
@@ -145,8 +133,6 @@ enum Seen {
 
 #[derive(Default)]
 struct Counters {
-    admitted: AtomicU64,
-    evicted: AtomicU64,
     promoted: AtomicU64,
     demoted: AtomicU64,
     fills_dropped: AtomicU64,
@@ -177,6 +163,18 @@ struct Policy {
     main_bytes: u64,
     /// Main-region copies that left without an order, as (layer number, unit).
     dropped: HashSet<(u32, u32)>,
+    /// Totals; see [`TierCounters`].
+    admitted: u64,
+    evicted: u64,
+}
+
+impl Policy {
+    fn bytes_of(&mut self, region: Region) -> &mut u64 {
+        match region {
+            Region::Front => &mut self.front_bytes,
+            Region::Main => &mut self.main_bytes,
+        }
+    }
 }
 
 /// The tier.
@@ -191,8 +189,8 @@ pub struct RamTier {
     budget: Budget,
     history: Mutex<History>,
     shadows: Mutex<Shadows>,
-    /// Of 65,536 units those whose hash is below this are followed by the shadows.
-    sampled_below: u32,
+    /// Which units the shadows follow; see [`Shadows::is_sampled`]. None without a front.
+    sampled_below: AtomicU32,
     /// The front's shape, as the shadows advise: its place in [`SHAPES`].
     shape: AtomicU8,
     capacity: u64,
@@ -226,7 +224,7 @@ impl RamTier {
         let percent = u64::from(options.front_percent.min(100));
         let front_capacity = u64::from(count) * percent / 100 * SLOT as u64;
         let main_capacity = capacity - front_capacity;
-        let slots = count << u32::from(mutants::RAM_UNLIMITED.is_on());
+        let slots = count << u32::from(crate::mutants::RAM_UNLIMITED.is_on());
         let arena = Arena::new(slots as usize * SLOT, options.lock)?;
         if let Some(why) = arena.lock_refused() {
             tracing::warn!("{why}");
@@ -243,13 +241,19 @@ impl RamTier {
                 front_bytes: 0,
                 main_bytes: 0,
                 dropped: HashSet::new(),
+                admitted: 0,
+                evicted: 0,
             }),
             layers: RwLock::default(),
             counters: Counters::default(),
             budget: Budget::new(Shadows::sampled_below(capacity)),
             history: Mutex::new(History::new(ahead::history_misses(capacity))),
             shadows: Mutex::new(Shadows::new(capacity)),
-            sampled_below: Shadows::sampled_below(capacity),
+            sampled_below: AtomicU32::new(if front_capacity > 0 {
+                Shadows::sampled_below(capacity)
+            } else {
+                0
+            }),
             shape: AtomicU8::new(0),
             main_allowed: AtomicU64::new(main_capacity),
             capacity,
@@ -299,28 +303,29 @@ impl RamTier {
             Look::Hit => {}
             Look::FirstUse(class) => self.budget.used(class),
         }
-        self.sample(
-            key,
-            layer.unit_log,
-            Seen::Read {
-                hit: look == Look::Hit,
-                below: false,
-            },
-        );
+        let seen = Seen::Read {
+            hit: look == Look::Hit,
+            below: false,
+        };
+        self.sample(key.hash, layer.unit_log, seen);
         look
     }
 
+    #[inline]
     fn is_sampled(&self, hash: u64) -> bool {
-        u32::from((hash >> 16) as u16) < self.sampled_below && self.front_capacity > 0
+        Shadows::is_sampled(hash, self.sampled_below.load(Ordering::Relaxed))
     }
 
-    /// Shows an access to the shadows, if its unit is sampled, and takes their advice. Never waits.
+    /// Shows an access to the shadows, if its unit is sampled.
     #[inline]
-    fn sample(&self, key: u64, log: u8, seen: Seen) {
-        let hash = mix(key);
-        if !self.is_sampled(hash) {
-            return;
+    fn sample(&self, hash: u64, log: u8, seen: Seen) {
+        if self.is_sampled(hash) {
+            self.show(hash, log, seen);
         }
+    }
+
+    /// Shows an access of a sampled unit to the shadows, and takes their advice. Never waits.
+    fn show(&self, hash: u64, log: u8, seen: Seen) {
         let Ok(mut shadows) = self.shadows.try_lock() else {
             return;
         };
@@ -331,14 +336,20 @@ impl RamTier {
         let (would_hit, advice) = shadows.access(hash, log, read, hit);
         drop(shadows);
         self.budget.sampled(read && !would_hit, below);
-        let Some(advice) = advice else {
-            return;
-        };
+        if let Some(advice) = advice {
+            self.take(advice);
+        }
+    }
+
+    fn take(&self, advice: Advice) {
         self.shape.store(advice.shape, Ordering::Relaxed);
+        if self.sampled_below.swap(advice.sampled_below, Ordering::Relaxed) != advice.sampled_below {
+            self.budget.resample(advice.sampled_below);
+        }
         let allowed = self.main_allowed.load(Ordering::Relaxed);
         // What is empty costs nothing.
-        let holds = self.policy.try_lock().is_ok_and(|policy| policy.main_bytes > 0);
-        let next = if advice.missed_permille > MAIN_LOSS_PERMILLE && holds {
+        let holds = || self.policy.try_lock().is_ok_and(|policy| policy.main_bytes > 0);
+        let next = if advice.missed_permille > MAIN_LOSS_PERMILLE && holds() {
             allowed / 4
         } else if advice.missed_permille < -MAIN_GAIN_PERMILLE {
             (allowed + self.main_capacity / 64).min(self.main_capacity)
@@ -360,164 +371,21 @@ impl RamTier {
 
     /// Must be called before the bytes of a later [`Self::fill`] are read.
     pub fn begin_fill(&self, layer: LayerHandle, unit: u32) -> FillToken {
-        self.guards.begin_fill(mix(key_of(layer, unit)))
+        self.guards.begin_fill(key_of(layer, unit).hash)
     }
 
     /// See [`InFlight::lead_or_wait`].
     pub(crate) fn lead_or_wait(&self, layer: LayerHandle, unit: u32) -> Option<Lead<'_>> {
         let key = key_of(layer, unit);
-        self.in_flight.lead_or_wait(key, mix(key))
-    }
-
-    /// Offers a whole unit that was read after `token` was taken. The last unit of an image may be shorter.
-    pub fn fill(&self, layer: LayerHandle, unit: u32, token: FillToken, data: &[u8], region: Region) -> Filled {
-        self.fill_as(layer, unit, token, data, region, None)
-    }
-
-    fn fill_as(
-        &self,
-        layer: LayerHandle,
-        unit: u32,
-        token: FillToken,
-        data: &[u8],
-        region: Region,
-        ahead: Option<u8>,
-    ) -> Filled {
-        let key = key_of(layer, unit);
-        let bytes = layer.unit_bytes();
-        let mut policy = self.policy();
-        match (self.residents.region(key), region) {
-            (Some(Region::Front), Region::Main) => return self.move_to_main(&mut policy, key, bytes),
-            (Some(_), _) => return Filled::Present,
-            (None, _) => {}
-        }
-        if !self.guards.is_fresh(token) {
-            count(&self.counters.fills_dropped);
-            return Filled::Stale;
-        }
-        let allowed = match region {
-            Region::Front => self.front_capacity > 0 && policy.main_bytes + bytes <= self.capacity,
-            Region::Main => policy.main_bytes + bytes <= self.main_allowed.load(Ordering::Relaxed),
-        };
-        if !allowed {
-            return Filled::Full;
-        }
-        while policy.front_bytes + policy.main_bytes + bytes > self.capacity
-            && !mutants::RAM_UNLIMITED.is_on()
-            && self.evict(&mut policy)
-        {}
-        let place = loop {
-            match policy.slots.take(bytes as usize) {
-                Some(place) => break place,
-                // Units of other sizes hold the slots: the front gives way.
-                None if self.evict(&mut policy) => {}
-                None => return Filled::Full,
-            }
-        };
-        // SAFETY: the place was free, and is published to readers only below: nobody else touches it.
-        unsafe {
-            self.arena.write(place.offset(), data);
-            // The unit was the image's last; a larger image on the same layer reads zeros behind it.
-            let end = place.offset() + data.len();
-            self.arena.zero(end, bytes as usize - data.len());
-        }
-        let now = self.residents.clock.now();
-        let recalled = policy.front.recall(mix(key));
-        let (heat, remembered) = match ahead {
-            Some(_) => (recalled, Heat::default()),
-            None => (recalled.counted(now), recalled),
-        };
-        let id = policy.free_ids.pop().unwrap_or_else(|| self.residents.new_id());
-        let arrival = Arrival {
-            key,
-            id,
-            place,
-            log: layer.unit_log,
-            region,
-            heat,
-            ahead,
-        };
-        let published = self.residents.publish(arrival, || self.guards.is_fresh(token));
-        if !published {
-            policy.free_ids.push(id);
-            policy.slots.give(place, bytes as usize);
-            count(&self.counters.fills_dropped);
-            return Filled::Stale;
-        }
-        match region {
-            Region::Front => {
-                policy.front_bytes += bytes;
-                policy.front.admitted(id, bytes as usize, now, remembered);
-                count(&self.counters.admitted);
-            }
-            Region::Main => {
-                policy.main_bytes += bytes;
-                policy.dropped.remove(&(layer.number, unit));
-                count(&self.counters.promoted);
-            }
-        }
-        drop(policy);
-        if ahead.is_some() {
-            if self.is_sampled(mix(key)) {
-                self.budget.sampled(false, true);
-            }
-        } else if region == Region::Front {
-            self.residents.clock.count(bytes);
-            let seen = Seen::Read {
-                hit: false,
-                below: true,
-            };
-            self.sample(key, layer.unit_log, seen);
-        }
-        Filled::Done
-    }
-
-    /// Moves a unit from the front to the main region, without reading it again.
-    pub fn promote_resident(&self, layer: LayerHandle, unit: u32) -> Option<Filled> {
-        let key = key_of(layer, unit);
-        let mut policy = self.policy();
-        match self.residents.region(key)? {
-            Region::Main => Some(Filled::Present),
-            Region::Front => Some(self.move_to_main(&mut policy, key, layer.unit_bytes())),
-        }
-    }
-
-    fn move_to_main(&self, policy: &mut Policy, key: u64, bytes: u64) -> Filled {
-        if policy.main_bytes + bytes > self.main_allowed.load(Ordering::Relaxed) {
-            return Filled::Full;
-        }
-        let id = self.residents.set_region(key, Region::Main);
-        policy.front.removed(id);
-        policy.front_bytes -= bytes;
-        policy.main_bytes += bytes;
-        policy.dropped.remove(&((key >> 32) as u32, key as u32));
-        count(&self.counters.promoted);
-        Filled::Done
+        self.in_flight.lead_or_wait(key.name, key.hash)
     }
 
     fn shape(&self) -> Shape {
         SHAPES[usize::from(self.shape.load(Ordering::Relaxed))]
     }
 
-    /// Drops one unit of the front; false if it has none.
-    fn evict(&self, policy: &mut Policy) -> bool {
-        policy.front.set_shape(self.shape());
-        let Some(id) = policy.front.victim(&mut &self.residents) else {
-            return false;
-        };
-        let gone = self.residents.remove_id(id);
-        policy.front_bytes -= gone.bytes as u64;
-        policy.slots.give(gone.place, gone.bytes);
-        policy.free_ids.push(id);
-        count(&self.counters.evicted);
-        if let Some(class) = gone.unused {
-            self.budget.wasted(class);
-        }
-        true
-    }
-
     /// Drops a unit wherever it is; says from which region.
-    fn remove(&self, key: u64) -> Option<Region> {
+    fn remove(&self, key: Key) -> Option<Region> {
         // Most writes touch blocks that are not in RAM: look before locking the policy.
         self.residents.region(key)?;
         let mut policy = self.policy();
@@ -532,7 +400,7 @@ impl RamTier {
         policy.slots.give(gone.place, gone.bytes);
         policy.free_ids.push(id);
         if let Some(class) = gone.unused {
-            self.budget.unread(class);
+            self.budget.unread(class, 1);
         }
         Some(gone.region)
     }
@@ -564,21 +432,6 @@ impl RamTier {
         }
     }
 
-    /// A write, trim or zero of `count` units begins. Ends when the ticket is dropped; whatever was not
-    /// [updated](WriteTicket::update) until then leaves RAM.
-    pub fn begin_write(&self, layer: LayerHandle, first: u32, count: u32) -> WriteTicket<'_> {
-        for unit in first..first + count {
-            self.guards.begin_write(mix(key_of(layer, unit)));
-        }
-        WriteTicket {
-            tier: self,
-            layer,
-            first,
-            count,
-            kept: false,
-        }
-    }
-
     /// Sizes and use, as heat reports carry them.
     pub fn usage(&self) -> TierUse {
         let policy = self.policy();
@@ -599,10 +452,14 @@ impl RamTier {
     pub fn counters(&self) -> TierCounters {
         let get = |c: &AtomicU64| c.load(Ordering::Relaxed);
         let (ahead_used, ahead_wasted) = self.budget.totals();
+        let (admitted, evicted) = {
+            let policy = self.policy();
+            (policy.admitted, policy.evicted)
+        };
         TierCounters {
             hits: self.residents.hits(),
-            admitted: get(&self.counters.admitted),
-            evicted: get(&self.counters.evicted),
+            admitted,
+            evicted,
             promoted: get(&self.counters.promoted),
             demoted: get(&self.counters.demoted),
             fills_dropped: get(&self.counters.fills_dropped),
@@ -643,73 +500,7 @@ impl RamTier {
     /// See [`InFlight::try_lead`].
     pub(crate) fn try_lead(&self, layer: LayerHandle, unit: u32) -> Option<Lead<'_>> {
         let key = key_of(layer, unit);
-        self.in_flight.try_lead(key, mix(key))
-    }
-}
-
-/// A write under way. Dropping it without [`WriteTicket::keep`] removes the units' RAM copies: that is what a failed
-/// or partial write must do.
-pub struct WriteTicket<'a> {
-    tier: &'a RamTier,
-    layer: LayerHandle,
-    first: u32,
-    count: u32,
-    kept: bool,
-}
-
-impl WriteTicket<'_> {
-    /// Writes `data`, which the store has taken, into the RAM copies too. `offset` is in bytes from the layer's start.
-    pub fn update(&self, offset: u64, data: &[u8]) {
-        self.each(offset, data.len(), |key, within, range| {
-            if !self.tier.residents.write(&self.tier.arena, key, within, &data[range]) {
-                self.tier.passed_by(self.layer, key);
-            }
-            self.tier.sample(key, self.layer.unit_log, Seen::Write);
-        });
-    }
-
-    /// As [`Self::update`] with zeros.
-    pub fn update_zero(&self, offset: u64, length: usize) {
-        self.each(offset, length, |key, within, range| {
-            self.tier.residents.zero(&self.tier.arena, key, within, range.len());
-        });
-    }
-
-    fn each(&self, offset: u64, length: usize, mut f: impl FnMut(u64, usize, std::ops::Range<usize>)) {
-        let unit_bytes = self.layer.unit_bytes();
-        let mut at = 0;
-        while at < length {
-            let from = offset + at as u64;
-            let within = from % unit_bytes;
-            let take = ((unit_bytes - within) as usize).min(length - at);
-            let unit = (from / unit_bytes) as u32;
-            assert!((self.first..self.first + self.count).contains(&unit));
-            f(key_of(self.layer, unit), within as usize, at..at + take);
-            at += take;
-        }
-    }
-
-    /// Drops the RAM copies of units: they became zero and need no RAM.
-    pub fn invalidate(&self, first: u32, count: u32) {
-        for unit in first..first + count {
-            self.tier.invalidate(self.layer, unit);
-        }
-    }
-
-    /// The write succeeded as a whole and its copies are up to date.
-    pub fn keep(mut self) {
-        self.kept = true;
-    }
-}
-
-impl Drop for WriteTicket<'_> {
-    fn drop(&mut self) {
-        if !self.kept {
-            self.invalidate(self.first, self.count);
-        }
-        for unit in self.first..self.first + self.count {
-            self.tier.guards.end_write(mix(key_of(self.layer, unit)));
-        }
+        self.in_flight.try_lead(key.name, key.hash)
     }
 }
 

@@ -18,18 +18,21 @@ const RUN_PER_AHEAD: u32 = 4;
 
 #[derive(Debug, Clone, Copy, Default)]
 struct Stream {
-    /// The unit that continues it.
-    next: u32,
     /// Units before this one were asked for.
     ahead: u32,
     run: u32,
-    used_at: u64,
 }
 
-/// Follows a few streams of ascending reads.
+/// Follows a few streams of ascending reads. What every read is compared with stands apart, close together.
 #[derive(Debug, Default)]
 pub struct Sequential {
+    /// Per stream the unit that continues it.
+    next: [u32; STREAMS],
+    /// Per stream when it went on last.
+    used_at: [u64; STREAMS],
     streams: [Stream; STREAMS],
+    /// Streams begun so far, up to all of them.
+    begun: usize,
     now: u64,
 }
 
@@ -38,41 +41,57 @@ impl Sequential {
     /// stream before. `grant` is asked with the stream's run and a number of units, and says how many it allows.
     pub fn observe(&mut self, first: u32, last: u32, grant: impl FnOnce(u32, u32) -> u32) -> Range<u32> {
         self.now += 1;
-        let now = self.now;
-        // A read that begins in the stream's last unit, or right after it, or skips one, goes on with it.
-        let continues = |s: &&mut Stream| s.used_at > 0 && first + 1 >= s.next && first <= s.next.saturating_add(1);
-        if let Some(stream) = self.streams.iter_mut().find(continues) {
-            stream.used_at = now;
-            if last < stream.next {
+        if let Some(at) = self.continued(first) {
+            self.used_at[at] = self.now;
+            let next = &mut self.next[at];
+            if last < *next {
                 return 0..0;
             }
-            stream.run += last + 1 - stream.next;
-            stream.next = last + 1;
-            return stream.advance(grant);
+            let stream = &mut self.streams[at];
+            stream.run += last + 1 - *next;
+            *next = last + 1;
+            return stream.advance(*next, grant);
         }
-        let oldest = self.streams.iter_mut().min_by_key(|s| s.used_at);
-        *oldest.expect("there are streams") = Stream {
-            next: last + 1,
+        let at = if self.begun < STREAMS {
+            self.begun += 1;
+            self.begun - 1
+        } else {
+            let oldest = (0..STREAMS).min_by_key(|at| self.used_at[*at]);
+            oldest.expect("there are streams")
+        };
+        self.next[at] = last + 1;
+        self.used_at[at] = self.now;
+        self.streams[at] = Stream {
             ahead: last + 1,
             run: 1,
-            used_at: now,
         };
         0..0
+    }
+
+    /// The stream that a read goes on with: it begins in the stream's last unit, or right after it, or skips one.
+    fn continued(&self, first: u32) -> Option<usize> {
+        let mut found = 0u32;
+        for (at, next) in self.next.iter().enumerate() {
+            let near = first.wrapping_add(1).wrapping_sub(*next) <= 2;
+            found |= u32::from(near) << at;
+        }
+        let found = found & ((1 << self.begun) - 1);
+        (found != 0).then_some(found.trailing_zeros() as usize)
     }
 }
 
 impl Stream {
-    fn advance(&mut self, grant: impl FnOnce(u32, u32) -> u32) -> Range<u32> {
+    fn advance(&mut self, next: u32, grant: impl FnOnce(u32, u32) -> u32) -> Range<u32> {
         if self.run < RUN_PER_AHEAD {
             return 0..0;
         }
         let distance = (self.run / RUN_PER_AHEAD).min(DISTANCE_MAX);
-        self.ahead = self.ahead.max(self.next);
-        if self.ahead - self.next > distance / 2 {
+        self.ahead = self.ahead.max(next);
+        if self.ahead - next > distance / 2 {
             return 0..0;
         }
         let from = self.ahead;
-        let count = self.next.saturating_add(distance).saturating_sub(from);
+        let count = next.saturating_add(distance).saturating_sub(from);
         self.ahead = from + grant(self.run, count).min(count);
         from..self.ahead
     }

@@ -29,15 +29,31 @@ const MAIN: u8 = 2;
 const AHEAD: u8 = 4;
 const LOG_SHIFT: u32 = 3;
 
-/// A unit's name: layer number and unit number.
-pub fn key_of(layer: LayerHandle, unit: u32) -> u64 {
-    u64::from(layer.number) << 32 | u64::from(unit)
+/// A unit's name, and its hash, worked out once for each access.
+#[derive(Debug, Clone, Copy)]
+pub struct Key {
+    /// Layer number and unit number.
+    pub name: u64,
+    /// The name, spread over 64 bits.
+    pub hash: u64,
 }
 
-/// One resident; 16 bytes. `key`, `place` and the size in `flags` change only while the entry is in no shard.
+impl From<u64> for Key {
+    fn from(name: u64) -> Self {
+        Self { name, hash: mix(name) }
+    }
+}
+
+/// A unit's name.
+#[inline]
+pub fn key_of(layer: LayerHandle, unit: u32) -> Key {
+    Key::from(u64::from(layer.number) << 32 | u64::from(unit))
+}
+
+/// One resident; 16 bytes. `name`, `place` and the size in `flags` change only while the entry is in no shard.
 #[derive(Default)]
 struct Entry {
-    key: AtomicU64,
+    name: AtomicU64,
     place: AtomicU32,
     /// When its last burst began.
     stamp: AtomicU16,
@@ -103,7 +119,7 @@ pub struct Residents {
 #[derive(Debug, Clone, Copy)]
 pub struct Arrival {
     /// Its name.
-    pub key: u64,
+    pub key: Key,
     /// The entry made for it.
     pub id: u32,
     /// Its room.
@@ -116,6 +132,17 @@ pub struct Arrival {
     pub heat: Heat,
     /// The class of the guess, if it was read ahead of its use.
     pub ahead: Option<u8>,
+}
+
+/// What became of an [`Arrival`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Published {
+    /// It is visible.
+    Done,
+    /// Its bytes are not what the store holds any more.
+    Stale,
+    /// Another copy of the unit is there, in this region.
+    Present(Region),
 }
 
 /// A unit that left.
@@ -157,8 +184,8 @@ impl Residents {
     }
 
     #[inline]
-    fn is(&self, id: u32, key: u64) -> bool {
-        self.entry(id).key.load(Ordering::Relaxed) == key
+    fn is(&self, id: u32, key: Key) -> bool {
+        self.entry(id).name.load(Ordering::Relaxed) == key.name
     }
 
     /// Makes one more id. The caller holds the policy lock.
@@ -170,11 +197,10 @@ impl Residents {
 
     /// Copies out part of a unit, and counts the touch.
     #[inline]
-    pub fn read(&self, arena: &Arena, key: u64, within: usize, buf: &mut [u8]) -> Look {
-        let hash = mix(key);
-        let shard = self.shard(hash);
+    pub fn read(&self, arena: &Arena, key: Key, within: usize, buf: &mut [u8]) -> Look {
+        let shard = self.shard(key.hash);
         let table = shard.table.read().expect("shard lock");
-        let Some(id) = table.find(hash, |id| self.is(*id, key)) else {
+        let Some(id) = table.find(key.hash, |id| self.is(*id, key)) else {
             return Look::Miss;
         };
         let entry = self.entry(*id);
@@ -203,10 +229,9 @@ impl Residents {
         look
     }
 
-    fn change(&self, key: u64, within: usize, len: usize, f: impl FnOnce(usize)) -> bool {
-        let hash = mix(key);
-        let table = self.shard(hash).table.write().expect("shard lock");
-        let Some(id) = table.find(hash, |id| self.is(*id, key)) else {
+    fn change(&self, key: Key, within: usize, len: usize, f: impl FnOnce(usize)) -> bool {
+        let table = self.shard(key.hash).table.write().expect("shard lock");
+        let Some(id) = table.find(key.hash, |id| self.is(*id, key)) else {
             return false;
         };
         let entry = self.entry(*id);
@@ -223,7 +248,7 @@ impl Residents {
     }
 
     /// Writes part of a unit, if it is resident; says whether it is.
-    pub fn write(&self, arena: &Arena, key: u64, within: usize, data: &[u8]) -> bool {
+    pub fn write(&self, arena: &Arena, key: Key, within: usize, data: &[u8]) -> bool {
         self.change(key, within, data.len(), |at| {
             // SAFETY: the shard's lock is held exclusively, and the range lies within this unit's room.
             unsafe { arena.write(at, data) }
@@ -231,7 +256,7 @@ impl Residents {
     }
 
     /// Zeroes part of a unit, if it is resident.
-    pub fn zero(&self, arena: &Arena, key: u64, within: usize, len: usize) {
+    pub fn zero(&self, arena: &Arena, key: Key, within: usize, len: usize) {
         self.change(key, within, len, |at| {
             // SAFETY: the shard's lock is held exclusively, and the range lies within this unit's room.
             unsafe { arena.zero(at, len) }
@@ -239,16 +264,15 @@ impl Residents {
     }
 
     /// Which region holds a unit.
-    pub fn region(&self, key: u64) -> Option<Region> {
-        let hash = mix(key);
-        let table = self.shard(hash).table.read().expect("shard lock");
-        let id = table.find(hash, |id| self.is(*id, key))?;
+    pub fn region(&self, key: Key) -> Option<Region> {
+        let table = self.shard(key.hash).table.read().expect("shard lock");
+        let id = table.find(key.hash, |id| self.is(*id, key))?;
         Some(region_of(self.entry(*id).flags.load(Ordering::Relaxed)))
     }
 
-    /// Makes a filled unit visible, if `still` says so under the lock. The caller holds the policy lock and knows
-    /// that the unit is not resident.
-    pub fn publish(&self, unit: Arrival, still: impl FnOnce() -> bool) -> bool {
+    /// Makes a filled unit visible, unless another copy of it is, and if `still` says so under the lock. The caller
+    /// holds the policy lock.
+    pub fn publish(&self, unit: Arrival, still: impl FnOnce() -> bool) -> Published {
         let Arrival {
             key,
             id,
@@ -258,13 +282,15 @@ impl Residents {
             heat,
             ahead,
         } = unit;
-        let hash = mix(key);
-        let mut table = self.shard(hash).table.write().expect("shard lock");
+        let mut table = self.shard(key.hash).table.write().expect("shard lock");
+        if let Some(other) = table.find(key.hash, |id| self.is(*id, key)) {
+            return Published::Present(region_of(self.entry(*other).flags.load(Ordering::Relaxed)));
+        }
         if !still() {
-            return false;
+            return Published::Stale;
         }
         let entry = self.entry(id);
-        entry.key.store(key, Ordering::Relaxed);
+        entry.name.store(key.name, Ordering::Relaxed);
         entry.place.store(place.0, Ordering::Relaxed);
         let region = if region == Region::Main { MAIN } else { 0 };
         let (ahead, packed) = match ahead {
@@ -274,7 +300,7 @@ impl Residents {
         entry.count.store(packed, Ordering::Relaxed);
         entry.stamp.store(heat.stamp, Ordering::Relaxed);
         entry.flags.store(log << LOG_SHIFT | region | ahead, Ordering::Relaxed);
-        let hash_of = |id: &u32| mix(self.entry(*id).key.load(Ordering::Relaxed));
+        let hash_of = |id: &u32| mix(self.entry(*id).name.load(Ordering::Relaxed));
         if table.len() == table.capacity() {
             // Left to itself the table would double as soon as its places for removed units run out.
             let mut fresh = HashTable::with_capacity(table.len() + table.len() / 4 + 1);
@@ -283,16 +309,15 @@ impl Residents {
             }
             *table = fresh;
         }
-        table.insert_unique(hash, id, hash_of);
-        true
+        table.insert_unique(key.hash, id, hash_of);
+        Published::Done
     }
 
     /// Changes a resident unit's region; returns its id. The caller holds the policy lock and knows it is resident.
-    pub fn set_region(&self, key: u64, region: Region) -> u32 {
-        let hash = mix(key);
-        let table = self.shard(hash).table.write().expect("shard lock");
+    pub fn set_region(&self, key: Key, region: Region) -> u32 {
+        let table = self.shard(key.hash).table.write().expect("shard lock");
         let id = *table
-            .find(hash, |id| self.is(*id, key))
+            .find(key.hash, |id| self.is(*id, key))
             .expect("residency changes only under the policy lock");
         let flags = &self.entry(id).flags;
         match region {
@@ -303,10 +328,9 @@ impl Residents {
     }
 
     /// Takes a unit out. The caller holds the policy lock, and may use the room when this returns.
-    pub fn remove(&self, key: u64) -> Option<(u32, Gone)> {
-        let hash = mix(key);
-        let mut table = self.shard(hash).table.write().expect("shard lock");
-        let found = table.find_entry(hash, |id| self.is(*id, key)).ok()?;
+    pub fn remove(&self, key: Key) -> Option<(u32, Gone)> {
+        let mut table = self.shard(key.hash).table.write().expect("shard lock");
+        let found = table.find_entry(key.hash, |id| self.is(*id, key)).ok()?;
         let (id, _) = found.remove();
         let entry = self.entry(id);
         let flags = entry.flags.load(Ordering::Relaxed);
@@ -323,7 +347,7 @@ impl Residents {
 
     /// Takes a unit out by its id, which the policy knows to be resident.
     pub fn remove_id(&self, id: u32) -> Gone {
-        let key = self.entry(id).key.load(Ordering::Relaxed);
+        let key = Key::from(self.entry(id).name.load(Ordering::Relaxed));
         let (found, gone) = self.remove(key).expect("the policy's units are resident");
         assert_eq!(found, id, "one unit has two entries");
         gone
@@ -334,9 +358,9 @@ impl Residents {
         let mut units = Vec::new();
         for shard in &self.shards {
             for id in shard.table.read().expect("shard lock").iter() {
-                let key = self.entry(*id).key.load(Ordering::Relaxed);
-                if (key >> 32) as u32 == layer.number {
-                    units.push(key as u32);
+                let name = self.entry(*id).name.load(Ordering::Relaxed);
+                if (name >> 32) as u32 == layer.number {
+                    units.push(name as u32);
                 }
             }
         }
@@ -372,7 +396,7 @@ impl Marks for &Residents {
     }
 
     fn key(&self, id: u32) -> u64 {
-        mix(self.entry(id).key.load(Ordering::Relaxed))
+        mix(self.entry(id).name.load(Ordering::Relaxed))
     }
 
     fn heat(&self, id: u32) -> Heat {

@@ -6,7 +6,9 @@
 //! a main region and without prefetch: it tells whether the main region earns its room, and it is what the account of
 //! prefetch is measured by.
 //!
-//! Memory is bounded by [`SAMPLE_BYTES`] of units, however large the tier is. Locked on sampled accesses only.
+//! Memory is bounded by [`SAMPLE_BYTES`] and [`SAMPLE_UNITS`], however large the tier is and however small its units:
+//! shadows that grow beyond go on with half of the sample (Waldspurger et al., SHARDS, FAST 2015). Locked on sampled
+//! accesses only.
 
 use hashbrown::HashTable;
 
@@ -16,6 +18,10 @@ use super::front_burst::BurstFront;
 
 /// RAM that each shadow pretends to have, at most: 512 units of 64 KiB.
 const SAMPLE_BYTES: u64 = 32 << 20;
+
+/// Units that each shadow holds, at most: more of them tell little more, and each sampled access costs as much as an
+/// access.
+const SAMPLE_UNITS: usize = 2048;
 
 /// The shapes tried.
 pub const SHAPES: [Shape; 3] = [
@@ -36,8 +42,10 @@ pub const SHAPES: [Shape; 3] = [
 /// Sampled accesses between two decisions.
 const DECIDE_EVERY: u32 = 256;
 
-/// The lead that makes the tier change its shape, in accesses per thousand of what is remembered.
+/// The lead that makes the tier change its shape, in accesses per thousand of what is remembered, where a shadow holds
+/// [`LEAD_UNITS`] or fewer. With more it is less, as the root of their number: so does the noise shrink.
 const LEAD_PERMILLE: i64 = 20;
+const LEAD_UNITS: usize = 512;
 
 /// What is remembered fades by this part with each decision: some 16,000 sampled accesses count.
 const FADE: i64 = 64;
@@ -127,12 +135,7 @@ impl Replica {
             let Some(id) = self.front.victim(&mut self.entries) else {
                 return false;
             };
-            let gone = &self.entries.all[id as usize];
-            self.bytes -= 1 << gone.log;
-            if let Ok(found) = self.table.find_entry(gone.key, |other| *other == id) {
-                found.remove();
-            }
-            self.free.push(id);
+            self.drop_entry(id);
         }
         self.clock.count(bytes);
         let remembered = self.front.recall(key);
@@ -153,6 +156,37 @@ impl Replica {
         self.front.admitted(id, bytes as usize, now, remembered);
         false
     }
+
+    /// Forgets a unit that the front has let go.
+    fn drop_entry(&mut self, id: u32) {
+        let gone = &self.entries.all[id as usize];
+        self.bytes -= 1 << gone.log;
+        if let Ok(found) = self.table.find_entry(gone.key, |other| *other == id) {
+            found.remove();
+        }
+        self.free.push(id);
+    }
+
+    /// Goes on with half of the capacity, and those units only that stay in the sample.
+    fn halve(&mut self, stays: impl Fn(u64) -> bool) {
+        self.capacity /= 2;
+        self.clock.halve();
+        let all = &self.entries.all;
+        let out: Vec<u32> = self
+            .table
+            .iter()
+            .copied()
+            .filter(|id| !stays(all[*id as usize].key))
+            .collect();
+        for id in out {
+            self.front.removed(id);
+            self.drop_entry(id);
+        }
+        while self.bytes > self.capacity {
+            let id = self.front.victim(&mut self.entries).expect("what has bytes has units");
+            self.drop_entry(id);
+        }
+    }
 }
 
 /// The same for what is said of the main region, which must answer soon.
@@ -165,11 +199,14 @@ pub struct Advice {
     pub shape: u8,
     /// Sampled reads in a thousand that the better shadow hit and the tier did not; negative if the tier hit more.
     pub missed_permille: i64,
+    /// Units sampled from now on; see [`Shadows::sampled_below`].
+    pub sampled_below: u32,
 }
 
 /// The shadows.
 pub struct Shadows {
     replicas: [Replica; 3],
+    sampled_below: u32,
     /// Sampled reads, and hits of each replica; faded.
     reads: i64,
     hits: [i64; 3],
@@ -187,6 +224,7 @@ impl Shadows {
         let sample = capacity.min(SAMPLE_BYTES);
         Self {
             replicas: SHAPES.map(|shape| Replica::new(sample, shape)),
+            sampled_below: Self::sampled_below(capacity),
             reads: 0,
             hits: [0; 3],
             lately: [0; 2],
@@ -196,9 +234,30 @@ impl Shadows {
         }
     }
 
-    /// Of 65,536 units those whose hash ends below this are sampled.
+    /// Of 65,536 units those that are sampled at first, by [`Self::is_sampled`].
     pub fn sampled_below(capacity: u64) -> u32 {
-        (SAMPLE_BYTES.saturating_mul(1 << 16) / capacity.max(1)).min(1 << 16) as u32
+        (SAMPLE_BYTES.saturating_mul(1 << 16) / capacity.max(1)).clamp(1, 1 << 16) as u32
+    }
+
+    /// Whether a unit of this hash is sampled.
+    #[inline]
+    pub fn is_sampled(hash: u64, sampled_below: u32) -> bool {
+        u32::from((hash >> 16) as u16) < sampled_below
+    }
+
+    /// Halves the sample if a shadow holds too many units.
+    fn halve_if_large(&mut self) {
+        let large = |r: &Replica| r.table.len() > SAMPLE_UNITS;
+        if self.sampled_below < 2 || !self.replicas.iter().any(large) {
+            return;
+        }
+        self.sampled_below /= 2;
+        let below = self.sampled_below;
+        for replica in &mut self.replicas {
+            replica.halve(|key| Self::is_sampled(key, below));
+        }
+        // So that a read counts for as many before and after.
+        self.predicted = (self.predicted.0 / 2, self.predicted.1 / 2);
     }
 
     /// A sampled unit was read or written; `hit` says whether the tier had it by demand. Says whether the tier's
@@ -224,10 +283,14 @@ impl Shadows {
         self.since = 0;
         let best = (0..SHAPES.len()).max_by_key(|i| self.hits[*i]).unwrap_or(0);
         let lead = self.hits[best] - self.hits[self.better];
-        if lead * 1000 > self.reads * LEAD_PERMILLE {
+        let units = self.replicas[best].table.len().max(LEAD_UNITS) as i64;
+        // The squares of lead and limit, times the number of units.
+        if lead.pow(2) * units > (self.reads * LEAD_PERMILLE / 1000).pow(2) * LEAD_UNITS as i64 {
             self.better = best;
         }
+        self.halve_if_large();
         let advice = Advice {
+            sampled_below: self.sampled_below,
             shape: self.better as u8,
             missed_permille: self.lately[1] * 1000 / self.lately[0].max(1),
         };
@@ -306,5 +369,34 @@ mod tests {
             shadows.access(super::super::mix(i), 16, true, false);
         }
         assert!(shadows.bytes() < 256 << 10, "{} bytes", shadows.bytes());
+    }
+
+    /// Small units: the sample is halved until the shadows hold no more than they may, and still says what a front of
+    /// the tier's size hits.
+    #[test]
+    fn a_tier_of_small_units_is_sampled_less() {
+        let small = SAMPLE_BYTES >> 12;
+        let mut shadows = Shadows::new(SAMPLE_BYTES);
+        let mut below = Shadows::sampled_below(SAMPLE_BYTES);
+        // Three quarters of the reads go to units that fit, a quarter to ones that never come again.
+        for i in 0..40 * small {
+            let unit = if i % 4 == 0 {
+                1_000_000 + i
+            } else {
+                i * 7_919 % (small / 2)
+            };
+            let key = super::super::mix(unit);
+            if Shadows::is_sampled(key, below)
+                && let (_, Some(advice)) = shadows.access(key, 12, true, false)
+            {
+                below = advice.sampled_below;
+            }
+        }
+        assert_eq!(below, (1 << 16) * SAMPLE_UNITS as u32 / small as u32);
+        let held = shadows.replicas.iter().map(|r| r.table.len()).max().unwrap();
+        assert!(held <= SAMPLE_UNITS, "{held} units");
+        let (reads, hits) = shadows.predicted();
+        let percent = hits * 100 / reads;
+        assert!((70..=75).contains(&percent), "{percent} % of {reads}");
     }
 }

@@ -4,8 +4,6 @@
 //! images with small blocks keep RAM dense, and a slot that becomes empty can serve any size. Blocks above 64 KiB
 //! are kept as several units.
 
-use std::collections::BTreeSet;
-
 /// Bytes in a slot, and the largest unit.
 pub const SLOT: usize = 64 << 10;
 
@@ -30,8 +28,10 @@ pub struct Slots {
     free: Vec<u32>,
     /// Per slot one bit for each unit in use.
     used: Vec<u16>,
-    /// Per class the slots that are neither full nor empty.
-    partial: [BTreeSet<u32>; CLASSES],
+    /// Per class the slots that are neither full nor empty, in any order.
+    partial: [Vec<u32>; CLASSES],
+    /// Per slot its place in `partial`, while it stands there.
+    partial_at: Vec<u32>,
 }
 
 fn class_of(bytes: usize) -> usize {
@@ -49,6 +49,21 @@ impl Slots {
             free: (0..count).rev().collect(),
             used: vec![0; count as usize],
             partial: Default::default(),
+            partial_at: vec![0; count as usize],
+        }
+    }
+
+    fn list(&mut self, class: usize, slot: u32) {
+        self.partial_at[slot as usize] = self.partial[class].len() as u32;
+        self.partial[class].push(slot);
+    }
+
+    fn unlist(&mut self, class: usize, slot: u32) {
+        let at = self.partial_at[slot as usize];
+        let list = &mut self.partial[class];
+        list.swap_remove(at as usize);
+        if let Some(moved) = list.get(at as usize) {
+            self.partial_at[*moved as usize] = at;
         }
     }
 
@@ -56,17 +71,17 @@ impl Slots {
     pub fn take(&mut self, bytes: usize) -> Option<Place> {
         let class = class_of(bytes);
         let units = (SLOT / bytes) as u32;
-        let slot = match self.partial[class].first() {
+        let slot = match self.partial[class].last() {
             Some(slot) => *slot,
             None => self.free.pop()?,
         };
         let used = &mut self.used[slot as usize];
         let unit = used.trailing_ones();
         *used |= 1 << unit;
-        if used.count_ones() == units {
-            self.partial[class].remove(&slot);
-        } else {
-            self.partial[class].insert(slot);
+        match used.count_ones() {
+            1 if units > 1 => self.list(class, slot),
+            all if all == units && units > 1 => self.unlist(class, slot),
+            _ => {}
         }
         Some(Place(slot * (SLOT / PAGE) as u32 + unit * (bytes / PAGE) as u32))
     }
@@ -79,12 +94,16 @@ impl Slots {
         let unit = place.0 % pages / (bytes / PAGE) as u32;
         let used = &mut self.used[slot as usize];
         assert!(*used & 1 << unit != 0, "unit {unit} of slot {slot} is freed twice");
+        let before = used.count_ones();
         *used &= !(1 << unit);
-        if *used == 0 {
-            self.partial[class].remove(&slot);
+        let units = (SLOT / bytes) as u32;
+        if before == 1 {
+            if units > 1 {
+                self.unlist(class, slot);
+            }
             self.free.push(slot);
-        } else {
-            self.partial[class].insert(slot);
+        } else if before == units {
+            self.list(class, slot);
         }
     }
 }
