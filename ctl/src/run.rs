@@ -13,6 +13,7 @@ mod policy;
 mod recover;
 mod replay;
 mod status;
+mod step;
 mod top;
 mod verify;
 mod watch;

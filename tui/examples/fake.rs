@@ -4,6 +4,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use hearth_tui::model::{Can, Model};
+use hearth_tui::tables::LogLine;
 use hearth_tui::terminal::{self, Wish};
 use hearth_tui::theme::Theme;
 use hearth_tui::update::Feed;
@@ -25,6 +26,28 @@ fn main() -> Result<(), terminal::TopError> {
             while let Ok(wish) = wanted.try_recv() {
                 match wish {
                     Wish::Watch(image) => watched = image,
+                    Wish::Event(None) => {}
+                    Wish::Event(Some((seq, image))) => {
+                        // Six events a second.
+                        let second = seq.0.div_ceil(6);
+                        let mut view = sample::view(second);
+                        view.seq = seq;
+                        let event = LogLine {
+                            seq,
+                            time: view.time,
+                            kind: "made_up".into(),
+                            by: "nobody".into(),
+                            text: format!("event {seq} of second {second}"),
+                            void: None,
+                            details: vec!["This cluster is made up.".into()],
+                        };
+                        let heat = image.map(|image| sample::heat((image.0 & 0xf) as usize, second));
+                        let _ = feed.send(Feed::Event {
+                            event: Box::new(event),
+                            view: Box::new(view),
+                            heat,
+                        });
+                    }
                     Wish::Why { image, block, .. } => {
                         let _ = feed.send(Feed::Text {
                             title: format!("Why {image}:{block}"),
@@ -46,5 +69,9 @@ fn main() -> Result<(), terminal::TopError> {
             std::thread::sleep(Duration::from_millis(500));
         }
     });
-    terminal::run(Model::new(theme, "made up", Can { why: true }), &news, &wishes)
+    terminal::run(
+        Model::new(theme, "made up", Can { why: true, step: true }),
+        &news,
+        &wishes,
+    )
 }

@@ -79,9 +79,9 @@ pub enum Action {
     View(u8),
     /// Hold the screen, or go on.
     Pause,
-    /// One snapshot back.
+    /// One event back.
     Earlier,
-    /// One snapshot on.
+    /// One event on.
     Later,
     /// Ask for a time.
     Jump,
@@ -130,11 +130,19 @@ fn drills(model: &Model) -> bool {
 }
 
 fn past(model: &Model) -> bool {
-    model.history.len() > 1
+    model.history.len() > 1 || steps(model)
 }
 
 fn held(model: &Model) -> bool {
     !model.is_live()
+}
+
+fn steps(model: &Model) -> bool {
+    model.can.step && !model.history.is_empty()
+}
+
+fn steps_on(model: &Model) -> bool {
+    steps(model) && held(model)
 }
 
 fn explains(model: &Model) -> bool {
@@ -277,8 +285,15 @@ pub const BINDINGS: &[Binding] = &[
         always,
         "hold the screen, go on"
     ),
-    bind!(&[Key::Char('t')], "t", Action::Later, TIME, held, "one step later"),
-    bind!(&[Key::Char('T')], "T", Action::Earlier, TIME, past, "one step earlier"),
+    bind!(&[Key::Char('t')], "t", Action::Later, TIME, steps_on, "one event later"),
+    bind!(
+        &[Key::Char('T')],
+        "T",
+        Action::Earlier,
+        TIME,
+        steps,
+        "one event earlier"
+    ),
     bind!(
         &[Key::Char('b')],
         "b",

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use hearth_protocol::view::ImageHeatView;
 use hearth_protocol::{ImageId, NodeId, Seq};
 
 use crate::snapshot::{History, Snapshot};
@@ -60,8 +61,19 @@ impl Screen {
 pub enum Position {
     /// The newest.
     Live,
-    /// This one.
+    /// The last one that this screen showed up to this log position.
     At(Seq),
+    /// Right after this event.
+    Event(Seq),
+}
+
+/// The cluster right after one event, derived from the log.
+#[derive(Debug, Clone)]
+pub struct Moment {
+    /// The event.
+    pub event: LogLine,
+    /// The cluster after it.
+    pub snapshot: Snapshot,
 }
 
 /// How the feed is doing.
@@ -119,6 +131,8 @@ pub enum Overlay {
 pub struct Can {
     /// Explain a block.
     pub why: bool,
+    /// Tell of the cluster after any event of the log.
+    pub step: bool,
 }
 
 /// How one table is looked at.
@@ -158,6 +172,8 @@ pub struct Model {
     pub history: History,
     /// Which moment of it is shown.
     pub position: Position,
+    /// What the feed brought last of the events stepped through; none elsewhere.
+    pub moment: Option<Moment>,
     /// The feed.
     pub connection: Connection,
     /// The view.
@@ -188,6 +204,7 @@ impl Model {
             size: (80, 24),
             history: History::default(),
             position: Position::Live,
+            moment: None,
             connection: Connection::Connecting,
             screen: Screen::Overview,
             back: Vec::new(),
@@ -205,18 +222,63 @@ impl Model {
         self.position == Position::Live
     }
 
-    /// Where in the past the shown moment is.
+    /// Where in what this screen remembers the shown moment is, or the last one before it.
     pub fn index(&self) -> Option<usize> {
         let newest = self.history.len().checked_sub(1)?;
-        match self.position {
-            Position::Live => Some(newest),
-            Position::At(seq) => Some(self.history.at_or_before(seq).unwrap_or(0)),
+        match (self.position, &self.moment) {
+            (Position::Live, _) => Some(newest),
+            (Position::Event(_), Some(moment)) => self.history.at_or_before(moment.event.seq),
+            (Position::At(seq) | Position::Event(seq), _) => Some(self.history.at_or_before(seq).unwrap_or(0)),
         }
     }
 
-    /// The shown moment.
+    /// The shown moment. While the feed looks up an event, the moment shown before stays.
     pub fn snapshot(&self) -> Option<&Snapshot> {
-        self.history.get(self.index()?)
+        match self.event() {
+            Some(moment) => Some(&moment.snapshot),
+            None => self.history.get(self.index()?),
+        }
+    }
+
+    /// The event that is shown, and what it left behind.
+    pub fn event(&self) -> Option<&Moment> {
+        matches!(self.position, Position::Event(_))
+            .then_some(self.moment.as_ref())
+            .flatten()
+    }
+
+    /// The log position that is shown.
+    pub fn seq(&self) -> Option<Seq> {
+        let shown = self.event().map(|moment| moment.event.seq);
+        shown.or_else(|| Some(self.snapshot()?.view.seq))
+    }
+
+    /// The last log position known.
+    pub fn newest(&self) -> Option<Seq> {
+        let view = self.history.get(self.history.len().checked_sub(1)?)?.view.seq;
+        Some(self.log.back().map_or(view, |line| line.seq.max(view)))
+    }
+
+    /// An image's heat at the shown moment.
+    pub fn heat(&self, image: ImageId) -> Option<&ImageHeatView> {
+        match self.event() {
+            Some(moment) => moment.snapshot.heat(image),
+            None => self.history.heat(self.index()?, image),
+        }
+    }
+
+    /// A figure of the `width` last snapshots up to the shown moment, oldest first.
+    pub fn series(&self, width: usize, figure: impl Fn(&Snapshot) -> Option<u64>) -> Vec<Option<u64>> {
+        self.index()
+            .map_or_else(Vec::new, |index| self.history.series(index, width, figure))
+    }
+
+    /// The event that the feed should tell of, and the image whose heat then is looked at.
+    pub fn wanted_event(&self) -> Option<(Seq, Option<ImageId>)> {
+        match self.position {
+            Position::Event(seq) => Some((seq, self.wanted_heat())),
+            _ => None,
+        }
     }
 
     /// How the current table is looked at.
@@ -258,9 +320,13 @@ impl Model {
             Screen::Decisions => tables::decisions(&snapshot.decisions),
             Screen::Health => tables::health(&snapshot.view.health),
             Screen::Log => {
-                let until = snapshot.view.seq;
+                let shown = self.event().map(|moment| &moment.event);
+                let until = shown.map_or(snapshot.view.seq, |event| event.seq);
                 let live = self.is_live();
-                tables::log(self.log.iter().rev().filter(|l| live || l.seq <= until))
+                // An event from before this screen's log stands alone.
+                let alone = shown.filter(|event| self.log.front().is_none_or(|first| event.seq < first.seq));
+                let lines = self.log.iter().rev().filter(|l| live || l.seq <= until);
+                tables::log(lines.chain(alone))
             }
         })
     }

@@ -45,6 +45,17 @@ impl Snapshot {
         }
     }
 
+    /// The same with heat of an image, of the same moment.
+    pub fn with_heat(mut self, heat: ImageHeatView) -> Self {
+        self.heat.insert(heat.image, Arc::new(heat));
+        self
+    }
+
+    /// An image's heat at this very moment, if it is known.
+    pub fn heat(&self, image: ImageId) -> Option<&ImageHeatView> {
+        self.heat.get(&image).map(AsRef::as_ref)
+    }
+
     /// The image with that id.
     pub fn image(&self, id: ImageId) -> Option<&ImageView> {
         self.view.images.iter().find(|i| i.id == id)

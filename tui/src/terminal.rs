@@ -22,6 +22,8 @@ const POLL: Duration = Duration::from_millis(50);
 pub enum Wish {
     /// Bring this image's heat with every view, or no image's.
     Watch(Option<ImageId>),
+    /// Tell of the cluster right after this event, with this image's heat then; or of none any more.
+    Event(Option<(Seq, Option<ImageId>)>),
     /// Explain a block.
     Why {
         /// The image.
@@ -88,6 +90,7 @@ fn run_in(
     let size = terminal.size()?;
     model.size = (size.width, size.height);
     let mut watched = None;
+    let mut stepped = None;
     let mut changed = true;
     let mut at_once = true;
     let mut last_frame = Instant::now();
@@ -95,7 +98,10 @@ fn run_in(
         // A feed that is gone has nothing more: the last screen stays.
         while let Ok(news) = feed.try_recv() {
             // A held screen does not change with new data.
-            at_once |= matches!(news, Feed::Text { .. });
+            at_once |= matches!(
+                news,
+                Feed::Text { .. } | Feed::Event { .. } | Feed::NoEvent(_) | Feed::Reading(_)
+            );
             changed |= model.is_live() || at_once || matches!(news, Feed::Lost(_));
             update(model, Msg::Feed(news));
         }
@@ -129,6 +135,10 @@ fn run_in(
         if model.wanted_heat() != watched {
             watched = model.wanted_heat();
             let _ = wishes.send(Wish::Watch(watched));
+        }
+        if model.wanted_event() != stepped {
+            stepped = model.wanted_event();
+            let _ = wishes.send(Wish::Event(stepped));
         }
     }
 }

@@ -6,8 +6,9 @@ use hearth_protocol::{BlockIndex, ImageName, Order, Seq, WallMs};
 use crate::fmt;
 use crate::heatmap::{Grid, Range};
 use crate::keys::{self, Action, Key};
-use crate::model::{Connection, LOG_LINES_MAX, Model, Overlay, Position, Prompt, PromptKind, Screen};
+use crate::model::{Connection, LOG_LINES_MAX, Model, Moment, Overlay, Position, Prompt, PromptKind, Screen};
 use crate::narrate;
+use crate::snapshot::Snapshot;
 use crate::table::{RowId, Sort};
 use crate::tables::LogLine;
 use crate::view;
@@ -32,6 +33,19 @@ pub enum Feed {
     Heat(ImageHeatView),
     /// New events, oldest first.
     Log(Vec<LogLine>),
+    /// The cluster right after an event that was asked for, and the heat of the image that is looked at.
+    Event {
+        /// The event.
+        event: Box<LogLine>,
+        /// The cluster after it.
+        view: Box<ClusterView>,
+        /// Heat then.
+        heat: Option<ImageHeatView>,
+    },
+    /// How far the log was read for an event that was asked for.
+    Reading(Seq),
+    /// An event that was asked for cannot be told of, and why.
+    NoEvent(String),
     /// No answer, and why.
     Lost(String),
     /// The answer to [`Effect::Why`].
@@ -99,6 +113,43 @@ fn fed(model: &mut Model, feed: Feed) {
             model.log.extend(lines.into_iter().filter(|l| l.seq > last));
             let over = model.log.len().saturating_sub(LOG_LINES_MAX);
             model.log.drain(..over);
+        }
+        // Who went back to live meanwhile wants none of these three any more.
+        Feed::Event { event, view, heat } => {
+            if let Position::Event(wanted) = model.position {
+                if event.seq == wanted {
+                    model.notice = None;
+                }
+                let snapshot = Snapshot::new(*view, model.snapshot());
+                let snapshot = match heat {
+                    Some(heat) => snapshot.with_heat(heat),
+                    None => snapshot,
+                };
+                model.moment = Some(Moment {
+                    event: *event,
+                    snapshot,
+                });
+            }
+        }
+        Feed::Reading(read) => {
+            if let Position::Event(wanted) = model.position {
+                model.notice = Some(format!(
+                    "reading the log from its beginning: #{} of #{}",
+                    fmt::count(read.0),
+                    fmt::count(wanted.0)
+                ));
+            }
+        }
+        Feed::NoEvent(why) => {
+            if matches!(model.position, Position::Event(_)) {
+                model.notice = Some(why);
+                // What is shown stays, and is what the next step starts from.
+                match (model.seq(), &model.moment) {
+                    (Some(seq), Some(_)) => model.position = Position::Event(seq),
+                    (Some(seq), None) => model.position = Position::At(seq),
+                    (None, _) => live(model),
+                }
+            }
         }
         Feed::Lost(why) => model.connection = Connection::Lost(why),
         Feed::Text { title, lines } => {
@@ -226,9 +277,12 @@ fn jump(model: &mut Model, text: &str) {
         return;
     };
     let now = newest.view.time;
-    let found = match moment(text, now) {
-        Some(Moment::Seq(seq)) => model.history.at_or_before(seq),
-        Some(Moment::Time(time)) => model.history.at_time(time),
+    if let (Some(When::Seq(seq)), true) = (when(text, now), model.can.step) {
+        return step_to(model, seq);
+    }
+    let found = match when(text, now) {
+        Some(When::Seq(seq)) => model.history.at_or_before(seq),
+        Some(When::Time(time)) => model.history.at_time(time),
         None => {
             model.notice = Some(format!(
                 "{text:?} is no time: use -90s, 14:03:20, an RFC 3339 time or #seq"
@@ -248,20 +302,20 @@ fn jump(model: &mut Model, text: &str) {
     }
 }
 
-enum Moment {
+enum When {
     Seq(Seq),
     Time(WallMs),
 }
 
-fn moment(text: &str, now: WallMs) -> Option<Moment> {
+fn when(text: &str, now: WallMs) -> Option<When> {
     let text = text.trim();
     if let Some(seq) = text.strip_prefix('#') {
-        return seq.parse().ok().map(|s| Moment::Seq(Seq(s)));
+        return seq.parse().ok().map(|s| When::Seq(Seq(s)));
     }
     if let Some(ago) = text.strip_prefix('-') {
         let ago = humantime::parse_duration(ago).ok()?;
         let ms = u64::try_from(ago.as_millis()).ok()?;
-        return Some(Moment::Time(WallMs(now.0.saturating_sub(ms))));
+        return Some(When::Time(WallMs(now.0.saturating_sub(ms))));
     }
     let parts: Vec<_> = text.split(':').collect();
     if let [h, m, rest @ ..] = parts.as_slice()
@@ -274,16 +328,43 @@ fn moment(text: &str, now: WallMs) -> Option<Moment> {
         };
         let of_day = (h * 3_600 + m * 60 + s) * 1_000;
         let day = now.0 / 86_400_000 * 86_400_000;
-        return (h < 24 && m < 60 && s < 60).then_some(Moment::Time(WallMs(day + of_day + 999)));
+        return (h < 24 && m < 60 && s < 60).then_some(When::Time(WallMs(day + of_day + 999)));
     }
     let at = humantime::parse_rfc3339_weak(text).ok()?;
     let ms = at.duration_since(std::time::UNIX_EPOCH).ok()?.as_millis();
-    Some(Moment::Time(WallMs(u64::try_from(ms).ok()?)))
+    Some(When::Time(WallMs(u64::try_from(ms).ok()?)))
 }
 
 fn hold(model: &mut Model, index: usize) {
     if let Some(snapshot) = model.history.get(index) {
         model.position = Position::At(snapshot.view.seq);
+        model.moment = None;
+    }
+}
+
+fn live(model: &mut Model) {
+    model.position = Position::Live;
+    model.moment = None;
+}
+
+/// Holds the screen right after one event.
+fn step_to(model: &mut Model, seq: Seq) {
+    let Some(newest) = model.newest() else { return };
+    if seq < Seq(1) {
+        model.notice = Some("the log begins at #1".into());
+    } else if seq > newest {
+        model.notice = Some(format!("#{newest} is the newest event; L goes back to live"));
+    } else {
+        model.position = Position::Event(seq);
+        model.notice = Some(format!("reading the log up to #{} …", fmt::count(seq.0)));
+    }
+}
+
+/// The event that the next step counts from: the one asked for last, else what is shown.
+fn step_from(model: &Model) -> Option<Seq> {
+    match model.position {
+        Position::Event(seq) => Some(seq),
+        _ => model.seq(),
     }
 }
 
@@ -306,25 +387,18 @@ fn act(model: &mut Model, action: Action) -> Option<Effect> {
                     hold(model, index);
                 }
             } else {
-                model.position = Position::Live;
+                live(model);
             }
         }
-        Action::Live => model.position = Position::Live,
+        Action::Live => live(model),
         Action::Earlier => {
-            if let Some(index) = model.index() {
-                hold(model, index.saturating_sub(1));
-                if index == 0 {
-                    model.notice = Some("this is the oldest that this screen remembers".into());
-                }
+            if let Some(seq) = step_from(model) {
+                step_to(model, Seq(seq.0.saturating_sub(1)));
             }
         }
         Action::Later => {
-            if let Some(index) = model.index() {
-                if index + 1 < model.history.len() {
-                    hold(model, index + 1);
-                } else {
-                    model.notice = Some("this is the newest; L goes back to live".into());
-                }
+            if let Some(seq) = step_from(model) {
+                step_to(model, seq.next());
             }
         }
         Action::Back => back(model),
@@ -419,7 +493,7 @@ fn describe(model: &mut Model) {
             ),
             None => return,
         },
-        Some(RowId::Event(seq)) => match model.log.iter().find(|l| l.seq == seq) {
+        Some(RowId::Event(seq)) => match event_line(model, seq) {
             Some(l) => (format!("Event #{seq} {}", l.kind), l.details.clone()),
             None => return,
         },
@@ -432,11 +506,15 @@ fn describe(model: &mut Model) {
     });
 }
 
+fn event_line(model: &Model, seq: Seq) -> Option<&LogLine> {
+    let shown = model.event().map(|moment| &moment.event);
+    model.log.iter().chain(shown).find(|line| line.seq == seq)
+}
+
 /// The hottest block of the cell under the heat map's cursor, or the first block of the decision under the cursor.
 fn why(model: &mut Model) -> Option<Effect> {
-    let index = model.index()?;
-    let snapshot = model.history.get(index)?;
-    let at = (!model.is_live()).then_some(snapshot.view.seq);
+    let snapshot = model.snapshot()?;
+    let at = model.seq().filter(|_| !model.is_live());
     match model.screen {
         Screen::Heat(id) => {
             let image = snapshot.image(id)?.name.clone();
@@ -484,7 +562,7 @@ fn move_in_table(model: &mut Model, action: Action) {
 /// The grid that the heat map shows now.
 pub fn map_grid(model: &Model) -> Option<Grid> {
     let Screen::Heat(image) = model.screen else { return None };
-    let heat = model.history.heat(model.index()?, image)?;
+    let heat = model.heat(image)?;
     let (columns, rows) = view::map_fit(model);
     let (first, count) = model.map.window.unwrap_or((0, heat.blocks));
     Some(Grid::new(
@@ -521,11 +599,7 @@ fn move_on_map(model: &mut Model, action: Action) {
 /// Zooms by four around the cursor, never closer than a block per cell, never farther than the image.
 fn zoom(model: &mut Model, closer: bool) {
     let Screen::Heat(image) = model.screen else { return };
-    let Some(blocks) = model
-        .index()
-        .and_then(|i| model.history.heat(i, image))
-        .map(|h| h.blocks)
-    else {
+    let Some(blocks) = model.heat(image).map(|h| h.blocks) else {
         return;
     };
     let (columns, rows) = view::map_fit(model);

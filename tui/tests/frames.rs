@@ -34,7 +34,7 @@ const ASCII: Theme = Theme {
 };
 
 fn model(theme: Theme, size: (u16, u16), seconds: u64) -> Model {
-    let mut model = Model::new(theme, "nats://127.0.0.1:4222", Can { why: true });
+    let mut model = Model::new(theme, "nats://127.0.0.1:4222", Can { why: true, step: true });
     update(&mut model, Msg::Resize(size.0, size.1));
     for s in 1..=seconds {
         update(&mut model, Msg::Feed(Feed::View(Box::new(sample::view(s)))));
@@ -65,6 +65,28 @@ fn keys(model: &mut Model, keys: &str) {
         };
         update(model, Msg::Key(key));
     }
+}
+
+/// Holds the screen right after the `back`-th event before the newest.
+fn step(model: &mut Model, back: usize, void: bool) {
+    keys(model, &"T".repeat(back));
+    let (seq, image) = model.wanted_event().unwrap();
+    let mut view = sample::view(seq.0 / 6);
+    view.seq = seq;
+    let event = model.log.iter().find(|line| line.seq == seq).unwrap().clone();
+    let event = LogLine {
+        void: void.then(|| "the term is not the highest".into()),
+        ..event
+    };
+    let heat = image.map(|image| sample::heat((image.0 & 0xf) as usize, seq.0 / 6));
+    update(
+        model,
+        Msg::Feed(Feed::Event {
+            event: Box::new(event),
+            view: Box::new(view),
+            heat,
+        }),
+    );
 }
 
 fn colour(color: Color) -> String {
@@ -175,13 +197,41 @@ fn every_view_in_ascii() {
 }
 
 #[test]
+fn an_event_at_both_sizes_in_what_the_terminal_can_show() {
+    for (theme, name) in [
+        (COLOUR, "colour"),
+        (SIXTEEN, "sixteen"),
+        (MONO, "mono"),
+        (ASCII, "ascii"),
+    ] {
+        for (view, press, void) in [
+            ("overview", "", false),
+            ("log", "6", true),
+            ("heat", ":appl/vm-1\n", false),
+        ] {
+            for size in [(80, 24), (120, 40)] {
+                let mut model = model(theme, size, 40);
+                keys(&mut model, press);
+                step(&mut model, 9, void);
+                check(&format!("event-{view}-{}x{}-{name}", size.0, size.1), &model);
+            }
+        }
+    }
+}
+
+#[test]
 fn trouble_and_the_past() {
     let mut away = model(COLOUR, (80, 24), 95);
     check("overview-80x24-absent", &away);
     keys(&mut away, "5");
     check("health-80x24-absent", &away);
-    keys(&mut away, "1 TTTT");
+    keys(&mut away, "1 ");
+    update(&mut away, Msg::Feed(Feed::View(Box::new(sample::view(99)))));
     check("overview-80x24-held", &away);
+    let mut stepped = model(COLOUR, (80, 24), 40);
+    step(&mut stepped, 8, false);
+    keys(&mut stepped, "?");
+    check("help-80x24-event", &stepped);
     let mut lost = model(COLOUR, (80, 24), 40);
     update(
         &mut lost,

@@ -12,8 +12,10 @@ use hearth_tui::model::{Can, Model};
 use hearth_tui::terminal::{self, Wish};
 use hearth_tui::theme::Theme;
 use hearth_tui::update::Feed;
+use tokio::sync::watch;
 
 use super::events::{self, Catalog};
+use super::step::{Stepped, Steps};
 use super::{Context, why};
 use crate::Outcome;
 use crate::cli::Top;
@@ -29,6 +31,9 @@ const LOG_BATCH: usize = 256;
 const WISHES: Duration = Duration::from_millis(50);
 const LOG_WAIT: Duration = Duration::from_secs(2);
 
+/// An event to tell of, and the image whose heat is looked at.
+type EventWanted = (Seq, Option<ImageId>);
+
 pub async fn run(context: &Context, options: &Top) -> Outcome {
     if options.batch || context.out.is_json() {
         return batch(context, options).await;
@@ -42,14 +47,17 @@ pub async fn run(context: &Context, options: &Top) -> Outcome {
     }
     let cluster = context.cluster().await?;
     let theme = Theme::from_env(|name| std::env::var(name).ok(), context.global.ascii);
-    let model = Model::new(theme, cluster.url.clone(), Can { why: true });
+    let model = Model::new(theme, cluster.url.clone(), Can { why: true, step: true });
     let (feed, news) = mpsc::channel();
     let (wishes, wanted) = mpsc::channel();
-    let views = tokio::spawn(views(cluster.clone(), feed.clone(), wanted, options.delay));
+    let (event, event_wanted) = watch::channel(None);
+    let views = tokio::spawn(views(cluster.clone(), feed.clone(), wanted, event, options.delay));
+    let steps = tokio::spawn(steps(cluster.clone(), feed.clone(), event_wanted));
     let log = tokio::spawn(follow(cluster, feed));
     let screen = tokio::task::spawn_blocking(move || terminal::run(model, &news, &wishes));
     let result = screen.await;
     views.abort();
+    steps.abort();
     log.abort();
     match result {
         Ok(Ok(())) => Ok(()),
@@ -88,7 +96,13 @@ async fn batch(context: &Context, options: &Top) -> Outcome {
 }
 
 /// Brings views, heat and explanations until the dashboard is gone.
-async fn views(cluster: Cluster, feed: mpsc::Sender<Feed>, wishes: mpsc::Receiver<Wish>, every: Duration) {
+async fn views(
+    cluster: Cluster,
+    feed: mpsc::Sender<Feed>,
+    wishes: mpsc::Receiver<Wish>,
+    event: watch::Sender<Option<EventWanted>>,
+    every: Duration,
+) {
     let every = every.max(Duration::from_millis(100));
     let mut watched: Option<ImageId> = None;
     let mut due = tokio::time::Instant::now();
@@ -99,6 +113,7 @@ async fn views(cluster: Cluster, feed: mpsc::Sender<Feed>, wishes: mpsc::Receive
                     watched = image;
                     due = tokio::time::Instant::now();
                 }
+                Ok(Wish::Event(wanted)) => drop(event.send_replace(wanted)),
                 Ok(Wish::Why { image, block, at }) => {
                     let (cluster, feed) = (cluster.clone(), feed.clone());
                     // The log is long: the screen goes on meanwhile.
@@ -140,6 +155,55 @@ async fn views(cluster: Cluster, feed: mpsc::Sender<Feed>, wishes: mpsc::Receive
             }
         }
     }
+}
+
+/// Tells of the events that are stepped through, the one wanted last first: who holds a key down waits for one answer.
+async fn steps(cluster: Cluster, feed: mpsc::Sender<Feed>, mut wanted: watch::Receiver<Option<EventWanted>>) {
+    let mut steps: Option<Steps> = None;
+    while wanted.changed().await.is_ok() {
+        let Some((seq, image)) = *wanted.borrow_and_update() else {
+            continue;
+        };
+        let answer = match &mut steps {
+            Some(steps) => step(steps, seq, image, &feed, &wanted).await,
+            none => match Steps::new(History::Stream(cluster.clone())).await {
+                Ok(new) => step(none.insert(new), seq, image, &feed, &wanted).await,
+                Err(failure) => Err(failure),
+            },
+        };
+        let news = match answer {
+            Ok(Some(stepped)) => Feed::Event {
+                event: Box::new(stepped.event),
+                view: Box::new(stepped.view),
+                heat: stepped.heat,
+            },
+            // Another one is wanted by now.
+            Ok(None) => continue,
+            Err(failure) if failure.hint.is_empty() => Feed::NoEvent(failure.message),
+            Err(failure) => Feed::NoEvent(format!("{}: {}", failure.message, failure.hint)),
+        };
+        if feed.send(news).is_err() {
+            return;
+        }
+    }
+}
+
+async fn step(
+    steps: &mut Steps,
+    seq: Seq,
+    image: Option<ImageId>,
+    feed: &mpsc::Sender<Feed>,
+    wanted: &watch::Receiver<Option<EventWanted>>,
+) -> Outcome<Option<Stepped>> {
+    let go_on = |read| {
+        let other = wanted.has_changed().unwrap_or(true);
+        if other || feed.send(Feed::Reading(read)).is_err() {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
+    };
+    steps.at(seq, image, go_on).await
 }
 
 /// Brings the newest events, and those to come. Without a stream the log view stays empty, and the header says that

@@ -24,7 +24,7 @@ pub fn sample_model() -> Model {
         depth: Depth::Ansi256,
         ascii: false,
     };
-    let mut model = Model::new(theme, "nats://127.0.0.1:4222", Can { why: true });
+    let mut model = Model::new(theme, "nats://127.0.0.1:4222", Can { why: true, step: true });
     for s in 1..=40 {
         model.history.push(sample::view(s));
     }

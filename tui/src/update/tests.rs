@@ -52,16 +52,139 @@ fn commands_and_filters_are_typed() {
 fn holding_and_stepping() {
     let mut model = sample_model();
     let newest = model.snapshot().unwrap().view.seq;
-    press(&mut model, " TT");
-    let held = model.snapshot().unwrap().view.seq;
-    assert_eq!(held.0, newest.0 - 12);
+    press(&mut model, " ");
+    assert_eq!(
+        model.wanted_event(),
+        None,
+        "what is on the screen is held, nothing is looked up"
+    );
+    press(&mut model, "TTT");
+    assert_eq!(model.wanted_event(), Some((Seq(newest.0 - 3), None)));
+    assert_eq!(
+        model.snapshot().unwrap().view.seq.0,
+        newest.0 - 6,
+        "until the answer comes, the last moment seen before it"
+    );
+    answer(&mut model);
+    assert_eq!((model.seq(), &model.notice), (Some(Seq(newest.0 - 3)), &None));
     update(&mut model, Msg::Feed(Feed::View(Box::new(sample::view(41)))));
-    assert_eq!(model.snapshot().unwrap().view.seq, held, "held is held");
+    assert_eq!(model.seq(), Some(Seq(newest.0 - 3)), "held is held");
     press(&mut model, "t");
-    assert_eq!(model.snapshot().unwrap().view.seq.0, newest.0 - 6);
+    assert_eq!(
+        model.seq(),
+        Some(Seq(newest.0 - 3)),
+        "what was shown stays until the answer comes"
+    );
+    answer(&mut model);
+    assert_eq!(model.seq(), Some(Seq(newest.0 - 2)));
+    let event = model.event().unwrap();
+    assert_eq!(event.event.text, format!("event {}", newest.0 - 2));
+    assert_eq!(event.snapshot.view.seq, Seq(newest.0 - 2));
     press(&mut model, "L");
     assert_eq!(model.snapshot().unwrap().view.seq.0, newest.0 + 6);
-    assert!(model.is_live());
+    assert!(model.is_live() && model.event().is_none());
+}
+
+/// The feed tells of the event that the model wants.
+fn answer(model: &mut Model) {
+    let (seq, image) = model.wanted_event().unwrap();
+    let mut view = sample::view(seq.0.div_ceil(6));
+    view.seq = seq;
+    let feed = Feed::Event {
+        event: Box::new(line(seq)),
+        view: Box::new(view),
+        heat: image.map(|image| sample::heat((image.0 & 0xf) as usize, 10)),
+    };
+    update(model, Msg::Feed(feed));
+}
+
+fn line(seq: Seq) -> LogLine {
+    LogLine {
+        seq,
+        time: WallMs(seq.0),
+        kind: "ticked".into(),
+        by: "scheduler-a".into(),
+        text: format!("event {seq}"),
+        void: None,
+        details: vec![format!("all about {seq}")],
+    }
+}
+
+#[test]
+fn steps_end_where_the_log_does() {
+    let mut model = sample_model();
+    let newest = model.newest().unwrap();
+    press(&mut model, "T");
+    answer(&mut model);
+    press(&mut model, "t");
+    answer(&mut model);
+    assert_eq!(model.seq(), Some(newest));
+    press(&mut model, "t");
+    assert_eq!(
+        model.wanted_event(),
+        Some((newest, None)),
+        "there is none after the newest"
+    );
+    assert!(model.notice.as_deref().unwrap().contains("is the newest event"));
+    // The log goes on: so do the steps.
+    update(&mut model, Msg::Feed(Feed::Log(vec![line(newest.next())])));
+    press(&mut model, "t");
+    assert_eq!(model.wanted_event(), Some((newest.next(), None)));
+    press(&mut model, "b#1\n");
+    answer(&mut model);
+    press(&mut model, "T");
+    assert_eq!(model.seq(), Some(Seq(1)));
+    assert_eq!(model.notice.as_deref(), Some("the log begins at #1"));
+}
+
+#[test]
+fn an_event_that_cannot_be_told_of_leaves_the_screen_as_it_is() {
+    let mut model = sample_model();
+    let newest = model.newest().unwrap();
+    press(&mut model, "T");
+    update(&mut model, Msg::Feed(Feed::NoEvent("the stream begins at #900".into())));
+    assert_eq!(model.notice.as_deref(), Some("the stream begins at #900"));
+    assert_eq!(model.wanted_event(), None);
+    press(&mut model, "L");
+    press(&mut model, "T");
+    answer(&mut model);
+    press(&mut model, "T");
+    update(&mut model, Msg::Feed(Feed::NoEvent("gone".into())));
+    assert_eq!(model.seq(), Some(Seq(newest.0 - 1)), "the last event told of stays");
+    press(&mut model, "T");
+    assert_eq!(model.wanted_event(), Some((Seq(newest.0 - 2), None)));
+    press(&mut model, "L");
+    update(&mut model, Msg::Feed(Feed::NoEvent("late".into())));
+    assert_eq!(
+        (model.is_live(), &model.notice),
+        (true, &None),
+        "an answer that came too late says nothing"
+    );
+}
+
+#[test]
+fn an_event_shows_the_heat_and_the_log_of_its_moment() {
+    let mut model = sample_model();
+    press(&mut model, ":appl/vm-1\n");
+    press(&mut model, "b#3\n");
+    let image = model.wanted_heat();
+    assert_eq!(model.wanted_event(), Some((Seq(3), image)));
+    answer(&mut model);
+    assert!(map_grid(&model).is_some());
+    let Some(Effect::Why { at, .. }) = press(&mut model, "w") else {
+        panic!("the log can explain it")
+    };
+    assert_eq!(at, Some(Seq(3)));
+    // From before what this screen remembers: figures without a past, the event alone in the log.
+    let lines = (200..240).map(|seq| line(Seq(seq))).collect();
+    update(&mut model, Msg::Feed(Feed::Log(lines)));
+    press(&mut model, "6");
+    assert_eq!(model.wanted_event(), Some((Seq(3), None)));
+    answer(&mut model);
+    assert_eq!(model.table().unwrap().rows.len(), 1);
+    press(&mut model, "d");
+    assert!(matches!(&model.overlay, Some(Overlay::Text { lines, .. }) if lines == &["all about 3"]));
+    assert!(model.series(10, Snapshot::hit_permille).is_empty());
 }
 
 #[test]
@@ -73,12 +196,15 @@ fn jumping_to_a_time() {
         press(&mut model, "\n");
         let tick = (!model.is_live()).then(|| model.snapshot().unwrap().view.tick.0);
         assert_eq!(tick, second, "{text}: {:?}", model.notice);
-        assert_eq!(second.is_none(), model.notice.is_some());
+        let looks_up = model.wanted_event().is_some();
+        assert_eq!(second.is_none() || looks_up, model.notice.is_some());
     };
     check("-10s", Some(30));
     check("#64", Some(10));
     check("2025-11-20T17:33:40Z", Some(20));
     check("17:33:40", Some(20));
+    check("#0", None);
+    check("#99999", None);
     check("-10h", None);
     check("yesterday", None);
     check("25:00", None);

@@ -52,8 +52,8 @@ pub fn draw(model: &Model, snapshot: &Snapshot, id: ImageId, area: Rect, buffer:
     let inner = panel(theme, title(theme, heading), area, buffer);
     figures(model, image, inner, buffer);
 
-    let Some(heat) = model.index().and_then(|i| model.history.heat(i, id)) else {
-        let text = if model.is_live() {
+    let Some(heat) = model.heat(id) else {
+        let text = if model.is_live() || model.wanted_event().is_some() {
             "asking for its heat …"
         } else {
             "its heat was not looked at then; L goes back to live"
@@ -96,14 +96,11 @@ fn figures(model: &Model, image: &ImageView, inner: Rect, buffer: &mut Buffer) {
     ]);
     buffer.set_line(inner.x, inner.y, &line, inner.width);
 
-    let Some(index) = model.index() else { return };
     let label = 23;
     let width = usize::from(inner.width).saturating_sub(label + 12);
     let id = image.id;
-    let hits = model
-        .history
-        .series(index, width, |s| s.image(id).and_then(|i| i.hit_permille));
-    let p99 = model.history.series(index, width, |s| {
+    let hits = model.series(width, |s| s.image(id).and_then(|i| i.hit_permille));
+    let p99 = model.series(width, |s| {
         s.image(id)
             .filter(|i| i.read_latency.count > 0)
             .map(|i| i.read_latency.p99_us)

@@ -10,6 +10,7 @@ use crate::fmt;
 use crate::heatmap;
 use crate::keys;
 use crate::model::{Connection, Model, Overlay, PromptKind, Screen};
+use crate::tables::LogLine;
 use crate::theme::{Theme, Tone};
 
 mod heat;
@@ -25,8 +26,12 @@ pub const WIDTH_MIN: u16 = 80;
 pub const HEIGHT_MIN: u16 = 24;
 /// Under this nothing readable fits.
 const UNREADABLE: (u16, u16) = (40, 12);
-const HEADER: u16 = 3;
 const FOOTER: u16 = 1;
+
+/// Lines of the header: one more where it says which event is shown.
+fn header_height(model: &Model) -> u16 {
+    if model.event().is_some() { 4 } else { 3 }
+}
 
 /// Paints one frame.
 pub fn draw(model: &Model, frame: &mut Frame) {
@@ -43,7 +48,7 @@ pub fn paint(model: &Model, area: Rect, buffer: &mut Buffer) {
         return;
     }
     let [head, body, foot] = Layout::vertical([
-        Constraint::Length(HEADER),
+        Constraint::Length(header_height(model)),
         Constraint::Min(1),
         Constraint::Length(FOOTER),
     ])
@@ -65,8 +70,9 @@ pub fn paint(model: &Model, area: Rect, buffer: &mut Buffer) {
 }
 
 fn body(model: &Model) -> Rect {
-    let height = model.size.1.saturating_sub(HEADER + FOOTER);
-    Rect::new(0, HEADER, model.size.0, height)
+    let header = header_height(model);
+    let height = model.size.1.saturating_sub(header + FOOTER);
+    Rect::new(0, header, model.size.0, height)
 }
 
 /// How many rows of the current table are on the screen.
@@ -158,6 +164,24 @@ fn header(model: &Model, area: Rect, buffer: &mut Buffer) {
         }
     }
     buffer.set_line(area.x, area.y + 2, &Line::from(tabs), area.width);
+    if let Some(moment) = model.event() {
+        buffer.set_line(area.x, area.y + 3, &event(theme, &moment.event), area.width);
+    }
+}
+
+/// The event that is shown: where it stands in the log, what it is, who published it, what it says.
+fn event(theme: Theme, event: &LogLine) -> Line<'static> {
+    let mut spans = vec![
+        Span::styled(format!(" ▸ #{} ", fmt::count(event.seq.0)), theme.tone(Tone::Title)),
+        Span::raw(format!("{} ", fmt::clock(event.time))),
+        Span::styled(format!("{} ", event.kind), theme.tone(Tone::Accent)),
+    ];
+    if let Some(why) = &event.void {
+        spans.push(Span::styled(format!("VOID: {why} "), theme.tone(Tone::Warn)));
+    }
+    spans.push(Span::styled(format!("by {} ", event.by), theme.tone(Tone::Dim)));
+    spans.push(Span::raw(event.text.clone()));
+    Line::from(spans)
 }
 
 /// Live, held or lost, and the time shown.
@@ -227,14 +251,27 @@ fn footer(model: &Model, area: Rect, buffer: &mut Buffer) {
     }
     let mut spans = vec![Span::raw(" ")];
     let mut width = 1;
-    const HINTS: [&str; 15] = [
-        "?", "Enter", "Esc", "/", ":", "d", "w", "+", "-", "Space", "T", "t", "L", "b", "q",
+    const LOOK: [(&str, &str); 9] = [
+        ("?", "help"),
+        ("Enter", "open"),
+        ("Esc", "back"),
+        ("/", "filter"),
+        (":", "view"),
+        ("d", "describe"),
+        ("w", "why"),
+        ("+", "closer"),
+        ("-", "farther"),
     ];
-    const WORDS: [&str; 15] = [
-        "help", "open", "back", "filter", "view", "describe", "why", "closer", "farther", "hold", "earlier", "later",
-        "live", "jump", "quit",
+    let time = [
+        ("T", "earlier"),
+        ("t", "later"),
+        ("L", "live"),
+        ("Space", if model.is_live() { "hold" } else { "go on" }),
+        ("b", "jump"),
     ];
-    for (label, word) in HINTS.iter().zip(WORDS) {
+    // Who looks at the past wants to move in it; not all fits into a narrow terminal.
+    let (first, then) = LOOK.split_at(if model.is_live() { LOOK.len() } else { 1 });
+    for (label, word) in first.iter().chain(&time).chain(then).chain(&[("q", "quit")]) {
         let works = keys::BINDINGS.iter().any(|b| b.label == *label && (b.when)(model));
         let text = format!(" {word}  ");
         let more = label.len() + text.len();

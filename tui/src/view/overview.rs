@@ -113,11 +113,10 @@ pub fn node_gauges(model: &Model, nodes: &[NodeView], area: Rect, buffer: &mut B
 fn cluster(model: &Model, snapshot: &Snapshot, area: Rect, buffer: &mut Buffer) {
     let theme = model.theme;
     let inner = panel(theme, title(theme, "Does it pay"), area, buffer);
-    let Some(index) = model.index() else { return };
     let label_width = 20;
     let width = usize::from(inner.width).saturating_sub(label_width + 1);
-    let hits = model.history.series(index, width, Snapshot::hit_permille);
-    let p99 = model.history.series(index, width, Snapshot::read_p99_us);
+    let hits = model.series(width, Snapshot::hit_permille);
+    let p99 = model.series(width, Snapshot::read_p99_us);
     let hit = snapshot.hit_permille();
     let totals = &snapshot.view.totals;
     let reads: u64 = snapshot.view.images.iter().map(|i| i.reads_per_s).sum();

@@ -51,9 +51,7 @@ pub fn images(model: &Model, area: Rect, buffer: &mut Buffer) {
 fn image_trend(model: &Model) -> impl Fn(&RowId, usize) -> Option<String> + '_ {
     move |row, width| {
         let RowId::Image(id) = row else { return None };
-        let values = model
-            .history
-            .series(model.index()?, width, |s| s.image(*id).and_then(|i| i.hit_permille));
+        let values = model.series(width, |s| s.image(*id).and_then(|i| i.hit_permille));
         Some(parts::spark(model.theme, &values, 1000))
     }
 }
