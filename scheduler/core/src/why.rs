@@ -6,7 +6,6 @@
 //! same layer earned counts too, and says whose it is.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::fmt;
 
 use hearth_protocol::command::{Alternative, Order, Outcome, Resident};
 use hearth_protocol::event::HeatFolded;
@@ -15,8 +14,14 @@ use hearth_protocol::{
 };
 use serde::{Deserialize, Serialize};
 
+use self::names::Names;
 use crate::blocks::Place;
 use crate::state::{Applied, Judged, State};
+
+mod names;
+mod text;
+
+pub use text::number_text;
 
 /// Heat events kept, newest; older ones are counted.
 pub const HEAT_KEPT_MAX: usize = 512;
@@ -171,6 +176,10 @@ pub struct WhyReport {
     pub lost: Vec<LostEvidence>,
     /// Log positions of reports that a copy left RAM without an order, because a write made it stale.
     pub dropped: Vec<(Seq, NodeId)>,
+    /// The names of the images above, where the log has them.
+    pub image_names: BTreeMap<ImageId, String>,
+    /// What the layers above are, where the log says so: a snapshot, the top or a lower layer of an image.
+    pub layer_names: BTreeMap<LayerId, String>,
 }
 
 /// Why there is no answer.
@@ -206,6 +215,8 @@ pub struct Why {
     dropped: Vec<(Seq, NodeId)>,
     /// What the newest decision of one rule, node and tick did not choose: its first command carries it for all.
     not_chosen: Option<(String, NodeId, TickNo, Vec<Alternative>)>,
+    /// Of all images and layers: other ones' heat and blocks are told of, too.
+    names: Names,
 }
 
 fn push<T>(list: &mut VecDeque<T>, one: T, max: usize) {
@@ -232,6 +243,7 @@ impl Why {
             lost: VecDeque::new(),
             dropped: Vec::new(),
             not_chosen: None,
+            names: Names::default(),
         }
     }
 
@@ -240,6 +252,7 @@ impl Why {
         if applied.judged != Judged::Valid {
             return;
         }
+        self.names.learn(event);
         match event {
             Event::ImageCreated(_) | Event::SnapshotTaken { .. } | Event::ImageResized { .. } => self.look_up(after),
             Event::HeatFolded(heat) => self.heat(seq, heat, after),
@@ -255,8 +268,11 @@ impl Why {
             && self.found != Some(id)
         {
             // The name went to another image: what was seen concerns the one before.
-            *self = Self::new(WhyImage::Name(name.clone()), self.block);
-            self.found = Some(id);
+            *self = Self {
+                found: Some(id),
+                names: std::mem::take(&mut self.names),
+                ..Self::new(WhyImage::Name(name.clone()), self.block)
+            };
         }
         if let Some(layers) = self.found.and_then(|id| state.layers(id)) {
             self.layers.extend(layers);
@@ -435,7 +451,11 @@ impl Why {
             decisions: self.decisions.iter().cloned().collect(),
             lost: self.lost.iter().cloned().collect(),
             dropped: self.dropped.clone(),
+            image_names: BTreeMap::new(),
+            layer_names: BTreeMap::new(),
         };
+        report.image_names = self.names.of_images(&report.images());
+        report.layer_names = self.names.of_layers(&report.layers());
         report.verdict = verdict(&report, state);
         Ok(report)
     }
@@ -523,148 +543,5 @@ fn verdict(report: &WhyReport, state: &State) -> String {
             "on disk with a score of {score}, over the threshold of {threshold}: hotter blocks went first, or its layer \
              cannot be read there now"
         ),
-    }
-}
-
-impl fmt::Display for WhyReport {
-    /// The whole chain as text, one line per event, in the order of the log.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(
-            f,
-            "{} block {} at seq {}, tick {}",
-            self.name, self.block, self.seq, self.tick
-        )?;
-        writeln!(f, "{}", self.verdict)?;
-        for place in &self.places {
-            writeln!(
-                f,
-                "place    {} on {}, layer {}, score {}",
-                place.place,
-                place.node,
-                place.layer,
-                place.score.bursts_text()
-            )?;
-        }
-        let hidden = self.heat_total - self.heat.len() as u64;
-        if hidden > 0 {
-            writeln!(f, "heat     {hidden} older events not shown")?;
-        }
-        let mut lines: BTreeMap<(Seq, u8), String> = BTreeMap::new();
-        for heat in &self.heat {
-            let sibling = if heat.image == self.image {
-                String::new()
-            } else {
-                format!(" by image {}", heat.image)
-            };
-            let lost = if heat.lost == 0 {
-                String::new()
-            } else {
-                format!(", window lost {} samples", heat.lost)
-            };
-            let line = format!(
-                "heat     seq {} on {}: {} reads, {} writes in {} bursts{sibling}{lost}, score {}\n",
-                heat.seq,
-                heat.node,
-                heat.reads,
-                heat.writes,
-                heat.bursts,
-                heat.score.bursts_text()
-            );
-            lines.entry((heat.seq, 0)).or_default().push_str(&line);
-        }
-        for (seq, node) in &self.dropped {
-            let line = format!("dropped  seq {seq} on {node}: a write made the copy in RAM stale\n");
-            lines.entry((*seq, 1)).or_default().push_str(&line);
-        }
-        for lost in &self.lost {
-            let line = format!(
-                "lost     seq {}: {}, score {}, to promote {}\n",
-                lost.seq,
-                lost.why,
-                lost.score.bursts_text(),
-                lost.command
-            );
-            lines.entry((lost.seq, 2)).or_default().push_str(&line);
-        }
-        for decision in &self.decisions {
-            lines
-                .entry((decision.seq, 3))
-                .or_default()
-                .push_str(&decision.to_string());
-            if let Some(result) = &decision.result {
-                let why = if result.why.is_empty() {
-                    String::new()
-                } else {
-                    format!(" ({})", result.why)
-                };
-                let line = format!(
-                    "result   seq {}: {}{why}, the command took {} us\n",
-                    result.seq, result.how, result.took_us
-                );
-                lines.entry((result.seq, 4)).or_default().push_str(&line);
-            }
-        }
-        lines.values().try_for_each(|line| f.write_str(line))
-    }
-}
-
-impl fmt::Display for DecisionEvidence {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let numbers: Vec<String> = self
-            .numbers
-            .iter()
-            .map(|(name, value)| number_text(name, *value))
-            .collect();
-        writeln!(
-            f,
-            "rule     {} of policy version {}: {}",
-            self.rule,
-            self.policy_version,
-            numbers.join(", ")
-        )?;
-        let seqs: Vec<String> = self.rests_on.iter().map(Seq::to_string).collect();
-        if !seqs.is_empty() {
-            writeln!(f, "rests on seq {}", seqs.join(", "))?;
-        }
-        write!(
-            f,
-            "command  seq {} {} {} on {} at tick {}, score {}",
-            self.seq,
-            self.verb,
-            self.command,
-            self.node,
-            self.tick,
-            self.score.bursts_text()
-        )?;
-        if let Some(victim) = &self.displaces {
-            write!(
-                f,
-                ", in place of block {} of layer {} with score {}",
-                victim.block,
-                victim.layer,
-                victim.score.bursts_text()
-            )?;
-        }
-        writeln!(f)?;
-        for lost in &self.lost {
-            writeln!(
-                f,
-                "  instead of block {} of layer {}, score {}: {}",
-                lost.block,
-                lost.layer,
-                lost.score.bursts_text(),
-                lost.why
-            )?;
-        }
-        Ok(())
-    }
-}
-
-/// One number of a reason for people: scores are fixed point.
-pub fn number_text(name: &str, value: u64) -> String {
-    if name.ends_with("_score") {
-        format!("{name} {}", HeatScore(value).bursts_text())
-    } else {
-        format!("{name} {value}")
     }
 }

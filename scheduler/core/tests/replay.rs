@@ -195,6 +195,10 @@ fn why_tells_the_chain_from_heat_to_result() {
     ] {
         assert!(text.contains(word), "{word:?} in\n{text}");
     }
+    let layers: Vec<_> = report.layer_names.values().collect();
+    assert_eq!(layers, ["top of appl/vm-1", "top of appl/vm-2"]);
+    assert_eq!(report.image_names[&ImageId(1)], "appl/vm-1");
+    assert!(text.contains(" of layer top of appl/vm-"), "{text}");
     // As JSON and back.
     let json = serde_json::to_string(&report).unwrap();
     assert_eq!(serde_json::from_str::<WhyReport>(&json).unwrap(), report);
