@@ -1,8 +1,8 @@
 //! What every Hearth process agrees on: ids, units, events, commands, subjects, the codec and the limits.
 //!
-//! This crate knows no clock, no runtime, no network and no disk. It is not a place for behaviour, with two
-//! exceptions that must be one piece of code for everybody: the hash [`chain`] and [`validity`], the rule that says
-//! which events of the stream count.
+//! This crate knows no clock, no runtime, no network and no disk. It is not a place for behaviour, with three
+//! exceptions that must be one piece of code for everybody: the hash [`chain`]; [`validity`], the rule that says which
+//! events of the stream count; and [`publishers`], which says which of them are repeats.
 
 pub mod chain;
 pub mod codec;
@@ -12,6 +12,7 @@ pub mod heat;
 pub mod ids;
 pub mod limits;
 pub mod policy;
+pub mod publishers;
 pub mod rpc;
 pub mod size;
 pub mod subject;

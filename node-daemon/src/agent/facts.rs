@@ -7,10 +7,10 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use hearth_protocol::command::Outcome;
 use hearth_protocol::event::ImageCreated;
+use hearth_protocol::publishers::{Arrival, Publishers};
 use hearth_protocol::validity::{Validity, Verdict};
 use hearth_protocol::{
-    Command, CommandId, Envelope, Event, ImageId, ImageName, Incarnation, LayerId, NodeId, Publisher, Seq,
-    SnapshotName, TickNo, subject,
+    Command, CommandId, Envelope, Event, ImageId, ImageName, LayerId, NodeId, Seq, SnapshotName, TickNo, subject,
 };
 
 /// Verdicts remembered for requests that wait for their own event; a request waits for one at a time.
@@ -35,7 +35,7 @@ pub struct ClusterFacts {
     seq: Seq,
     tick: TickNo,
     validity: Validity,
-    seen: BTreeMap<(Publisher, Incarnation), u64>,
+    publishers: Publishers,
     images: BTreeMap<ImageId, ImageFacts>,
     aggregates: BTreeMap<ImageId, Seq>,
     tails: BTreeMap<ImageId, Seq>,
@@ -59,12 +59,9 @@ impl ClusterFacts {
     /// Folds the next message. `own` is this node.
     pub fn apply(&mut self, own: &NodeId, seq: Seq, envelope: &Envelope, event: &Event) {
         self.seq = seq;
-        let key = (envelope.publisher.clone(), envelope.incarnation);
-        let last = self.seen.entry(key).or_default();
-        if envelope.publisher_seq <= *last {
+        if self.publishers.arrive(envelope) == Arrival::Repeat {
             return self.remember(seq, Verdict::Void("the event repeats an earlier one"));
         }
-        *last = envelope.publisher_seq;
         let verdict = self.validity.judge(&envelope.publisher, event);
         self.remember(seq, verdict);
         if let Some(image) = image_of(event).filter(|id| verdict.is_valid() || self.aggregates.contains_key(id)) {
@@ -259,7 +256,7 @@ fn image_of(event: &Event) -> Option<ImageId> {
 
 #[cfg(test)]
 mod tests {
-    use hearth_protocol::{ByteLen, SetVersion, Term, WallMs};
+    use hearth_protocol::{ByteLen, Incarnation, Publisher, SetVersion, Term, WallMs};
 
     use super::*;
 
@@ -321,6 +318,15 @@ mod tests {
         assert!(script.event(&one, 2, &deleted).is_valid());
         assert!(script.event(&two, 4, &created(3, "a/b", "node-2")).is_valid());
         assert_eq!(script.facts.aggregate(ImageId(1)), Seq(6));
+    }
+
+    #[test]
+    fn an_event_that_was_overtaken_counts_as_it_does_for_the_scheduler() {
+        let mut script = Script::new();
+        let one = Publisher::Node("node-1".parse().unwrap());
+        assert!(script.event(&one, 2, &created(1, "a/b", "node-1")).is_valid());
+        assert!(script.event(&one, 1, &created(2, "a/c", "node-1")).is_valid());
+        assert!(!script.event(&one, 1, &created(3, "a/d", "node-1")).is_valid());
     }
 
     #[test]

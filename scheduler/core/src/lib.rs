@@ -6,7 +6,7 @@
 //! beside this crate's manifest bans what would break that.
 //!
 //! Where things are: [`State`] and its fold in `state`, per-block heat and places in `blocks`, integer decay in
-//! `decay`, images and layers in `catalog`, commands in flight in `orders`, idempotence in `publishers`, what moves
+//! `decay`, images and layers in `catalog`, commands in flight in `orders`, what moves
 //! and why in [`policy`], what people see in [`view()`], re-derivation in [`replay`], explanations in [`why`].
 
 #![deny(clippy::float_arithmetic)]
@@ -25,7 +25,6 @@ mod laws;
 pub mod mutants;
 mod orders;
 pub mod policy;
-mod publishers;
 pub mod replay;
 mod state;
 mod view;

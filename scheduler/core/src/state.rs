@@ -10,6 +10,7 @@ use hearth_protocol::event::{HeatFolded, NodeJoined};
 use hearth_protocol::heat::{LatencySummary, TierUse};
 use hearth_protocol::limits::{ABSENT_AFTER_TICKS, TICK_MS};
 use hearth_protocol::policy::TierPolicy;
+use hearth_protocol::publishers::{Arrival, Publishers};
 use hearth_protocol::validity::{Validity, Verdict};
 use hearth_protocol::view::Totals;
 use hearth_protocol::{
@@ -23,7 +24,6 @@ use crate::catalog::{Catalog, LastWindow};
 use crate::decay::{DecayClock, Weight, shifted};
 use crate::mutants;
 use crate::orders::Orders;
-use crate::publishers::{Arrival, Publishers};
 
 /// Blocks tracked in the whole cluster, some 1.1 GiB at most; each node has an equal share of it.
 pub const TRACKED_BLOCKS_MAX: u64 = 1 << 24;

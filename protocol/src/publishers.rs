@@ -2,11 +2,19 @@
 //!
 //! Numbers run from 1 without holes. A repeat is ignored before it is judged. A number that comes late, after a
 //! higher one, still counts, once: it was reported as missing meanwhile.
+//!
+//! Its memory is bounded, whatever the log holds. Publishers beyond the bound are not remembered: nothing that invents
+//! names can push out one that is known.
 
 use std::collections::BTreeMap;
 
-use hearth_protocol::{Envelope, Incarnation, Publisher};
 use serde::{Deserialize, Serialize};
+
+use crate::codec::Envelope;
+use crate::ids::{Incarnation, Publisher};
+
+/// Publishers remembered: eight times a cluster of a thousand nodes.
+const PUBLISHERS_MAX: usize = 8_192;
 
 /// Incarnations remembered per publisher, some 40 bytes each: enough that a process in a restart loop, once a minute,
 /// cannot push out within 17 hours one whose events might still be resent.
@@ -17,7 +25,7 @@ const MISSING_RANGES_MAX: usize = 32;
 
 /// What an envelope's number says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Arrival {
+pub enum Arrival {
     /// The next one.
     Next,
     /// Some before it have not arrived.
@@ -41,15 +49,18 @@ struct Numbers {
 
 /// The memory of the rule.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub(crate) struct Publishers {
+pub struct Publishers {
     /// Newest incarnation last.
     by_publisher: BTreeMap<Publisher, Vec<Numbers>>,
 }
 
 impl Publishers {
     /// Takes note of an event's number.
-    pub(crate) fn arrive(&mut self, envelope: &Envelope) -> Arrival {
+    pub fn arrive(&mut self, envelope: &Envelope) -> Arrival {
         if !self.by_publisher.contains_key(&envelope.publisher) {
+            if self.by_publisher.len() == PUBLISHERS_MAX {
+                return Arrival::Next;
+            }
             self.by_publisher.insert(envelope.publisher.clone(), Vec::new());
         }
         let known = self.by_publisher.get_mut(&envelope.publisher).expect("just inserted");
@@ -73,7 +84,7 @@ impl Publishers {
 
     /// Numbers that an incarnation has not delivered.
     #[cfg(test)]
-    pub(crate) fn missing(&self, publisher: &Publisher) -> u64 {
+    fn missing(&self, publisher: &Publisher) -> u64 {
         self.by_publisher.get(publisher).map_or(0, |all| {
             all.iter()
                 .flat_map(|n| &n.missing)
@@ -120,9 +131,8 @@ impl Numbers {
 
 #[cfg(test)]
 mod tests {
-    use hearth_protocol::WallMs;
-
     use super::*;
+    use crate::WallMs;
 
     fn envelope(incarnation: u128, number: u64) -> Envelope {
         Envelope {
@@ -160,5 +170,27 @@ mod tests {
         check(2, 1, Arrival::Repeat);
         check(1, 0, Arrival::Repeat);
         assert_eq!(publishers.missing(&envelope(1, 1).publisher), 0);
+    }
+
+    #[test]
+    fn garbage_takes_bounded_memory_and_no_place_from_who_is_known() {
+        let mut publishers = Publishers::default();
+        assert_eq!(publishers.arrive(&envelope(1, 1)), Arrival::Next);
+        for n in 0..2 * PUBLISHERS_MAX {
+            let mut invented = envelope(1, 1);
+            invented.publisher = Publisher::Node(format!("invented-{n}").parse().unwrap());
+            assert_eq!(publishers.arrive(&invented), Arrival::Next);
+        }
+        assert_eq!(publishers.by_publisher.len(), PUBLISHERS_MAX);
+        assert_eq!(publishers.arrive(&envelope(1, 1)), Arrival::Repeat);
+        for n in 2..2 * INCARNATIONS_MAX as u128 {
+            publishers.arrive(&envelope(n, 1));
+        }
+        for n in 0..2 * MISSING_RANGES_MAX as u64 {
+            publishers.arrive(&envelope(7, 3 + 2 * n));
+        }
+        let known = &publishers.by_publisher[&envelope(1, 1).publisher];
+        assert_eq!(known.len(), INCARNATIONS_MAX);
+        assert!(known.iter().all(|n| n.missing.len() <= MISSING_RANGES_MAX));
     }
 }
