@@ -69,7 +69,7 @@ fn every_change_on_disk_goes_through_the_fault_arm() {
     let os = src.join("store/os.rs");
     let mut files: Vec<_> = sources(&src.join("store"));
     files.extend(sources(&src.join("volume")));
-    files.extend(["served.rs", "peers.rs", "node.rs"].map(|name| src.join("agent").join(name)));
+    files.extend(["served.rs", "peers.rs", "gone.rs", "node.rs"].map(|name| src.join("agent").join(name)));
     assert!(files.len() > 20 && files.contains(&os));
     let found: Vec<_> = files
         .iter()

@@ -1,6 +1,7 @@
 //! A stream that loses what nodes and schedulers have read: changes freeze and say so, guests' I/O goes on, and an
 //! operator either puts the end back, rebuilds the whole, or accepts the loss; nobody removes files by hand.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -126,11 +127,32 @@ impl Scene {
         Ok((output.status.code(), String::from_utf8_lossy(&text).into_owned()))
     }
 
+    /// Id, size and snapshots of every image by name, as the node has them.
+    fn images(&self) -> Result<BTreeMap<String, Value>> {
+        let listed = self.cluster.hearth().json(&["image", "list", "--node", "node-1"])?;
+        by_name(listed.as_array().context("no images")?)
+    }
+
+    /// The same as the scheduler folds them from the log.
+    fn viewed(&self) -> Result<BTreeMap<String, Value>> {
+        let view = self.cluster.view()?;
+        by_name(view["images"].as_array().context("no images")?)
+    }
+
     fn knows(&self, image: &str) -> Result<bool> {
         let view = self.cluster.view()?;
         let images = view["images"].as_array().context("no images")?;
         Ok(images.iter().any(|i| i["name"] == image))
     }
+}
+
+fn by_name(images: &[Value]) -> Result<BTreeMap<String, Value>> {
+    let one = |image: &Value| {
+        let name = image["name"].as_str().context("no name")?;
+        let what = serde_json::json!([image["id"], image["size"], image["snapshots"]]);
+        Ok((name.to_owned(), what))
+    };
+    images.iter().map(one).collect()
 }
 
 fn create(cluster: &Cluster, image: &str) -> Result<()> {
@@ -149,12 +171,29 @@ fn a_loss_is_accepted_by_word_and_each_word_covers_one_loss() -> Result<()> {
     let Some(mut scene) = Scene::start()? else {
         return Ok(());
     };
-    create(&scene.cluster, "a/moved")?;
+    for image in ["a/moved", "a/gone", "a/anew"] {
+        create(&scene.cluster, image)?;
+    }
+    scene.cluster.hearth().text(&["image", "attach", "a/gone"])?;
     let early = scene.keep_streams("early")?;
     create(&scene.cluster, "a/late")?;
     for words in [["attach", "a/late"], ["attach", "a/moved"], ["detach", "a/moved"]] {
         scene.cluster.hearth().text(&[&["image"], &words[..]].concat())?;
     }
+    // What is told again must include snapshots, ends of service, deletions, and names that went to another image.
+    let lost: [&[&str]; 6] = [
+        &["snapshot", "a/moved@lost"],
+        &["snapshot", "a/late@lost"],
+        &["resize", "a/moved", "12MiB"],
+        &["detach", "a/gone"],
+        &["delete", "a/gone", "--yes"],
+        &["delete", "a/anew", "--yes"],
+    ];
+    for words in lost {
+        scene.cluster.hearth().text(&[&["image"], words].concat())?;
+    }
+    create(&scene.cluster, "a/anew")?;
+    let anew = scene.images()?;
     scene.wait_witnessed()?;
     scene.roll_back_to(&early)?;
     scene.wait_frozen()?;
@@ -174,7 +213,7 @@ fn a_loss_is_accepted_by_word_and_each_word_covers_one_loss() -> Result<()> {
     let (code, text) = scene.said(&["log", "recover", "--log-dir", &former, "--accept-loss", "--dry-run"])?;
     ensure!(
         code == Some(0)
-            && text.contains("1 image_created")
+            && text.contains("2 image_created")
             && text.contains("a/late")
             && text.contains("nothing was done"),
         "{code:?}: {text}"
@@ -197,6 +236,10 @@ fn a_loss_is_accepted_by_word_and_each_word_covers_one_loss() -> Result<()> {
     scene.wait_thawed()?;
     wait::until("the node to tell of the image that the stream lost", WITHIN, || {
         Ok(scene.knows("a/late")?.then_some(()))
+    })?;
+    // The scheduler's view says again what the node says, and what it said before the loss.
+    wait::until("store and log to agree", WITHIN, || {
+        Ok((scene.images()? == anew && scene.viewed()? == anew).then_some(()))
     })?;
     create(&scene.cluster, "a/after")?;
     // Their attaches were lost too: the log knows their epochs again.

@@ -29,6 +29,17 @@ pub struct ImageFacts {
     pub last: Seq,
 }
 
+impl ImageFacts {
+    /// A layer took no more writes, and an empty one was put on top of it; either may be known already.
+    fn pushed(&mut self, sealed: LayerId, top: LayerId) {
+        for layer in [sealed, top] {
+            if !self.created.layers.contains(&layer) {
+                self.created.layers.insert(0, layer);
+            }
+        }
+    }
+}
+
 /// The fold.
 #[derive(Debug, Default)]
 pub struct ClusterFacts {
@@ -100,8 +111,10 @@ impl ClusterFacts {
                 top,
             } => {
                 if let Some(facts) = self.images.get_mut(image) {
-                    facts.snapshots.push((name.clone(), *sealed));
-                    facts.created.layers.insert(0, *top);
+                    if facts.snapshots.iter().all(|(known, _)| known != name) {
+                        facts.snapshots.push((name.clone(), *sealed));
+                    }
+                    facts.pushed(*sealed, *top);
                     self.holders
                         .entry(*sealed)
                         .or_default()
@@ -116,7 +129,7 @@ impl ClusterFacts {
             } => {
                 if let Some(facts) = self.images.get_mut(image) {
                     facts.created.size = *size;
-                    facts.created.layers.insert(0, *top);
+                    facts.pushed(*sealed, *top);
                     self.holders
                         .entry(*sealed)
                         .or_default()

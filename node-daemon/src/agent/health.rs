@@ -96,6 +96,20 @@ impl Requests {
                 ailment,
             ));
         }
+        // Before both were compared, the log may still list what is to go.
+        if self.link.takes_changes().is_ok() {
+            for (_, name) in self.listed_and_absent() {
+                items.push(item(
+                    format!("image {name}"),
+                    Ailment {
+                        code: "IMAGE_MISSING",
+                        error: true,
+                        what: "the log lists it there, and the store does not have it".into(),
+                        fix: "Is the store's disk mounted? Bring it back, then start the node again".into(),
+                    },
+                ));
+            }
+        }
         HealthItem::sort(&mut items);
         let omitted = items.len().saturating_sub(NODE_HEALTH_MAX);
         items.truncate(NODE_HEALTH_MAX);

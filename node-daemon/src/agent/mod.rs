@@ -3,12 +3,14 @@
 pub mod commands;
 mod epochs;
 pub mod facts;
+pub mod gone;
 mod health;
 mod image_export;
 pub mod jobs;
 pub mod link;
 pub mod node;
 pub mod peers;
+mod reconcile;
 pub mod report;
 pub mod requests;
 mod resize;

@@ -13,6 +13,7 @@ use hearth_protocol::command::Outcome;
 use hearth_protocol::rpc::{ExportKind, Failure, FailureKind};
 use hearth_protocol::{BlockIndex, ByteLen, Epoch, ImageId, Incarnation, LayerId, LeaseId, Order, SetVersion};
 
+use super::gone::Gone;
 use super::peers::Peers;
 use super::served::{Kept, Served, ServedImages};
 use crate::config::{HeatChoice, NodeConfig};
@@ -38,6 +39,8 @@ pub struct Node {
     pub tier: Arc<RamTier>,
     /// The images in service.
     pub served: Arc<ServedImages>,
+    /// The images that were deleted here.
+    pub gone: Gone,
     /// Where other nodes are.
     pub peers: Arc<Peers>,
     /// Kernel devices, or why there are none.
@@ -101,6 +104,7 @@ impl Node {
             tracing::warn!("no kernel devices, images are served over NBD only: {why}");
         }
         let peers = Arc::new(Peers::open(config.store_dir.join("peers"), faults.clone())?);
+        let gone = Gone::open(config.store_dir.join("deleted-images"), faults.clone())?;
         let remote = {
             let peers = Arc::clone(&peers);
             Arc::new(PeerPool::new(PeerLimits::default(), move |layer| {
@@ -125,6 +129,7 @@ impl Node {
             store,
             tier,
             served,
+            gone,
             peers,
             devices,
             counters: ExportSource::new(),

@@ -8,12 +8,11 @@ use hearth_protocol::limits::REASON_BYTES_MAX;
 use hearth_protocol::rpc::{
     Answer, Asked, AttachInfo, ExportKind, Failure, FailureKind, ImageInfo, NodeInfo, NodeReply, NodeRequest,
 };
-use hearth_protocol::{ByteLen, Epoch, Event, ImageId, ImageName, LayerId, LeaseId, Seq, SnapshotName};
+use hearth_protocol::{ByteLen, Epoch, Event, ImageName, LayerId, LeaseId, SnapshotName};
 
 use super::jobs::Jobs;
 use super::link::Link;
 use super::node::{Node, SET_VERSION, failed, store_failure};
-use super::resize;
 use super::served::Served;
 use crate::export::nbd::NbdHandle;
 use crate::store::{ImageMeta, StoreError};
@@ -334,10 +333,7 @@ impl Requests {
             .link
             .publish_image(meta.id, &Event::ImageDeleted { image: meta.id })
             .await?;
-        let gone: Vec<LayerId> = self
-            .blocking(move |node| node.store.delete(meta.id).map_err(|e| store_failure(&e)))
-            .await?;
-        for layer in gone {
+        for layer in self.remove(meta.id).await? {
             let event = Event::LayerDropped {
                 layer,
                 node: self.node.config.id.clone(),
@@ -530,60 +526,4 @@ pub fn created(node: &Node, meta: &ImageMeta) -> Event {
         node: node.config.id.clone(),
         set_version: SET_VERSION,
     })
-}
-
-/// Tells the size to which an image grew before the process died.
-async fn tell_size(requests: &Requests, meta: &ImageMeta) {
-    let (event, _) = resize::resized(meta);
-    match requests.link.publish_image(meta.id, &event).await {
-        Ok(_) => tracing::info!(image = %meta.name, size = meta.size, "told a size that the log did not know"),
-        Err(error) => tracing::error!(image = %meta.name, %error, "store and log differ about an image's size"),
-    }
-}
-
-/// Brings store and log together after a crash between the two: images that the log does not know are announced,
-/// images that the log says are deleted go, sizes and epochs that the log does not know are told.
-pub async fn reconcile(requests: &Requests) {
-    for meta in requests.node.store.images() {
-        reconcile_image(requests, &meta).await;
-        match requests.tell_epochs(&meta).await {
-            Ok(0) => {}
-            Ok(told) => tracing::info!(image = %meta.name, told, "told attaches that the log had lost"),
-            Err(error) => tracing::error!(image = %meta.name, %error, "store and log differ about an image's epoch"),
-        }
-    }
-}
-
-async fn reconcile_image(requests: &Requests, meta: &ImageMeta) {
-    let (known_size, deleted) = {
-        let facts = requests.link.facts();
-        let known = facts.image(meta.id).map(|image| image.created.size);
-        (known, facts.aggregate(meta.id) > Seq(0))
-    };
-    if let Some(size) = known_size {
-        if size < ByteLen(meta.size) {
-            tell_size(requests, meta).await;
-        }
-        return;
-    }
-    let served = requests.node.served.get(meta.id).is_some();
-    let result = match (deleted, served) {
-        (true, false) => {
-            let id: ImageId = meta.id;
-            requests
-                .blocking(move |node| node.store.delete(id).map(drop).map_err(|e| store_failure(&e)))
-                .await
-                .map(|()| "removed an image that the log says is deleted")
-        }
-        (true, true) => Err(failed("the log says it is deleted, but it is in service".into())),
-        (false, _) => requests
-            .link
-            .publish_image(meta.id, &created(&requests.node, meta))
-            .await
-            .map(|_| "announced an image that the log did not know"),
-    };
-    match result {
-        Ok(what) => tracing::info!(image = %meta.name, what),
-        Err(error) => tracing::error!(image = %meta.name, %error, "store and log differ about an image"),
-    }
 }

@@ -20,6 +20,7 @@ use tokio::sync::Notify;
 use super::jobs::Jobs;
 use super::link::Link;
 use super::node::Node;
+use super::reconcile::reconcile;
 use super::report::{self, ImageContext};
 use super::requests::{self, Requests};
 use super::seen::Seen;
@@ -173,7 +174,7 @@ async fn agent(node: Arc<Node>, connections: NbdHandle, seen: Seen) {
             // The sender lives as long as the link.
             let _ = progress.wait_for(|p| p.caught_up() || p.histories != history).await;
             if progress.borrow().histories == history {
-                requests::reconcile(&requests).await;
+                reconcile(&requests).await;
                 link.reconciled();
                 wake.notify_one();
             }
