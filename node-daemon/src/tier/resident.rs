@@ -303,7 +303,7 @@ impl Residents {
         let hash_of = |id: &u32| mix(self.entry(*id).name.load(Ordering::Relaxed));
         if table.len() == table.capacity() {
             // Left to itself the table would double as soon as its places for removed units run out.
-            let mut fresh = HashTable::with_capacity(table.len() + table.len() / 4 + 1);
+            let mut fresh = HashTable::with_capacity(table.len() + table.len() / 8 + 1);
             for id in table.drain() {
                 fresh.insert_unique(hash_of(&id), id, hash_of);
             }

@@ -214,6 +214,7 @@ impl<'a> Plan<'a> {
         // Written out only if a command is given: in most ticks of a full region nothing pays.
         let mut lost: Vec<(Ranked<'a>, &'static str)> = Vec::with_capacity(ALTERNATIVES_MAX);
         let mut candidates = self.candidates();
+        let least_bytes = candidates.orders.iter().map(|(_, layer, _)| layer.block_bytes).min();
         // Victims of the candidate at hand; if it loses they are still the coldest for the next one.
         let mut victims: Vec<Ranked<'a>> = Vec::new();
         while let Some(candidate) = candidates.next() {
@@ -242,6 +243,11 @@ impl<'a> Plan<'a> {
                 }
             };
             if let Some(why) = why {
+                // Too cold for the coldest resident: so are all that follow, and none fits beside it.
+                let coldest_stays = why == "below_margin" && victims.len() == 1;
+                if coldest_stays && chosen.is_empty() && least_bytes.is_some_and(|least| free < least) {
+                    return;
+                }
                 residents.put_back(&mut victims);
                 lost.push((candidate, why));
                 // All that follow are colder and every victim is at least as warm: they are looked at only to name
