@@ -33,8 +33,11 @@ const DISK_READ_IOPS: u64 = 1_000;
 
 const BLOCK_BYTES: u64 = 64 << 10;
 
-/// Reads of a measured run: some ten seconds of the throttled disk.
+/// Reads of one pass: some four seconds of the throttled disk.
 const READS: u64 = 12_000;
+
+/// Passes of a measured run: what a tier holds when one begins moves its hit ratio by two points either way.
+const PASSES: u64 = 3;
 
 /// Requests at once, as a guest's disk queue has them.
 const DEPTH: u64 = 16;
@@ -100,7 +103,7 @@ fn promotion_comes_within_two_ticks_keeps_to_its_memory_and_does_not_hurt() -> R
     let on = run(&hearth, &target, &throttle)?;
 
     eprintln!(
-        "{READS} reads of 4 KiB, {SKEW}, depth {DEPTH}, over {} MiB; RAM tier {} MiB, {DISK_READ_IOPS} disk reads/s; \
+        "{PASSES} x {READS} reads of 4 KiB, {SKEW}, depth {DEPTH}, over {} MiB; RAM tier {} MiB, {DISK_READ_IOPS} disk reads/s; \
          on: after {warm_ticks} ticks",
         LOAD_BYTES >> 20,
         RAM_BYTES >> 20
@@ -110,13 +113,13 @@ fn promotion_comes_within_two_ticks_keeps_to_its_memory_and_does_not_hurt() -> R
     row("block reads from RAM", &|run| {
         format!("{:.1} %", 100.0 * run.hit_ratio())
     });
-    row("read p50", &|run| format!("{:.0} us", run.felt.p50_us));
-    row("read p99", &|run| format!("{:.0} us", run.felt.p99_us));
+    row("read p50", &|run| format!("{:.0} us", run.p50_us));
+    row("read p99", &|run| format!("{:.0} us", run.p99_us));
     row("device reads", &|run| run.device_reads.to_string());
-    row("took", &|run| format!("{:.1} s", run.felt.took_s));
+    row("took", &|run| format!("{:.1} s", run.took_s));
 
     // The limit on the disk was in force: the run that leans on it went at its speed.
-    let iops = off.device_reads as f64 / off.felt.took_s;
+    let iops = off.device_reads as f64 / off.took_s;
     ensure!(
         iops <= DISK_READ_IOPS as f64 * 1.1,
         "the disk did {iops:.0} reads/s, it is not slowed down"
@@ -126,19 +129,17 @@ fn promotion_comes_within_two_ticks_keeps_to_its_memory_and_does_not_hurt() -> R
     // The front alone takes all room that nobody promotes into, and finds the same hot blocks in a load that does not
     // change: here the scheduler cannot gain much, and must not cost.
     ensure!(on.hit_ratio() > 0.6, "the tier does not hold the hot blocks");
+    // A main region filled with the wrong blocks would cost twenty points.
     ensure!(
-        on.hit_ratio() > off.hit_ratio() - 0.02,
+        on.hit_ratio() > off.hit_ratio() - 0.04,
         "the scheduler lowered the hit ratio"
     );
     ensure!(
-        on.device_reads as f64 <= off.device_reads as f64 * 1.1,
+        on.device_reads as f64 <= off.device_reads as f64 * 1.15,
         "the scheduler burdens the disk"
     );
     // Both medians are hits, since the front alone has all the room: they differ by the machine's noise.
-    ensure!(
-        on.felt.p50_us <= 2.0 * off.felt.p50_us,
-        "the median read became much slower"
-    );
+    ensure!(on.p50_us <= 2.0 * off.p50_us, "the median read became much slower");
     Ok(())
 }
 
@@ -234,7 +235,11 @@ fn become_hot(hearth: &Hearth, target: &Target) -> Result<()> {
 /// One measured run.
 #[derive(Debug)]
 struct Run {
-    felt: Measured,
+    /// Medians over the passes.
+    p50_us: f64,
+    p99_us: f64,
+    /// In all.
+    took_s: f64,
     device_reads: u64,
     hits: u64,
     misses: u64,
@@ -258,27 +263,38 @@ fn load(target: &Target) -> Result<Measured> {
     )
 }
 
-/// The load once, with what it did to the disk and to the node's counters.
+/// The load, with what it did to the disk and to the node's counters.
 fn run(hearth: &Hearth, target: &Target, throttle: &Throttle) -> Result<Run> {
     // What came before is told in windows that end before this run begins.
     let from_ms = now_ms()?;
     let (_, from) = told(hearth, from_ms, from_ms)?;
     let reads_before = throttle.device_reads()?;
-    let felt = load(target)?;
+    let passes = (0..PASSES).map(|_| load(target)).collect::<Result<Vec<_>>>()?;
     let device_reads = throttle.device_reads()? - reads_before;
     let ((hits, misses), _) = told(hearth, from, now_ms()?)?;
+    let median = |of: fn(&Measured) -> f64| {
+        let mut all: Vec<f64> = passes.iter().map(of).collect();
+        all.sort_by(f64::total_cmp);
+        all[all.len() / 2]
+    };
     let run = Run {
-        felt,
+        p50_us: median(|pass| pass.p50_us),
+        p99_us: median(|pass| pass.p99_us),
+        took_s: passes.iter().map(|pass| pass.took_s).sum(),
         device_reads,
         hits,
         misses,
     };
-    ensure!(felt.reads == READS, "fio read {} times, not {READS}", felt.reads);
+    let reads: u64 = passes.iter().map(|pass| pass.reads).sum();
+    ensure!(
+        reads == PASSES * READS,
+        "fio read {reads} times, not {PASSES} x {READS}"
+    );
     // The kernel may merge neighbours into one request.
     let counted = hits + misses;
     ensure!(
-        (READS * 99 / 100..=READS).contains(&counted),
-        "{READS} reads were told as {counted}: {run:?}"
+        (reads * 99 / 100..=reads).contains(&counted),
+        "{reads} reads were told as {counted}: {run:?}"
     );
     Ok(run)
 }

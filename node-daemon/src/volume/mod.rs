@@ -19,7 +19,7 @@ mod whole;
 mod write;
 
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock, Weak};
 use std::time::Duration;
 
@@ -62,7 +62,12 @@ pub struct Volume {
     ahead: ahead::Ahead,
     poison_noted: AtomicBool,
     trouble: trouble::Trouble,
-    whole: whole::WholeUnits,
+    /// Which units reads of parts let into RAM, which they do when they ask again, and which reads of whole units do.
+    parts: whole::WholeUnits,
+    again: whole::WholeUnits,
+    wholes: whole::WholeUnits,
+    /// Reads that somebody else does for this image: [`Disk::file_read`].
+    file_reads: AtomicU32,
     me: Weak<Volume>,
 }
 
@@ -125,7 +130,10 @@ impl Volume {
             ahead: ahead::Ahead::default(),
             poison_noted: AtomicBool::new(false),
             trouble: trouble::Trouble::default(),
-            whole: whole::WholeUnits::default(),
+            parts: whole::WholeUnits::for_parts(),
+            again: whole::WholeUnits::for_parts(),
+            wholes: whole::WholeUnits::for_wholes(),
+            file_reads: AtomicU32::new(0),
             me: me.clone(),
             store,
             tier,
@@ -375,7 +383,7 @@ impl Disk for Volume {
     }
 
     fn file_read(&self, offset: u64, length: usize) -> Option<FileRead> {
-        self.part_in_file(offset, length)
+        self.range_in_file(offset, length)
     }
 
     fn file_read_done(
@@ -385,7 +393,7 @@ impl Disk for Volume {
         took: Duration,
         read: io::Result<()>,
     ) -> Result<(), DiskError> {
-        self.part_was_read(offset, length, took, read)
+        self.file_was_read(offset, length, took, read)
             .inspect_err(|err| self.trouble.note_read(err))
     }
 

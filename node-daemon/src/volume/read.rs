@@ -2,12 +2,14 @@
 
 use std::cell::RefCell;
 use std::io;
+use std::ops::RangeInclusive;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::Volume;
 use super::stack::{Stack, Where};
 use super::stats::add;
+use super::whole::WholeUnits;
 use crate::disk::{DiskError, FileRead};
 use crate::store::direct::{AlignedBuf, with_buffer};
 use crate::store::{LayerRef, disk_io};
@@ -18,6 +20,9 @@ const RUN_BYTES_MAX: u64 = 1 << 20;
 
 /// The same in units, which have 4,096 bytes or more.
 const RUN_UNITS_MAX: usize = (RUN_BYTES_MAX / 4096) as usize;
+
+/// A client that has so many reads of the disk out at once need not be read ahead for: it does not wait for each.
+const PIPELINED_READS_MIN: u32 = 4;
 
 thread_local! {
     /// One unit, for misses that ask for part of it.
@@ -76,10 +81,8 @@ impl Volume {
                 Where::Local(level) | Where::Remote(level) => {
                     match self.tier.look(stack.handle(level), piece.unit, piece.within, part) {
                         Look::Miss => return false,
-                        Look::Hit => {}
-                        Look::FirstUse(_) => self.note_missed(&stack, level, piece.unit),
+                        look => self.note_hit(&stack, level, &piece, look),
                     }
-                    self.whole.note(piece.unit, true);
                     hits += 1;
                 }
             }
@@ -115,10 +118,7 @@ impl Volume {
                     let handle = stack.handle(level);
                     let look = self.tier.look(handle, piece.unit, piece.within, part);
                     if look != Look::Miss {
-                        if look != Look::Hit {
-                            self.note_missed(&stack, level, piece.unit);
-                        }
-                        self.whole.note(piece.unit, true);
+                        self.note_hit(&stack, level, &piece, look);
                         add(&self.stats.ram_hits, 1);
                         piece.len
                     } else {
@@ -140,10 +140,37 @@ impl Volume {
         Ok(())
     }
 
+    /// A unit was found in RAM. One that is there only because it was read ahead is no sign that units are used again.
+    fn note_hit(&self, stack: &Stack, level: usize, piece: &Piece, look: Look) {
+        let share = self.share_for(piece.unit, piece.len);
+        share.note(piece.unit, look == Look::Hit);
+        if !share.covers(piece.unit) {
+            self.again.note(piece.unit, look == Look::Hit);
+        }
+        if look != Look::Hit {
+            self.note_missed(stack, level, piece.unit);
+        }
+    }
+
+    /// What decides about a read of so many bytes of a unit.
+    fn share_for(&self, unit: u32, length: usize) -> &WholeUnits {
+        if length < self.unit_len(unit) {
+            &self.parts
+        } else {
+            &self.wholes
+        }
+    }
+
+    /// The units that a range of at least one byte touches.
+    fn units_of(&self, offset: u64, length: usize) -> RangeInclusive<u32> {
+        let last = (offset + length as u64 - 1) / self.unit_bytes();
+        (offset / self.unit_bytes()) as u32..=last as u32
+    }
+
     fn note_range(&self, offset: u64, length: usize) {
         if length > 0 {
-            let last = (offset + length as u64 - 1) / self.unit_bytes();
-            self.note_read((offset / self.unit_bytes()) as u32, last as u32);
+            let units = self.units_of(offset, length);
+            self.note_read(*units.start(), *units.end());
         }
     }
 
@@ -190,7 +217,10 @@ impl Volume {
             }
         }
         if let Where::Local(level) | Where::Remote(level) = found {
-            (unit..unit + count as u32).for_each(|unit| self.note_missed(stack, level, unit));
+            for unit in unit..unit + count as u32 {
+                self.wholes.note(unit, false);
+                self.note_missed(stack, level, unit);
+            }
         }
         Ok(len)
     }
@@ -204,8 +234,8 @@ impl Volume {
         piece: &Piece,
         buf: &mut [u8],
     ) -> Result<(), DiskError> {
-        self.whole.note(piece.unit, false);
-        if !self.brings_whole(handle, piece.unit) {
+        self.parts.note(piece.unit, false);
+        if !self.brings_whole(handle, piece.unit, piece.len) {
             // Nobody would keep the rest of the unit, or use it.
             add(&self.stats.ram_misses, 1);
             let offset = u64::from(piece.unit) * self.unit_bytes() + piece.within as u64;
@@ -243,41 +273,54 @@ impl Volume {
         })
     }
 
-    /// Where a part of one unit lies, if it is in a file here and RAM is not to keep the unit; counts the miss.
-    pub(super) fn part_in_file(&self, offset: u64, length: usize) -> Option<FileRead> {
+    /// Where a range lies, if that is one place of one file here, none of it is in RAM and RAM is to keep none of it;
+    /// counts the misses. Ends in [`Self::file_was_read`].
+    pub(super) fn range_in_file(&self, offset: u64, length: usize) -> Option<FileRead> {
         self.check_range(offset, length as u64).ok()?;
         if length == 0 || self.closing.load(Ordering::Acquire) {
             return None;
         }
-        let piece = self.piece(offset, length);
+        let units = self.units_of(offset, length);
         let stack = self.stack();
-        let Where::Local(level) = stack.find(self.block_of(piece.unit), 0) else {
+        let found = stack.find(self.block_of(*units.start()), 0);
+        let Where::Local(level) = found else {
             return None;
         };
         let LayerRef::Local(layer) = &stack.levels[level].layer else {
             return None;
         };
-        let is_part = piece.len == length && length < self.unit_len(piece.unit);
-        if !is_part || !layer.is_readable_directly(offset, length) || self.brings_whole(stack.handle(level), piece.unit)
-        {
+        let handle = stack.handle(level);
+        let end = offset + length as u64;
+        let passes = |unit| {
+            let from = u64::from(unit) * self.unit_bytes();
+            let wanted = (from + self.unit_bytes()).min(end) - from.max(offset);
+            stack.find(self.block_of(unit), 0) == found
+                && self.tier.region(handle, unit).is_none()
+                && !self.brings_whole(handle, unit, wanted as usize)
+        };
+        if !layer.is_readable_directly(offset, length) || !units.clone().all(passes) {
             return None;
         }
-        add(&self.stats.ram_misses, 1);
-        self.note_range(offset, length);
+        add(&self.stats.ram_misses, units.clone().count() as u64);
+        let others = self.file_reads.fetch_add(1, Ordering::Relaxed);
+        if others < PIPELINED_READS_MIN {
+            self.note_range(offset, length);
+        }
         Some(FileRead {
             file: layer.clone(),
             offset,
         })
     }
 
-    /// Counts a part that was read.
-    pub(super) fn part_was_read(
+    /// Counts a range that was read from its file.
+    pub(super) fn file_was_read(
         &self,
         offset: u64,
         length: usize,
         took: Duration,
         read: io::Result<()>,
     ) -> Result<(), DiskError> {
+        self.file_reads.fetch_sub(1, Ordering::Relaxed);
         read.map_err(|err| {
             disk_io(
                 format!("cannot read {length} bytes at {offset} of image {}", self.image),
@@ -289,9 +332,23 @@ impl Volume {
         Ok(())
     }
 
-    /// Whether a miss of part of a unit is to bring in the whole: somebody would keep it, and it is worth it.
-    fn brings_whole(&self, handle: LayerHandle, unit: u32) -> bool {
-        self.tier.has_front() && (self.whole.covers(unit) || self.tier.pass(handle, unit))
+    /// Whether a miss is to let the whole unit in: somebody would keep it, and it is worth it.
+    fn brings_whole(&self, handle: LayerHandle, unit: u32, length: usize) -> bool {
+        if !self.tier.has_front() {
+            return false;
+        }
+        let share = self.share_for(unit, length);
+        if share.covers(unit) {
+            return true;
+        }
+        if !self.tier.pass(handle, unit) {
+            return false;
+        }
+        if length == self.unit_len(unit) {
+            return true;
+        }
+        self.again.note(unit, false);
+        self.again.covers(unit)
     }
 
     /// Reads below RAM, after looking up anew where the bytes are.

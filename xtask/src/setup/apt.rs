@@ -134,8 +134,29 @@ pub(super) fn install(workspace: &Workspace, missing: &[Missing]) -> Result<()> 
         if packages.is_empty() {
             return Ok(());
         }
-        let mut words = vec!["install", "-y", "--no-install-recommends"];
+        let mut words = vec!["install", "-y", "--no-install-recommends", "--no-remove"];
         words.extend(&packages);
+        let Err(error) = apt_get(workspace, &words) else {
+            return Ok(());
+        };
+        // What somebody installed from elsewhere may be in the way, as newer qemu-utils are. It is his; only a run
+        // that insists may replace it, and then all that was needed is looked for again.
+        if !strict() {
+            return Err(error);
+        }
+        words.retain(|word| *word != "--no-remove");
+        apt_get(workspace, &words)?;
+        let lost: Vec<&str> = PACKAGES
+            .iter()
+            .filter(|package| !is_present(workspace, &package.present))
+            .map(|package| package.name)
+            .collect();
+        if lost.is_empty() {
+            return Ok(());
+        }
+        note(format!("{} had to make room, and is installed again", lost.join(" ")));
+        let mut words = vec!["install", "-y", "--no-install-recommends"];
+        words.extend(lost);
         apt_get(workspace, &words)
     }) {
         Err(error) if required || strict() => Err(error.context(format!(

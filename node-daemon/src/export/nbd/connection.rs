@@ -266,7 +266,7 @@ impl Connection {
             Ok(()) => End::Closed,
             Err(end) => end,
         };
-        pace::came_back(self.in_flight);
+        pace::came_back(self.in_flight - self.arrived.len());
         self.in_flight -= self.lane.cancel() + self.arrived.len();
         while self.in_flight > 0 {
             self.lane.completions().arrived().await;
@@ -322,8 +322,11 @@ impl Connection {
 
     /// Turns what the workers finished into replies, as far as there is room.
     fn absorb(&mut self) {
-        if self.arrived.is_empty() && self.in_flight > 0 {
+        // Taken even while the client leaves its replies: they are not with the disk any more.
+        if self.in_flight > self.arrived.len() {
+            let before = self.arrived.len();
             self.lane.completions().take(&mut self.arrived);
+            pace::came_back(self.arrived.len() - before);
         }
         while self.output.room() >= REPLY_ROOM_BYTES
             && let Some(completion) = self.arrived.pop()
@@ -335,7 +338,6 @@ impl Connection {
                 outcome,
             } = completion;
             self.in_flight -= 1;
-            pace::came_back(1);
             if let Some(counter) = &self.entry.counter
                 && let Some(op) = op_of(request.command)
             {

@@ -40,10 +40,14 @@ impl Completions {
         self.arrived.notify_one();
     }
 
-    /// Moves what has arrived into the empty `into`, keeping both allocations in use.
+    /// Moves what has arrived behind what `into` holds, keeping both allocations in use.
     pub fn take(&self, into: &mut Vec<Completion>) {
-        debug_assert!(into.is_empty());
-        std::mem::swap(&mut *self.queue.lock().expect("no panic under this lock"), into);
+        let mut queue = self.queue.lock().expect("no panic under this lock");
+        if into.is_empty() {
+            std::mem::swap(&mut *queue, into);
+        } else {
+            into.append(&mut queue);
+        }
     }
 
     /// Ends when something arrived since it ended last.
