@@ -55,6 +55,28 @@ fn what_is_stored_comes_back_with_its_note() {
     store.remove("b").unwrap();
 }
 
+/// Scripts and units wait for the socket's name: from then on nobody may be refused.
+#[test]
+fn whoever_finds_the_socket_is_answered() {
+    for _ in 0..100 {
+        let (_folder, socket) = folder();
+        let mut child = Command::new(holder())
+            .arg("--socket")
+            .arg(&socket)
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        while !socket.exists() {
+            assert!(child.try_wait().unwrap().is_none(), "the holder ended");
+            std::hint::spin_loop();
+        }
+        let found = FdStore::connect(&socket).map(drop);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        found.unwrap();
+    }
+}
+
 #[test]
 fn an_entry_changes_hands_only_when_its_owner_is_gone() {
     let (_folder, socket) = folder();

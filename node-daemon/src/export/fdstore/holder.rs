@@ -61,17 +61,22 @@ pub fn run(socket_path: &Path, exit_when_unused: bool) -> io::Result<()> {
         }
         Err(TryLockError::Error(e)) => return Err(e),
     }
-    // Under the lock a socket of that name can only be a dead holder's.
-    match fs::remove_file(socket_path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-        _ => {}
+    // Bound beside its place and moved there: whoever finds it is answered. Under the lock a socket of either name can
+    // only be a dead holder's.
+    let fresh = socket_path.with_extension("new");
+    for left_behind in [socket_path, &fresh] {
+        match fs::remove_file(left_behind) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
     }
     // If memory runs out, everything else goes first; only root may ask for that.
     let _ = fs::write("/proc/self/oom_score_adj", "-1000");
     let listener = socket::socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
-    socket::bind(listener.as_raw_fd(), &UnixAddr::new(socket_path)?)?;
-    fs::set_permissions(socket_path, fs::Permissions::from_mode(0o600))?;
+    socket::bind(listener.as_raw_fd(), &UnixAddr::new(&fresh)?)?;
+    fs::set_permissions(&fresh, fs::Permissions::from_mode(0o600))?;
     socket::listen(&listener, Backlog::new(16)?)?;
+    fs::rename(&fresh, socket_path)?;
     // Whoever started it may have gone already; that is no reason to end.
     let _ = writeln!(io::stdout(), "ready").and_then(|()| io::stdout().flush());
     if exit_when_unused {
