@@ -293,11 +293,17 @@ impl Drop for Attacker {
     }
 }
 
-/// p99 of 4 KiB reads at depth 1 over `window`, in nanoseconds.
+/// p99 of 4 KiB reads at depth 1 over `window`, in nanoseconds, after a fifth of it that does not count: a guest that
+/// was silent for a moment finds threads asleep and caches cold.
 fn p99(guest: &mut Raw, window: Duration) -> u64 {
     let (start, mut all) = (Instant::now(), Vec::new());
     let mut data = vec![0; 16 + 4_096];
-    while start.elapsed() < window {
+    let mut warm = false;
+    while start.elapsed() < window + window / 5 {
+        if !warm && start.elapsed() >= window / 5 {
+            warm = true;
+            all.clear();
+        }
         let sent = Instant::now();
         guest.request(command::READ, 0, 1, (all.len() as u64 * 4_096) % (64 * MIB), 4_096);
         std::io::Read::read_exact(&mut guest.socket, &mut data).unwrap();
@@ -322,7 +328,9 @@ fn another_image_is_as_fast_during_the_attack() {
     let mut guest = Raw::transmitting(&socket, OTHER);
     p99(&mut guest, Duration::from_millis(200));
     type Attack = fn(&Path) -> Vec<Attacker>;
-    let attacks: [(&str, Attack); 5] = [
+    let attacks: [(&str, Attack); 6] = [
+        // What the machine itself does to the figure.
+        ("nobody", |_| Vec::new()),
         ("2,000 half-open connections", |socket| {
             let crowd: Vec<_> = (0..2_000).map(|_| UnixStream::connect(socket)).collect();
             vec![Attacker::start(move || {
@@ -359,7 +367,7 @@ fn another_image_is_as_fast_during_the_attack() {
             })]
         }),
     ];
-    let window = Duration::from_millis(150);
+    let window = Duration::from_millis(if strict { 300 } else { 150 });
     let mut slower = Vec::new();
     for (name, attack) in attacks {
         let (mut ratios, mut before) = (Vec::new(), Vec::new());
