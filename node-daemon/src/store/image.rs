@@ -9,10 +9,12 @@ use hearth_protocol::units::is_block_size;
 use hearth_protocol::{Epoch, ImageId, ImageName, Incarnation, LayerId, LeaseId, NodeId, SetVersion, SnapshotName};
 use serde::{Deserialize, Serialize};
 
+use super::doubt::{self, Closed};
 use super::error::StoreError;
 use super::fault::Site;
 use super::incarnation::random_id;
-use super::layer::{self, Closed, Layer, LayerMeta};
+use super::layer::Layer;
+use super::layer_meta::LayerMeta;
 use super::os::{self, FileSites};
 use super::sealed_file::{self, Kind};
 use super::{Opened, Store};
@@ -375,7 +377,7 @@ impl Store {
                     closed: None,
                     ..meta.clone()
                 })?;
-                layer::remove_doubt(&self.layer_dir(meta.top()), self.faults())?;
+                doubt::remove(&self.layer_dir(meta.top()), self.faults())?;
             }
             f(self)
         };

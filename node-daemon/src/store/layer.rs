@@ -16,58 +16,22 @@ use std::sync::{Mutex, OnceLock};
 
 use hearth_protocol::LayerId;
 use nix::unistd::{Whence, lseek};
-use serde::{Deserialize, Serialize};
 
 use super::blockmap::{BlockMap, BlockState};
 use super::direct::{DirectFile, is_aligned};
+use super::doubt::{self, Closed};
 use super::error::{StoreError, disk_io};
 use super::fault::{Faults, Site};
-use super::journal::{Journal, Record, Trust};
-use super::os::{self, FileSites, StoreFile};
-use super::sealed_file::{self, Kind};
+use super::journal::{Journal, Trust};
+use super::layer_meta::{BITMAP, LAYER_META, LayerMeta, apply, damaged, decode_bitmap};
+use super::os;
+use super::sealed_file;
 use crate::disk::DiskError;
 use crate::mutants;
-
-/// The kind of a layer's metadata file.
-pub const LAYER_META: Kind = Kind {
-    name: "layer",
-    version: 1,
-    sites: FileSites {
-        create: Site::LayerMetaCreate,
-        write: Site::LayerMetaWrite,
-        sync: Site::LayerMetaSync,
-        rename: Site::LayerMetaRename,
-    },
-};
-/// The kind of a layer's bitmap file.
-pub const BITMAP: Kind = Kind {
-    name: "bitmap",
-    version: 1,
-    sites: FileSites {
-        create: Site::BitmapCreate,
-        write: Site::BitmapWrite,
-        sync: Site::BitmapSync,
-        rename: Site::BitmapRename,
-    },
-};
 
 /// A journal longer than this is folded into the bitmap file at the next flush: 262,144 records, read back in well
 /// under a second. Short in this file's tests, so that they reach it.
 const JOURNAL_BYTES_MAX: u64 = if cfg!(test) { 1 << 10 } else { 8 << 20 };
-
-/// The mark of a failed sync in a layer's directory.
-const DOUBT: &str = "doubt";
-
-/// What a layer is, as its metadata file says it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct LayerMeta {
-    /// Its id.
-    pub id: LayerId,
-    /// Bytes as the guest sees them.
-    pub size: u64,
-    /// Bytes in a block.
-    pub block_size: u64,
-}
 
 /// An open layer.
 pub struct Layer {
@@ -86,15 +50,6 @@ pub struct Layer {
     faults: Faults,
 }
 
-/// Why a layer or an image takes no more writes.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Closed {
-    /// What happened, in words.
-    pub why: String,
-    /// Whether acknowledged writes that were not flushed may be lost, so that none of them may count later.
-    pub doubt: bool,
-}
-
 /// What had to be done to open a layer after a crash.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Recovery {
@@ -110,63 +65,6 @@ impl AsFd for Layer {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.data.file().as_fd()
     }
-}
-
-fn damaged(path: &Path, why: impl Into<String>) -> StoreError {
-    StoreError::Damaged {
-        path: path.to_owned(),
-        why: why.into(),
-    }
-}
-
-impl LayerMeta {
-    /// Blocks, the last of which may be cut short.
-    pub fn blocks(&self) -> u64 {
-        self.size.div_ceil(self.block_size)
-    }
-
-    /// Reads the body of a layer's metadata file. `path` only names it in errors.
-    ///
-    /// # Errors
-    /// [`StoreError::Damaged`].
-    pub fn decode(path: &Path, body: &[u8]) -> Result<Self, StoreError> {
-        let meta: Self = serde_json::from_slice(body).map_err(|err| damaged(path, err.to_string()))?;
-        if !hearth_protocol::units::is_block_size(meta.block_size)
-            || meta.size > hearth_protocol::limits::IMAGE_BYTES_MAX
-        {
-            return Err(damaged(path, "size or block size is out of range"));
-        }
-        Ok(meta)
-    }
-}
-
-/// Reads the body of a layer's bitmap file: the journal generation that continues it, and the map. `path` only names
-/// it in errors.
-///
-/// # Errors
-/// [`StoreError::Damaged`].
-pub fn decode_bitmap(path: &Path, blocks: u64, body: &[u8]) -> Result<(u32, BlockMap), StoreError> {
-    let (generation, sets) = body
-        .split_first_chunk::<4>()
-        .ok_or_else(|| damaged(path, "it ends early"))?;
-    let map = BlockMap::decode(blocks, sets).map_err(|why| damaged(path, why))?;
-    Ok((u32::from_le_bytes(*generation), map))
-}
-
-/// Brings a map up to date with the records of its journal. `path` only names the journal in errors.
-///
-/// # Errors
-/// [`StoreError::Damaged`].
-pub fn apply(path: &Path, map: &BlockMap, records: &[Record]) -> Result<(), StoreError> {
-    for record in records {
-        if let Record::Blocks { first, count, state } = *record {
-            if first.checked_add(count).is_none_or(|end| end > map.blocks()) {
-                return Err(damaged(path, "a record lies past the end of the layer"));
-            }
-            (first..first + count).for_each(|block| map.set(block, state));
-        }
-    }
-    Ok(())
 }
 
 fn journal_path(dir: &Path, generation: u32) -> PathBuf {
@@ -578,7 +476,7 @@ impl Layer {
     /// Closes the layer for writes until it is opened anew. `doubt`: acknowledged writes may be lost.
     pub fn poison(&self, why: String, doubt: bool) {
         if doubt && self.poisoned.get().is_none() && !mutants::DOUBT_UNMARKED.is_on() {
-            self.leave_doubt(&why);
+            doubt::leave(&self.dir, self.id(), &why, &self.faults);
         }
         if self
             .poisoned
@@ -592,51 +490,10 @@ impl Layer {
         }
     }
 
-    /// Leaves the mark of a failed sync: the first thing that is done after one, and one system call, so that a daemon
-    /// that dies right behind the sync is not followed by one that knows of nothing. Not synced: the death of the
-    /// machine takes what was not flushed in any case.
-    fn leave_doubt(&self, why: &str) {
-        let path = self.dir.join(DOUBT);
-        let marked = StoreFile::create(Site::DoubtCreate, &path, 0, &self.faults)
-            .and_then(|file| file.write(Site::DoubtWrite, 0, why.as_bytes()));
-        if let Err(err) = marked {
-            tracing::error!(layer = %self.id(), %err, "cannot mark that a sync failed");
-        }
-    }
-
     /// Why it was poisoned, if it was.
     pub fn poisoned(&self) -> Option<&Closed> {
         self.poisoned.get()
     }
-}
-
-/// The mark that a failed sync left on the layer in `dir`, if one did. What it says is for people; that it is there
-/// counts.
-///
-/// # Errors
-/// [`StoreError::Io`].
-pub(super) fn doubt(dir: &Path) -> Result<Option<Closed>, StoreError> {
-    let path = dir.join(DOUBT);
-    match fs::read(&path) {
-        Ok(bytes) if bytes.is_empty() => Ok(Some("a sync failed".into())),
-        Ok(bytes) => Ok(Some(String::from_utf8_lossy(&bytes).into_owned())),
-        Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(err) => Err(StoreError::at("read", &path)(err)),
-    }
-    .map(|why| why.map(|why| Closed { why, doubt: true }))
-}
-
-/// Removes the mark of a failed sync, durably; only once the image no longer counts on what was in doubt.
-///
-/// # Errors
-/// [`StoreError`].
-pub(super) fn remove_doubt(dir: &Path, faults: &Faults) -> Result<(), StoreError> {
-    let path = dir.join(DOUBT);
-    if !path.exists() {
-        return Ok(());
-    }
-    os::remove_file(Site::DoubtRemove, &path, faults).map_err(StoreError::at("remove", &path))?;
-    sealed_file::sync_dir(Site::LayerDirSync, dir, faults)
 }
 
 /// Bytes that the layer in `dir` takes up on disk.

@@ -16,6 +16,7 @@
 
 mod blockmap;
 pub mod direct;
+mod doubt;
 mod error;
 pub mod fault;
 mod image;
@@ -23,6 +24,7 @@ mod import;
 pub mod incarnation;
 mod journal;
 mod layer;
+mod layer_meta;
 pub mod os;
 pub mod sealed_file;
 
@@ -34,11 +36,13 @@ use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use hearth_protocol::{Epoch, ImageId, ImageName, Incarnation, LayerId, LeaseId, SetVersion};
 
 pub use blockmap::{BlockMap, BlockState};
+pub use doubt::Closed;
 pub use error::StoreError;
 pub(crate) use error::disk_io;
 pub use image::{IMAGE_META, ImageMeta, LocationRun, Parent, Record, Snapshot};
 pub use journal::{Record as JournalRecord, Trust, encode as encode_record, records};
-pub use layer::{BITMAP, Closed, LAYER_META, Layer, LayerMeta, Recovery, apply, decode_bitmap};
+pub use layer::{Layer, Recovery};
+pub use layer_meta::{BITMAP, LAYER_META, LayerMeta, apply, decode_bitmap};
 
 use fault::{Faults, Site};
 use os::StoreFile;
@@ -384,7 +388,7 @@ impl Store {
             meta.closed = None;
             meta.storage_incarnation = Some(self.incarnation);
             self.put_image(&meta)?;
-            layer::remove_doubt(&self.layer_dir(meta.top()), &self.faults)?;
+            doubt::remove(&self.layer_dir(meta.top()), &self.faults)?;
             Ok(Opened {
                 meta,
                 top,
@@ -408,7 +412,7 @@ impl Store {
         }
         match &meta.closed {
             Some(closed) => Ok(Some(closed.clone())),
-            None => layer::doubt(&self.layer_dir(meta.top())),
+            None => doubt::found(&self.layer_dir(meta.top())),
         }
     }
 

@@ -329,18 +329,20 @@ impl NodeBlocks {
         moves
     }
 
+    /// Every tracked block with its layer, ascending.
+    fn all(&self) -> impl Iterator<Item = (LayerId, &LayerBlocks, BlockIndex, &Cell)> {
+        self.layers.iter().flat_map(|(id, layer)| {
+            let cells = layer.cells.iter();
+            cells.map(move |(block, cell)| (*id, layer, *block, cell))
+        })
+    }
+
     /// Everything out of RAM: the node's process started anew.
     pub(crate) fn all_out(&mut self) {
         let held: Vec<_> = self
-            .layers
-            .iter()
-            .flat_map(|(id, layer)| {
-                layer
-                    .cells
-                    .iter()
-                    .filter(|(_, cell)| cell.place != Place::Out)
-                    .map(|(block, _)| (*id, layer.block_bytes, *block))
-            })
+            .all()
+            .filter(|(.., cell)| cell.place != Place::Out)
+            .map(|(id, layer, block, _)| (id, layer.block_bytes, block))
             .collect();
         for (layer, bytes, block) in held {
             self.place(layer, bytes, block, Place::Out);
@@ -452,15 +454,9 @@ impl NodeBlocks {
             return 0;
         }
         let mut out: Vec<(Weight, LayerId, BlockIndex)> = self
-            .layers
-            .iter()
-            .flat_map(|(id, layer)| {
-                layer
-                    .cells
-                    .iter()
-                    .filter(|(_, cell)| cell.place == Place::Out)
-                    .map(|(block, cell)| (cell.weight, *id, *block))
-            })
+            .all()
+            .filter(|(.., cell)| cell.place == Place::Out)
+            .map(|(id, _, block, cell)| (cell.weight, id, block))
             .collect();
         let surplus = usize::try_from(self.tracked - limit + limit / 8).unwrap_or(usize::MAX);
         if surplus < out.len() {
