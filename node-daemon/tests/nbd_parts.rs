@@ -120,6 +120,51 @@ fn parts_are_read_where_whole_units_are_not_worth_it() {
     }
 }
 
+/// Reads whole blocks at once, and checks each.
+fn read_blocks(client: &mut Raw, blocks: std::ops::Range<u64>) {
+    for block in blocks.clone() {
+        client.request(command::READ, 0, block, block * BLOCK, BLOCK as u32);
+    }
+    for _ in blocks {
+        let (block, error) = client.simple_reply();
+        assert_eq!(error, 0, "block {block}");
+        let content = client.receive(BLOCK as usize).expect("the block's content");
+        let first = block * BLOCK / PAGE as u64;
+        for (number, page_of) in (first..).zip(content.chunks_exact(PAGE)) {
+            assert_eq!(page_of, page(number, 0));
+        }
+    }
+}
+
+#[test]
+fn a_scan_of_whole_units_leaves_ram_to_what_comes_back() {
+    const AT_ONCE: u64 = 8;
+    let scene = Scene::new();
+    let mut client = scene.client();
+    let mut scan = || {
+        let before = scene.tier.counters().admitted;
+        for first in (0..SIZE / BLOCK).step_by(AT_ONCE as usize) {
+            read_blocks(&mut client, first..first + AT_ONCE);
+        }
+        scene.tier.counters().admitted - before
+    };
+    let first = scan();
+    // The share that is let in halves with each 64 of its reads.
+    (0..4).for_each(|_| drop(scan()));
+    let last = scan();
+    println!(
+        "{first} of {} units were let in by the first scan, {last} by the sixth",
+        SIZE / BLOCK
+    );
+    assert!(first > SIZE / BLOCK / 16 && last < SIZE / BLOCK / 8);
+    // What is asked for again is let in, and then found.
+    let before = scene.volume.counters();
+    (0..50).for_each(|_| read_blocks(&mut client, 100..104));
+    let after = scene.volume.counters();
+    let (hits, misses) = (after.ram_hits - before.ram_hits, after.ram_misses - before.ram_misses);
+    assert!(hits > 10 * misses, "{hits} hits, {misses} misses");
+}
+
 #[test]
 fn a_read_after_a_write_brings_the_newest_bytes() {
     let mut scene = Scene::new();

@@ -241,6 +241,9 @@ impl Volume {
             let offset = u64::from(piece.unit) * self.unit_bytes() + piece.within as u64;
             return self.fetch(stack, found, offset, buf);
         }
+        if !self.parts.covers(piece.unit) {
+            self.again.note(piece.unit, false);
+        }
         let Some(_lead) = self.tier.lead_or_wait(handle, piece.unit) else {
             // Somebody else read it meanwhile; if it is not there now, its fill was dropped.
             let look = self.tier.look(handle, piece.unit, piece.within, buf);
@@ -344,11 +347,7 @@ impl Volume {
         if !self.tier.pass(handle, unit) {
             return false;
         }
-        if length == self.unit_len(unit) {
-            return true;
-        }
-        self.again.note(unit, false);
-        self.again.covers(unit)
+        length == self.unit_len(unit) || self.again.covers(unit)
     }
 
     /// Reads below RAM, after looking up anew where the bytes are.
