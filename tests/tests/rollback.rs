@@ -127,6 +127,22 @@ impl Scene {
         Ok((output.status.code(), String::from_utf8_lossy(&text).into_owned()))
     }
 
+    /// Accepts that the stream lost what the scheduler's former log has; what the command said.
+    fn accept_loss(&self, former: &str, reason: &str) -> Result<String> {
+        let words = [
+            "log",
+            "recover",
+            "--log-dir",
+            former,
+            "--accept-loss",
+            "--reason",
+            reason,
+        ];
+        let (code, text) = self.said(&words)?;
+        ensure!(code == Some(0), "{code:?}: {text}");
+        Ok(text)
+    }
+
     /// Id, size and snapshots of every image by name, as the node has them.
     fn images(&self) -> Result<BTreeMap<String, Value>> {
         let listed = self.cluster.hearth().json(&["image", "list", "--node", "node-1"])?;
@@ -219,20 +235,8 @@ fn a_loss_is_accepted_by_word_and_each_word_covers_one_loss() -> Result<()> {
         "{code:?}: {text}"
     );
     scene.wait_frozen()?;
-    let accept = [
-        "log",
-        "recover",
-        "--log-dir",
-        &former,
-        "--accept-loss",
-        "--reason",
-        "no newer backup",
-    ];
-    let (code, text) = scene.said(&accept)?;
-    ensure!(
-        code == Some(0) && text.contains("written down at #"),
-        "{code:?}: {text}"
-    );
+    let text = scene.accept_loss(&former, "no newer backup")?;
+    ensure!(text.contains("written down at #"), "{text}");
     scene.wait_thawed()?;
     wait::until("the node to tell of the image that the stream lost", WITHIN, || {
         Ok(scene.knows("a/late")?.then_some(()))
@@ -259,17 +263,7 @@ fn a_loss_is_accepted_by_word_and_each_word_covers_one_loss() -> Result<()> {
     scene.roll_back_to(&accepted)?;
     let former = scene.scheduler_anew("former-again")?;
     scene.wait_frozen()?;
-    let accept = [
-        "log",
-        "recover",
-        "--log-dir",
-        &former,
-        "--accept-loss",
-        "--reason",
-        "again",
-    ];
-    let (code, text) = scene.said(&accept)?;
-    ensure!(code == Some(0), "{code:?}: {text}");
+    scene.accept_loss(&former, "again")?;
     scene.wait_thawed()?;
     digests_agree(&scene.cluster)?;
     scene.load.stop()?;

@@ -8,7 +8,7 @@ use std::sync::{Mutex, PoisonError};
 use hearth_protocol::ImageId;
 
 use crate::store::fault::Faults;
-use crate::store::os::replace_note;
+use crate::store::os::{read_note, replace_note};
 
 /// Ids remembered, the newest: enough for what a stream can lose between two of its backups, some 140 KB on disk.
 const GONE_MAX: usize = 4_096;
@@ -27,16 +27,8 @@ impl Gone {
     /// # Errors
     /// When the file cannot be read or is damaged.
     pub fn open(file: PathBuf, faults: Faults) -> io::Result<Self> {
-        let images = match std::fs::read(&file) {
-            Ok(bytes) => serde_json::from_slice(&bytes).map_err(|error| {
-                io::Error::other(format!(
-                    "{} is damaged ({error}): remove it; deletions that the log loses are not told again then",
-                    file.display()
-                ))
-            })?,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
-            Err(error) => return Err(error),
-        };
+        let fix = "remove it; deletions that the log loses are not told again then";
+        let images = read_note(&file, fix)?.unwrap_or_default();
         Ok(Self {
             images: Mutex::new(images),
             file,

@@ -10,7 +10,7 @@ use hearth_protocol::LayerId;
 use crate::disk::DiskError;
 use crate::peer::PeerPool;
 use crate::store::fault::Faults;
-use crate::store::os::replace_note;
+use crate::store::os::{read_note, replace_note};
 use crate::volume::BlockSource;
 
 impl BlockSource for PeerPool {
@@ -32,16 +32,7 @@ impl Peers {
     /// # Errors
     /// When the file cannot be read or is damaged.
     pub fn open(file: PathBuf, faults: Faults) -> io::Result<Self> {
-        let addresses = match std::fs::read(&file) {
-            Ok(bytes) => serde_json::from_slice(&bytes).map_err(|error| {
-                io::Error::other(format!(
-                    "{} is damaged ({error}): remove it, it is made anew",
-                    file.display()
-                ))
-            })?,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => BTreeMap::new(),
-            Err(error) => return Err(error),
-        };
+        let addresses = read_note(&file, "remove it, it is made anew")?.unwrap_or_default();
         Ok(Self {
             addresses: RwLock::new(addresses),
             file,

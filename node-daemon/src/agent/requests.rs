@@ -112,12 +112,13 @@ impl Requests {
         self.node.store.find(name).map_err(|_| {
             let id = &self.node.config.id;
             let facts = self.link.facts();
-            if let Some((image, _)) = facts.image_named(name)
+            let known = facts.image_named(name);
+            if let Some((image, _)) = known
                 && let Err(damaged @ StoreError::Damaged { .. }) = self.node.store.image(image)
             {
                 return store_failure(&damaged);
             }
-            match facts.image_named(name) {
+            match known {
                 Some((_, there)) => Failure::new(
                     FailureKind::NotFound,
                     format!("image {name} is on {}, not on {id}", there.created.node),

@@ -1,7 +1,6 @@
 //! The images that this node serves now, as the NBD server looks them up, and the list that survives a restart.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, RwLock};
@@ -15,7 +14,7 @@ use crate::disk::Disk;
 use crate::export::device::DeviceInfo;
 use crate::export::nbd::{self, ExportEntry, ExportName, ExportTable};
 use crate::store::fault::Faults;
-use crate::store::os::replace_note;
+use crate::store::os::{read_note, replace_note};
 use crate::volume::Volume;
 
 /// One image in service.
@@ -78,11 +77,8 @@ impl ServedImages {
     /// # Errors
     /// When the list cannot be read or is damaged.
     pub fn kept(&self) -> io::Result<Vec<Kept>> {
-        match fs::read(&self.list) {
-            Ok(bytes) => serde_json::from_slice(&bytes).map_err(io::Error::other),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-            Err(error) => Err(error),
-        }
+        let fix = "remove it, and attach the images again with hearth image attach";
+        Ok(read_note(&self.list, fix)?.unwrap_or_default())
     }
 
     /// Remembers durably what is to be served after a restart.

@@ -299,3 +299,18 @@ pub fn replace_note(path: &Path, bytes: &[u8], faults: &Faults) -> io::Result<()
         faults,
     )
 }
+
+/// Reads a note that [`replace_note`] wrote; `None` if there is none. `fix` says what to do about one that is damaged.
+///
+/// # Errors
+/// The operating system's, or that it is damaged.
+pub fn read_note<T: serde::de::DeserializeOwned>(path: &Path, fix: &str) -> io::Result<Option<T>> {
+    let bytes = match std::fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    serde_json::from_slice(&bytes)
+        .map(Some)
+        .map_err(|error| io::Error::other(format!("{} is damaged ({error}): {fix}", path.display())))
+}

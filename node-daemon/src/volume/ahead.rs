@@ -6,6 +6,7 @@ use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use super::Volume;
+use super::read::{RUN_BYTES_MAX, RUN_UNITS_MAX};
 use super::stack::{Stack, Where};
 use super::stats::add;
 use crate::disk::DiskError;
@@ -18,12 +19,6 @@ const THREADS: usize = 2;
 
 /// Jobs waiting, at most; more are dropped, because a late prefetch is worth nothing.
 const QUEUE: usize = 64;
-
-/// Bytes read below with one request.
-const RUN_BYTES_MAX: u64 = 1 << 20;
-
-/// The same in units, which have 4,096 bytes or more.
-const RUN_UNITS_MAX: usize = (RUN_BYTES_MAX / 4096) as usize;
 
 /// Granted guesses of one class; each unit that is not filled is given back.
 struct Job {

@@ -27,7 +27,7 @@ use hearth_protocol::heat::LatencySummary;
 use hearth_protocol::{BlockIndex, Epoch, ImageId, LayerId, LeaseId, SetVersion, SnapshotName};
 
 use crate::disk::{Disk, DiskError, Extent, ExtentKind, FileRead};
-use crate::store::{ImageMeta, Layer, LayerRef, Recovery, Store, StoreError};
+use crate::store::{ImageMeta, Layer, LayerRef, Recovery, Store, StoreError, disk_io};
 use crate::tier::RamTier;
 
 pub use copy_out::copy_out;
@@ -36,8 +36,8 @@ pub use promote::{Demoted, Promoted};
 use range_lock::RangeLock;
 use stack::Stack;
 pub use stack::{BlockSource, NoPeers};
-use stats::Stats;
 pub use stats::VolumeCounters;
+use stats::{Stats, add};
 pub use trouble::{Ailment, in_words};
 
 /// An image (or a sealed layer, read-only) being served.
@@ -393,8 +393,16 @@ impl Disk for Volume {
         took: Duration,
         read: io::Result<()>,
     ) -> Result<(), DiskError> {
-        self.file_was_read(offset, length, took, read)
-            .inspect_err(|err| self.trouble.note_read(err))
+        self.file_reads.fetch_sub(1, Ordering::Relaxed);
+        if let Err(err) = read {
+            let what = format!("cannot read {length} bytes at {offset} of image {}", self.image);
+            let err = disk_io(what, err);
+            self.trouble.note_read(&err);
+            return Err(err);
+        }
+        add(&self.stats.store_bytes, length as u64);
+        self.stats.reads.record(took);
+        Ok(())
     }
 
     fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {

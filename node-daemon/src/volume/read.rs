@@ -1,25 +1,24 @@
 //! Reads: RAM, then the local layer, then a peer; what was missed is offered to the front.
 
 use std::cell::RefCell;
-use std::io;
 use std::ops::RangeInclusive;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::Volume;
 use super::stack::{Stack, Where};
 use super::stats::add;
 use super::whole::WholeUnits;
 use crate::disk::{DiskError, FileRead};
+use crate::store::LayerRef;
 use crate::store::direct::{AlignedBuf, with_buffer};
-use crate::store::{LayerRef, disk_io};
 use crate::tier::{LayerHandle, Look, Region};
 
 /// Whole units that are read below with one request, in bytes.
-const RUN_BYTES_MAX: u64 = 1 << 20;
+pub(super) const RUN_BYTES_MAX: u64 = 1 << 20;
 
 /// The same in units, which have 4,096 bytes or more.
-const RUN_UNITS_MAX: usize = (RUN_BYTES_MAX / 4096) as usize;
+pub(super) const RUN_UNITS_MAX: usize = (RUN_BYTES_MAX / 4096) as usize;
 
 /// A client that has so many reads of the disk out at once need not be read ahead for: it does not wait for each.
 const PIPELINED_READS_MIN: u32 = 4;
@@ -277,7 +276,7 @@ impl Volume {
     }
 
     /// Where a range lies, if that is one place of one file here, none of it is in RAM and RAM is to keep none of it;
-    /// counts the misses. Ends in [`Self::file_was_read`].
+    /// counts the misses. Ends in [`Disk::file_read_done`](crate::disk::Disk::file_read_done).
     pub(super) fn range_in_file(&self, offset: u64, length: usize) -> Option<FileRead> {
         self.check_range(offset, length as u64).ok()?;
         if length == 0 || self.closing.load(Ordering::Acquire) {
@@ -313,26 +312,6 @@ impl Volume {
             file: layer.clone(),
             offset,
         })
-    }
-
-    /// Counts a range that was read from its file.
-    pub(super) fn file_was_read(
-        &self,
-        offset: u64,
-        length: usize,
-        took: Duration,
-        read: io::Result<()>,
-    ) -> Result<(), DiskError> {
-        self.file_reads.fetch_sub(1, Ordering::Relaxed);
-        read.map_err(|err| {
-            disk_io(
-                format!("cannot read {length} bytes at {offset} of image {}", self.image),
-                err,
-            )
-        })?;
-        add(&self.stats.store_bytes, length as u64);
-        self.stats.reads.record(took);
-        Ok(())
     }
 
     /// Whether a miss is to let the whole unit in: somebody would keep it, and it is worth it.
