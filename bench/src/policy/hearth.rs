@@ -4,7 +4,6 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::Result;
 use hearth_node::agent::report::{ImageContext, images};
@@ -17,13 +16,11 @@ use hearth_protocol::command::{Order, Outcome as Answer};
 use hearth_protocol::event::{HeatFolded, ImageAttached, ImageCreated, NodeJoined};
 use hearth_protocol::heat::HeatOrigin;
 use hearth_protocol::{
-    BlockIndex, ByteLen, Command, Envelope, Epoch, Event, ImageId, Incarnation, LayerId, LeaseId, NodeId, Publisher,
-    Seq, SetVersion, Term, TickNo, WallMs,
+    BlockIndex, ByteLen, Command, Epoch, Event, ImageId, Incarnation, LayerId, LeaseId, NodeId, SetVersion, Term,
+    WallMs,
 };
-use nix::sys::resource::{UsageWho, getrusage};
-use nix::sys::time::TimeVal;
-use scheduler_core::State;
 
+use super::scheduler::{Input, Scheduler};
 use super::trace::Trace;
 
 /// How late a read ahead arrives, microseconds (POLICY).
@@ -39,8 +36,6 @@ pub struct Played {
     pub hits: u64,
     /// Blocks read below: misses, reads ahead, promotions.
     pub backing: u64,
-    /// Processor time in the scheduler: folding and deciding.
-    pub scheduler: Duration,
     /// Blocks in heat reports.
     pub reported: u64,
     /// Reads of the sample, and how many of them the shadows say a tier without prefetch hits.
@@ -204,101 +199,16 @@ impl Node {
     }
 }
 
-/// The scheduler's side: a log of events, numbered as a leader and a node would.
-struct Scheduler {
-    state: State,
-    node: NodeId,
-    seq: u64,
-    numbers: BTreeMap<Publisher, u64>,
-    tick: u64,
-    reports: u64,
-    time: WallMs,
+/// The only node.
+pub fn node_id() -> Result<NodeId> {
+    Ok("node-1".parse()?)
 }
 
-impl Scheduler {
-    fn new(node: NodeId) -> Result<Self> {
-        let mut scheduler = Self {
-            state: State::default(),
-            node,
-            seq: 0,
-            numbers: BTreeMap::new(),
-            tick: 0,
-            reports: 0,
-            time: WallMs(1_000),
-        };
-        scheduler.lead(&Event::TermStarted {
-            term: Term(1),
-            previous: None,
-        })?;
-        Ok(scheduler)
-    }
-
-    fn apply(&mut self, publisher: Publisher, event: &Event) {
-        let number = self.numbers.entry(publisher.clone()).or_default();
-        *number += 1;
-        let envelope = Envelope {
-            codec: 1,
-            subject: "hearth.log.bench".into(),
-            reason: Default::default(),
-            publisher,
-            incarnation: Incarnation(1),
-            publisher_seq: *number,
-            time: self.time,
-        };
-        self.seq += 1;
-        let applied = self.state.apply(Seq(self.seq), &envelope, event);
-        assert_eq!(applied.judged, scheduler_core::Judged::Valid, "{}", event.kind());
-    }
-
-    fn lead(&mut self, event: &Event) -> Result<()> {
-        self.apply(Publisher::Scheduler("bench".parse()?), event);
-        Ok(())
-    }
-
-    fn by_node(&mut self, event: &Event) {
-        self.apply(Publisher::Node(self.node.clone()), event);
-    }
-
-    /// Folds a window and ticks; the decisions.
-    fn second(&mut self, heat: HeatFolded, time: WallMs) -> Result<Vec<Command>> {
-        self.lead(&Event::HeatFolded(heat))?;
-        self.tick += 1;
-        self.time = time;
-        self.lead(&Event::Ticked {
-            term: Term(1),
-            tick: TickNo(self.tick),
-            time,
-        })?;
-        let commands = self.state.decide();
-        for command in &commands {
-            self.lead(&Event::CommandGiven(command.clone()))?;
-        }
-        Ok(commands)
-    }
-}
-
-/// Processor time of this thread: other work on the machine does not count.
-pub fn cpu_time() -> Result<Duration> {
-    let usage = getrusage(UsageWho::RUSAGE_THREAD)?;
-    let of = |t: TimeVal| Duration::from_micros((t.tv_sec() * 1_000_000 + t.tv_usec()) as u64);
-    Ok(of(usage.user_time()) + of(usage.system_time()))
-}
-
-/// What one reading of [`cpu_time`] costs: many a tick takes no longer.
-fn reading_cost() -> Result<Duration> {
-    const READINGS: u32 = 1_000;
-    let started = cpu_time()?;
-    for _ in 1..READINGS {
-        cpu_time()?;
-    }
-    Ok(cpu_time()?.saturating_sub(started) / READINGS)
-}
-
-/// Plays a trace against RAM for `room` blocks.
+/// Plays a trace against RAM for `room` blocks. `overhear` is shown all that the scheduler hears.
 ///
 /// # Errors
 /// There is no memory for the arena.
-pub fn play(trace: &Trace, room: usize, ahead: bool) -> Result<Played> {
+pub fn play(trace: &Trace, room: usize, ahead: bool, overhear: impl FnMut(&Input)) -> Result<Played> {
     let unit_bytes = 1u64 << trace.block_log;
     let options = TierOptions {
         lock: false,
@@ -325,10 +235,15 @@ pub fn play(trace: &Trace, room: usize, ahead: bool) -> Result<Played> {
         units,
         tier,
     };
-    let name: NodeId = "node-1".parse()?;
-    let mut scheduler = Scheduler::new(name.clone())?;
+    let name = node_id()?;
+    let mut line = Line {
+        scheduler: Scheduler::new(name.clone())?,
+        overhear,
+        node: name.clone(),
+        reports: 0,
+    };
     let usage = node.tier.usage();
-    scheduler.by_node(&Event::NodeJoined(NodeJoined {
+    line.say(Event::NodeJoined(NodeJoined {
         node: name.clone(),
         incarnation: Incarnation(1),
         storage_incarnation: Incarnation(1),
@@ -339,10 +254,10 @@ pub fn play(trace: &Trace, room: usize, ahead: bool) -> Result<Played> {
         peer_address: "unix:bench".into(),
         layers: Vec::new(),
         heat_source: "export".into(),
-    }));
+    }))?;
     for v in 0..volumes {
         let image = ImageId(u128::from(v) + 1);
-        scheduler.by_node(&Event::ImageCreated(ImageCreated {
+        line.say(Event::ImageCreated(ImageCreated {
             image,
             name: format!("trace/vm-{v}").parse()?,
             size: ByteLen(u64::from(node.units[usize::from(v)]) * unit_bytes),
@@ -351,17 +266,16 @@ pub fn play(trace: &Trace, room: usize, ahead: bool) -> Result<Played> {
             parent: None,
             node: name.clone(),
             set_version: SetVersion(1),
-        }));
-        scheduler.by_node(&Event::ImageAttached(ImageAttached {
+        }))?;
+        line.say(Event::ImageAttached(ImageAttached {
             image,
             node: name.clone(),
             epoch: Epoch(1),
             lease: LeaseId(1),
             set_version: SetVersion(1),
             device: false,
-        }));
+        }))?;
     }
-    let reading = reading_cost()?;
     let second_of = |us: u64| us / 1_000_000;
     let mut window: BTreeMap<u16, ImageTally> = BTreeMap::new();
     let mut current = trace.requests.first().map_or(0, |r| second_of(r.time_us));
@@ -369,7 +283,7 @@ pub fn play(trace: &Trace, room: usize, ahead: bool) -> Result<Played> {
         let second = second_of(request.time_us);
         if second > current {
             node.arrive((current + 1) * 1_000_000);
-            tick(&mut node, &mut scheduler, &mut window, current, reading)?;
+            tick(&mut node, &mut line, &mut window, current)?;
             current = second;
         }
         let burst = burst_bit((request.time_us - second * 1_000_000) * 1000);
@@ -389,14 +303,31 @@ pub fn play(trace: &Trace, room: usize, ahead: bool) -> Result<Played> {
     Ok(node.played)
 }
 
+/// Node and scheduler in conversation.
+struct Line<F> {
+    scheduler: Scheduler,
+    overhear: F,
+    node: NodeId,
+    reports: u64,
+}
+
+impl<F: FnMut(&Input)> Line<F> {
+    fn hear(&mut self, input: Input) -> Result<Vec<Command>> {
+        (self.overhear)(&input);
+        self.scheduler.hear(input)
+    }
+
+    fn say(&mut self, event: Event) -> Result<()> {
+        self.hear(Input::Node(Box::new(event))).map(drop)
+    }
+}
+
 /// One second of the trace ended: report, fold, decide, obey.
-/// `reading` is what a reading of the clock costs.
 fn tick(
     node: &mut Node,
-    scheduler: &mut Scheduler,
+    line: &mut Line<impl FnMut(&Input)>,
     window: &mut BTreeMap<u16, ImageTally>,
     second: u64,
-    reading: Duration,
 ) -> Result<()> {
     let image = |volume: u16| ImageId(u128::from(volume) + 1);
     let counted = Window {
@@ -415,13 +346,13 @@ fn tick(
             ram_misses: 0,
         })
     });
-    scheduler.reports += 1;
+    line.reports += 1;
     let time = WallMs((second + 2) * 1_000);
     let heat = HeatFolded {
         term: Term(1),
-        node: scheduler.node.clone(),
+        node: line.node.clone(),
         incarnation: Incarnation(1),
-        reports: (scheduler.reports, scheduler.reports),
+        reports: (line.reports, line.reports),
         gap: 0,
         time,
         images: told,
@@ -431,19 +362,13 @@ fn tick(
         probe_lost_total: 0,
         dropped: node.tier.take_dropped(),
     };
-    let mut started = cpu_time()?;
-    let commands = scheduler.second(heat, time)?;
-    let mut took = cpu_time()?.saturating_sub(started + reading);
-    for command in commands {
+    for command in line.hear(Input::Second(Box::new(heat), time))? {
         let outcome = node.obey(&command.order);
-        started = cpu_time()?;
-        scheduler.by_node(&Event::CommandFinished {
+        line.say(Event::CommandFinished {
             command: command.id,
             node: command.node,
             outcome,
-        });
-        took += cpu_time()?.saturating_sub(started + reading);
+        })?;
     }
-    node.played.scheduler += took;
     Ok(())
 }

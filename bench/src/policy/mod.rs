@@ -7,6 +7,7 @@
 mod hearth;
 mod list;
 mod peers;
+mod scheduler;
 mod table;
 mod targets;
 mod trace;
@@ -124,7 +125,7 @@ fn run_one(trace: &Trace, room: usize, policy: Policy) -> Result<Outcome> {
         Policy::Lirs => Box::new(peers::Lirs::new(room, blocks)),
         Policy::Belady => Box::new(peers::Belady::new(room, blocks, trace.accesses.iter().map(|a| a.0))),
         Policy::Hearth { ahead } => {
-            let played = hearth::play(trace, room, ahead)?;
+            let played = hearth::play(trace, room, ahead, |_| ())?;
             return Ok(Outcome {
                 hits: played.hits,
                 reads: trace.reads,
@@ -264,12 +265,12 @@ mod tests {
     #[test]
     fn the_production_code_does_what_was_worked_out_by_hand() {
         let fits = trace((0..500).map(|i| i * 7 % 50 * 3));
-        let played = hearth::play(&fits, 60, false).unwrap();
+        let played = hearth::play(&fits, 60, false, |_| ()).unwrap();
         assert_eq!((played.hits, played.backing), (450, 50));
         let scan = trace(0..2_000);
-        let without = hearth::play(&scan, 200, false).unwrap();
+        let without = hearth::play(&scan, 200, false, |_| ()).unwrap();
         assert_eq!((without.hits, without.backing), (0, 2_000));
-        let with = hearth::play(&scan, 200, true).unwrap();
+        let with = hearth::play(&scan, 200, true, |_| ()).unwrap();
         assert_eq!(with.backing, 2_000, "never past the end, and nothing twice");
         assert!(with.hits > 1_960, "{} of 2000 were read ahead", with.hits);
     }
@@ -279,8 +280,8 @@ mod tests {
     fn the_second_boot_is_replayed() {
         let boot = |i: u64| (i % 1_000) * 7_919 % 10_007;
         let trace = trace((0..4_000).map(boot));
-        let alone = hearth::play(&trace, 100, false).unwrap();
-        let played = hearth::play(&trace, 100, true).unwrap();
+        let alone = hearth::play(&trace, 100, false, |_| ()).unwrap();
+        let played = hearth::play(&trace, 100, true, |_| ()).unwrap();
         let told = format!("{} of 3000 repeated reads hit, {} without", played.hits, alone.hits);
         assert!(played.hits > 1_500 && played.hits > 2 * alone.hits, "{told}");
         // POLICY.md: at most 1.15 times the reads that there would be without.

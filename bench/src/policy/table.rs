@@ -72,5 +72,7 @@ costs them no read: that is how the published figures were counted. Hearth does 
 
 Node work is measured in a run of its own, on one thread: every call that the read and write paths make to the tier and
 the prefetchers, with shadows, evictions and the bookkeeping of fills, but no scheduler, and reads ahead are granted
-but not done. Copying the same units into memory of the same size is measured beside it and taken off.
+but not done. Copying the same units into memory of the same size is measured beside it and taken off. The scheduler's
+time is that of a scheduler which is given all that it heard in one run, one piece after the other, and nothing else.
+Both are the middle of five runs, with the least and the most.
 ";

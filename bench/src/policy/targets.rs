@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use super::table::below_ratio;
 use super::trace::Trace;
-use super::work::Work;
+use super::work::{Spread, Work};
 use super::{Outcome, Policy, Row, SIZES_PERCENT};
 
 /// Least hit ratios at 64 KiB and 10 % of RAM: what the trace's name contains, without and with prefetch.
@@ -21,7 +21,7 @@ const UNDER_LRU_MAX: f64 = 0.5;
 const RESIDENT_BYTES_MAX: u64 = 40;
 
 /// Most time of the scheduler for a reported block, nanoseconds.
-const SCHEDULER_NS_MAX: u64 = 1_000;
+const SCHEDULER_NS_MAX: f64 = 1_000.0;
 
 /// Most time of the node for an access, nanoseconds.
 const NODE_NS_MAX: f64 = 200.0;
@@ -104,25 +104,17 @@ impl Targets {
         }
         // Copies of larger blocks take longer than the work, and vary by more.
         if trace.block_log == 12 {
-            self.add(
-                format!(
-                    "{of}, 10 %: node, ns of work per access (copying: {:.0} ns more)",
-                    work.copying_ns
-                ),
-                work.node_ns,
-                NODE_NS_MAX,
-                false,
+            let Spread { least, middle, most } = work.node;
+            let what = format!(
+                "{of}, 10 %: node, ns of work per access ({least:.0} to {most:.0}; copying: {:.0} ns more)",
+                work.copying.middle
             );
+            self.add(what, middle, NODE_NS_MAX, false);
         }
+        let Spread { least, middle, most } = work.scheduler;
+        let what = format!("{of}, 10 %: scheduler, ns per reported block ({least:.0} to {most:.0})");
+        self.add(what, middle, SCHEDULER_NS_MAX, false);
         if let Some(played) = with[2].played {
-            let per = |time: std::time::Duration, count: u64| time.as_nanos() as f64 / count.max(1) as f64;
-            let scheduler = per(played.scheduler, played.reported);
-            self.add(
-                format!("{of}, 10 %: scheduler, ns per reported block"),
-                scheduler,
-                SCHEDULER_NS_MAX as f64,
-                false,
-            );
             let bytes = played.resident_bytes as f64;
             self.add(
                 format!("{of}, 10 %: bytes of bookkeeping per resident block"),

@@ -6,12 +6,13 @@
 //! counts as well as a guess that nobody uses, and nothing that prefetch does can hide in what it is measured by.
 //!
 //! Guesses come in *classes* (a run of sequential reads so long, a replay that held so long). A class that is seldom
-//! right is asked no more.
+//! right is asked no more. It is judged together with the class of the same kind below it: what held longer is no worse
+//! a guess, and one replay that breaks off must not shut out the longest ones, which nobody would try again.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// Reads below that prefetch may add, in percent of those that there would be without.
-const OVER_PERCENT: i64 = 13;
+const OVER_PERCENT: i64 = 14;
 
 /// The same for the first [`COLD_UNITS`]: while nothing has left RAM no guess is known to be wrong, and fifty guests
 /// that boot at once are to read little more than their boot set.
@@ -37,6 +38,9 @@ const SAMPLED_ALL: i64 = 1 << 16;
 
 /// A new class is taken to have this many used and wasted units.
 const PRIOR: (u64, u64) = (8, 2);
+
+/// Outcomes of the class below that count for a class, at most.
+const BELOW_MAX: u64 = 64;
 
 /// Least use share, in percent, of a class that is asked.
 const SHARE_MIN_PERCENT: u64 = 30;
@@ -140,7 +144,7 @@ impl Budget {
         let out: u32 = self.classes.iter().map(|c| c.out.load(Ordering::Relaxed)).sum();
         let count = count.min(room.saturating_sub(out));
         let at = &self.classes[usize::from(class) % CLASSES];
-        let (used, wasted) = at.outcomes();
+        let (used, wasted) = self.outcomes(class);
         let granted = if used * 100 < (used + wasted) * SHARE_MIN_PERCENT {
             0
         } else {
@@ -148,6 +152,18 @@ impl Budget {
         };
         at.out.fetch_add(granted, Ordering::Relaxed);
         granted
+    }
+
+    /// Used and wasted, as a class is judged by them.
+    fn outcomes(&self, class: u8) -> (u64, u64) {
+        let of = |class: u8| self.classes[usize::from(class) % CLASSES].outcomes();
+        let (used, wasted) = of(class);
+        if class % REPLAY == 0 {
+            return (used, wasted);
+        }
+        let below = of(class - 1);
+        let all = (below.0 + below.1).max(BELOW_MAX);
+        (used + below.0 * BELOW_MAX / all, wasted + below.1 * BELOW_MAX / all)
     }
 
     /// Units that may still be read ahead.
@@ -216,6 +232,21 @@ mod tests {
             play(1000, 20_000).1 < 100,
             "a class that is never right is soon asked no more"
         );
+    }
+
+    #[test]
+    fn a_class_is_tried_again_while_the_one_below_it_is_right() {
+        let budget = Budget::new(ALL);
+        (0..1000).for_each(|_| budget.sampled(true, true));
+        (0..40).for_each(|_| budget.wasted(7));
+        assert_eq!(budget.grant(7, 1, 16), 0, "nothing speaks for it");
+        (0..40).for_each(|_| budget.used(6));
+        assert_eq!(budget.grant(7, 1, 16), 1);
+        (0..100).for_each(|_| budget.wasted(7));
+        assert_eq!(budget.grant(7, 1, 16), 0, "its own outcomes weigh more");
+        (0..40).for_each(|_| budget.used(7));
+        (0..40).for_each(|_| budget.wasted(REPLAY));
+        assert_eq!(budget.grant(REPLAY, 1, 16), 0, "the longest run is no shorter replay");
     }
 
     #[test]

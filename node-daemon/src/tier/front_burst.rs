@@ -161,7 +161,7 @@ impl BurstFront {
     }
 
     /// The unit of the kept queue that would leave next.
-    fn kept_victim(&mut self, marks: &mut dyn Marks) -> Option<u32> {
+    fn kept_victim<M: Marks + ?Sized>(&mut self, marks: &mut M) -> Option<u32> {
         for _ in 0..CHANCES {
             let id = self.kept.head;
             if id == NONE {
@@ -175,52 +175,14 @@ impl BurstFront {
         Some(self.kept.head)
     }
 
-    fn leave(&mut self, id: u32, marks: &mut dyn Marks) -> Option<u32> {
+    fn leave<M: Marks + ?Sized>(&mut self, id: u32, marks: &mut M) -> Option<u32> {
         self.unlink(id);
         self.ghost.put(marks.key(id), marks.heat(id), marks.now());
         Some(id)
     }
-}
 
-impl FrontPolicy for BurstFront {
-    fn recall(&mut self, key: u64) -> Heat {
-        self.ghost.take(key)
-    }
-
-    fn admitted(&mut self, id: u32, bytes: usize, now: u16, remembered: Heat) {
-        let at = id as usize;
-        if self.links.len() <= at {
-            let none = Link {
-                previous: NONE,
-                next: NONE,
-            };
-            self.links.resize(at + 1, none);
-            self.tags.resize(at + 1, Tag(0));
-        }
-        assert!(self.tags[at].queue() == Queue::None, "unit {id} is admitted twice");
-        self.tags[at] = Tag::of(bytes);
-        let soon = remembered.count > 0 && now.wrapping_sub(remembered.stamp) < SOON_TICKS;
-        let queue = if soon && !self.shape.duel {
-            Queue::Kept
-        } else {
-            Queue::Window
-        };
-        self.push(id, queue);
-        self.ghost.make_room(self.window.count + self.kept.count, now);
-    }
-
-    fn passed_by(&mut self, key: u64, now: u16) -> bool {
-        let heat = self.ghost.take(key);
-        let touched = heat.touched(now);
-        self.ghost.put(key, touched.unwrap_or(heat), now);
-        touched.is_some()
-    }
-
-    fn remembers(&self, key: u64) -> bool {
-        self.ghost.knows(key)
-    }
-
-    fn victim(&mut self, marks: &mut dyn Marks) -> Option<u32> {
+    /// See [`FrontPolicy::victim`]; a shadow, which knows its marks' type, calls it without an indirection.
+    pub fn choose<M: Marks + ?Sized>(&mut self, marks: &mut M) -> Option<u32> {
         let room = self.window.bytes + self.kept.bytes;
         let window_max = room / 100 * usize::from(self.shape.window_percent);
         // Each step moves a unit out of the window, clears a mark or uses up a round; marks that readers set meanwhile
@@ -270,6 +232,49 @@ impl FrontPolicy for BurstFront {
             }
             return self.leave(id, marks);
         }
+    }
+}
+
+impl FrontPolicy for BurstFront {
+    fn recall(&mut self, key: u64) -> Heat {
+        self.ghost.take(key)
+    }
+
+    fn admitted(&mut self, id: u32, bytes: usize, now: u16, remembered: Heat) {
+        let at = id as usize;
+        if self.links.len() <= at {
+            let none = Link {
+                previous: NONE,
+                next: NONE,
+            };
+            self.links.resize(at + 1, none);
+            self.tags.resize(at + 1, Tag(0));
+        }
+        assert!(self.tags[at].queue() == Queue::None, "unit {id} is admitted twice");
+        self.tags[at] = Tag::of(bytes);
+        let soon = remembered.count > 0 && now.wrapping_sub(remembered.stamp) < SOON_TICKS;
+        let queue = if soon && !self.shape.duel {
+            Queue::Kept
+        } else {
+            Queue::Window
+        };
+        self.push(id, queue);
+        self.ghost.make_room(self.window.count + self.kept.count, now);
+    }
+
+    fn passed_by(&mut self, key: u64, now: u16) -> bool {
+        let heat = self.ghost.take(key);
+        let touched = heat.touched(now);
+        self.ghost.put(key, touched.unwrap_or(heat), now);
+        touched.is_some()
+    }
+
+    fn remembers(&self, key: u64) -> bool {
+        self.ghost.knows(key)
+    }
+
+    fn victim(&mut self, marks: &mut dyn Marks) -> Option<u32> {
+        self.choose(marks)
     }
 
     fn removed(&mut self, id: u32) {

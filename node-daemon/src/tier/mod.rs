@@ -548,7 +548,7 @@ mod tests {
                 "{ghosts} bytes of ghosts of {units} units"
             );
             let (shadows, history) = tier.fixed_overhead();
-            assert!(shadows <= 256 << 10, "{shadows} bytes of shadows");
+            assert!(shadows <= 1 << 20, "{shadows} bytes of shadows");
             assert!(
                 history <= 16 * ahead::history_misses(tier.capacity) as u64,
                 "{history} bytes of misses"

@@ -6,7 +6,7 @@
 //! a main region and without prefetch: it tells whether the main region earns its room, and it is what the account of
 //! prefetch is measured by.
 //!
-//! Memory is bounded by [`SAMPLE_BYTES`] and [`SAMPLE_UNITS`], however large the tier is and however small its units:
+//! Memory is bounded by [`SAMPLE_BYTES`] and [`SAMPLE_SMALL_UNITS`], however large the tier is and however small its units:
 //! shadows that grow beyond go on with half of the sample (Waldspurger et al., SHARDS, FAST 2015). Locked on sampled
 //! accesses only.
 
@@ -16,12 +16,15 @@ use super::burst::{BurstClock, Heat};
 use super::front::{FrontPolicy, Marks, Shape};
 use super::front_burst::BurstFront;
 
-/// RAM that each shadow pretends to have, at most: 512 units of 64 KiB.
-const SAMPLE_BYTES: u64 = 32 << 20;
+/// RAM that each shadow pretends to have, at most: 4,096 units of 64 KiB.
+const SAMPLE_BYTES: u64 = 256 << 20;
 
-/// Units that each shadow holds, at most: more of them tell little more, and each sampled access costs as much as an
-/// access.
-const SAMPLE_UNITS: usize = 2048;
+/// Units smaller than this are small.
+const SMALL_BYTES: u64 = 32 << 10;
+
+/// Small units that each shadow holds, at most: more of them tell little more, and each sampled access costs as much as
+/// an access.
+const SAMPLE_SMALL_UNITS: usize = 2560;
 
 /// The shapes tried.
 pub const SHAPES: [Shape; 3] = [
@@ -46,6 +49,10 @@ const DECIDE_EVERY: u32 = 256;
 /// [`LEAD_UNITS`] or fewer. With more it is less, as the root of their number: so does the noise shrink.
 const LEAD_PERMILLE: i64 = 20;
 const LEAD_UNITS: usize = 512;
+
+/// A change of shape costs the front what it kept in the old one, and that is read again: the lead, in hits of 64 KiB
+/// each, must be this part of what a shadow holds, in bytes. Small units hardly feel it.
+const LEAD_PAYS: i64 = 6;
 
 /// What is remembered fades by this part with each decision: some 16,000 sampled accesses count.
 const FADE: i64 = 64;
@@ -132,7 +139,7 @@ impl Replica {
             return false;
         }
         while self.bytes + bytes > self.capacity {
-            let Some(id) = self.front.victim(&mut self.entries) else {
+            let Some(id) = self.front.choose(&mut self.entries) else {
                 return false;
             };
             self.drop_entry(id);
@@ -167,6 +174,12 @@ impl Replica {
         self.free.push(id);
     }
 
+    /// Whether it holds more units than a sampled access should cost.
+    fn is_large(&self) -> bool {
+        let units = self.table.len();
+        units > SAMPLE_SMALL_UNITS && self.bytes < units as u64 * SMALL_BYTES
+    }
+
     /// Goes on with half of the capacity, and those units only that stay in the sample.
     fn halve(&mut self, stays: impl Fn(u64) -> bool) {
         self.capacity /= 2;
@@ -183,7 +196,7 @@ impl Replica {
             self.drop_entry(id);
         }
         while self.bytes > self.capacity {
-            let id = self.front.victim(&mut self.entries).expect("what has bytes has units");
+            let id = self.front.choose(&mut self.entries).expect("what has bytes has units");
             self.drop_entry(id);
         }
     }
@@ -245,10 +258,9 @@ impl Shadows {
         u32::from((hash >> 16) as u16) < sampled_below
     }
 
-    /// Halves the sample if a shadow holds too many units.
+    /// Halves the sample if a shadow holds too many small units.
     fn halve_if_large(&mut self) {
-        let large = |r: &Replica| r.table.len() > SAMPLE_UNITS;
-        if self.sampled_below < 2 || !self.replicas.iter().any(large) {
+        if self.sampled_below < 2 || !self.replicas.iter().any(Replica::is_large) {
             return;
         }
         self.sampled_below /= 2;
@@ -284,8 +296,9 @@ impl Shadows {
         let best = (0..SHAPES.len()).max_by_key(|i| self.hits[*i]).unwrap_or(0);
         let lead = self.hits[best] - self.hits[self.better];
         let units = self.replicas[best].table.len().max(LEAD_UNITS) as i64;
+        let pays = (lead * LEAD_PAYS) << 16 >= self.replicas[best].bytes as i64;
         // The squares of lead and limit, times the number of units.
-        if lead.pow(2) * units > (self.reads * LEAD_PERMILLE / 1000).pow(2) * LEAD_UNITS as i64 {
+        if pays && lead.pow(2) * units > (self.reads * LEAD_PERMILLE / 1000).pow(2) * LEAD_UNITS as i64 {
             self.better = best;
         }
         self.halve_if_large();
@@ -363,12 +376,12 @@ mod tests {
     #[test]
     fn a_large_tier_is_sampled() {
         assert_eq!(Shadows::sampled_below(1 << 20), 1 << 16);
-        assert_eq!(Shadows::sampled_below(32 << 30), (1 << 16) / 1024);
+        assert_eq!(Shadows::sampled_below(32 << 30), (1 << 16) / 128);
         let mut shadows = Shadows::new(1 << 40);
         for i in 0..200_000u64 {
             shadows.access(super::super::mix(i), 16, true, false);
         }
-        assert!(shadows.bytes() < 256 << 10, "{} bytes", shadows.bytes());
+        assert!(shadows.bytes() < 2 << 20, "{} bytes", shadows.bytes());
     }
 
     /// Small units: the sample is halved until the shadows hold no more than they may, and still says what a front of
@@ -392,9 +405,12 @@ mod tests {
                 below = advice.sampled_below;
             }
         }
-        assert_eq!(below, (1 << 16) * SAMPLE_UNITS as u32 / small as u32);
+        assert!(below < 1 << 16 && below.is_power_of_two(), "{below}");
         let held = shadows.replicas.iter().map(|r| r.table.len()).max().unwrap();
-        assert!(held <= SAMPLE_UNITS, "{held} units");
+        assert!(
+            (SAMPLE_SMALL_UNITS / 2..=SAMPLE_SMALL_UNITS).contains(&held),
+            "{held} units"
+        );
         let (reads, hits) = shadows.predicted();
         let percent = hits * 100 / reads;
         assert!((70..=75).contains(&percent), "{percent} % of {reads}");
