@@ -158,7 +158,7 @@ impl Budget {
     fn outcomes(&self, class: u8) -> (u64, u64) {
         let of = |class: u8| self.classes[usize::from(class) % CLASSES].outcomes();
         let (used, wasted) = of(class);
-        if class % REPLAY == 0 {
+        if class.is_multiple_of(REPLAY) {
             return (used, wasted);
         }
         let below = of(class - 1);

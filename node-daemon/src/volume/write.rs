@@ -157,24 +157,31 @@ impl Volume {
         Ok(())
     }
 
+    /// The whole blocks that begin at `at` and end by `end`: the first, how many, and where they end. The image's last
+    /// block may be shorter.
+    fn whole_blocks(&self, at: u64, end: u64) -> Option<(u64, u64, u64)> {
+        let run_end = if end == self.size() {
+            end
+        } else {
+            end / self.block_size * self.block_size
+        };
+        let begins = at.is_multiple_of(self.block_size) && at < run_end;
+        begins.then(|| (at / self.block_size, (run_end - at).div_ceil(self.block_size), run_end))
+    }
+
+    /// Bytes from `at` to the end of its block, or to `end` if that comes first.
+    fn left_of_block(&self, at: u64, end: u64) -> u64 {
+        end.min((at / self.block_size + 1) * self.block_size) - at
+    }
+
     /// Writes block by block, runs of whole blocks at once. The caller holds the blocks' lock.
     fn write_blocks(&self, stack: &Stack, offset: u64, content: Content<'_>, length: u64) -> Result<(), DiskError> {
         let top = Self::top(stack);
         let end = offset + length;
         let mut at = offset;
         while at < end {
-            let block = at / self.block_size;
-            let block_start = block * self.block_size;
-            let block_end = (block_start + self.block_size).min(self.size());
             let skip = (at - offset) as usize;
-            if at == block_start && end >= block_end {
-                // Whole blocks: as many as there are, in one write.
-                let run_end = if end == self.size() {
-                    end
-                } else {
-                    end / self.block_size * self.block_size
-                };
-                let count = (run_end - at).div_ceil(self.block_size);
+            if let Some((block, count, run_end)) = self.whole_blocks(at, end) {
                 let len = (run_end - at) as usize;
                 self.put(top, block, count, || {
                     self.overwrite(top, at, content.skip(skip), len, false)
@@ -182,7 +189,8 @@ impl Volume {
                 at = run_end;
                 continue;
             }
-            let take = (end.min(block_end) - at) as usize;
+            let block = at / self.block_size;
+            let take = self.left_of_block(at, end) as usize;
             if top.map().get(block) == BlockState::Data {
                 self.overwrite(top, at, content.skip(skip), take, false)?;
             } else {
@@ -199,7 +207,7 @@ impl Volume {
                         stack,
                         below,
                         block,
-                        (at - block_start) as usize,
+                        (at % self.block_size) as usize,
                         content.skip(skip),
                         take,
                     )?;
@@ -322,22 +330,13 @@ impl Volume {
         let end = offset + length;
         let mut at = offset;
         while at < end {
-            let block = at / self.block_size;
-            let block_start = block * self.block_size;
-            let block_end = (block_start + self.block_size).min(self.size());
-            if at == block_start && end >= block_end {
-                let run_end = if end == self.size() {
-                    end
-                } else {
-                    end / self.block_size * self.block_size
-                };
-                let count = (run_end - at).div_ceil(self.block_size);
+            if let Some((block, count, run_end)) = self.whole_blocks(at, end) {
                 self.zero_blocks(stack, block, count, keep_allocated)?;
                 self.drop_copies(&section.ticket, at, run_end - at);
                 at = run_end;
             } else {
-                let take = end.min(block_end) - at;
-                let is_hole = !keep_allocated && stack.find(block, 0) == Where::Hole;
+                let take = self.left_of_block(at, end);
+                let is_hole = !keep_allocated && stack.find(at / self.block_size, 0) == Where::Hole;
                 if !is_hole {
                     self.write_blocks(stack, at, Content::Zeros { keep_allocated }, take)?;
                     section.ticket.update_zero(at, take as usize);

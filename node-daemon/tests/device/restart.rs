@@ -119,17 +119,26 @@ fn wait_for(output: &mut impl BufRead, first: &str) -> Vec<String> {
     panic!("the child ended without saying {first:?}");
 }
 
+/// A daemon whose device survives it; `None` where the kernel has no such device.
+fn surviving() -> Option<(tempfile::TempDir, Daemon)> {
+    let folder = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(folder.path(), true);
+    if !daemon.survives {
+        println!("SKIP: this kernel cannot send FUSE requests again");
+        daemon.finish();
+        return None;
+    }
+    Some((folder, daemon))
+}
+
 #[test]
 fn users_of_the_device_only_wait_while_the_daemon_is_killed_and_restarted() {
     if !runs(&["fio"]) {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let mut daemon = Daemon::start(folder.path(), true);
-    if !daemon.survives {
-        println!("SKIP: this kernel cannot send FUSE requests again");
-        return daemon.finish();
-    }
+    let Some((folder, mut daemon)) = surviving() else {
+        return;
+    };
     assert_eq!(daemon.waiting, 0);
     let node = daemon.node.clone();
     let mut fio = Command::new("fio")
@@ -208,12 +217,9 @@ fn a_device_nobody_wants_any_more_is_given_up() {
     if !runs(&[]) {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let mut daemon = Daemon::start(folder.path(), true);
-    if !daemon.survives {
-        println!("SKIP: this kernel cannot send FUSE requests again");
-        return daemon.finish();
-    }
+    let Some((folder, mut daemon)) = surviving() else {
+        return;
+    };
     let file = open_direct(&daemon.node);
     daemon.kill();
     let waiting_read = std::thread::spawn(move || {

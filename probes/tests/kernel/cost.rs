@@ -13,17 +13,18 @@ const MEAN_NS_MAX: f64 = 150.0;
 /// Submission and completion together.
 const PAIR_NS_MAX: f64 = 300.0;
 
+/// Loaded programs, a zram device, and a loop device over tmpfs; `None` where this machine has not got them.
+fn set_up() -> Option<(EbpfSource, [Device; 2])> {
+    let source = EbpfSource::load(EbpfOptions::default()).map_err(skip).ok()?;
+    let devices = Device::zram(256 << 20).and_then(|zram| Ok([zram, Device::loop_over_tmpfs(256 << 20)?]));
+    Some((source, devices.map_err(|error| skip(format!("{error:#}"))).ok()?))
+}
+
 #[test]
 #[ignore = "measures; run it by name on a quiet machine"]
 fn an_event_costs_less_than_the_target() {
-    let source = match EbpfSource::load(EbpfOptions::default()) {
-        Ok(source) => source,
-        Err(error) => return skip(error),
-    };
-    let made = Device::zram(256 << 20).and_then(|zram| Ok([zram, Device::loop_over_tmpfs(256 << 20)?]));
-    let [zram, over_tmpfs] = match made {
-        Ok(devices) => devices,
-        Err(error) => return skip(format!("{error:#}")),
+    let Some((source, [zram, over_tmpfs])) = set_up() else {
+        return;
     };
     let _meter = source.meter().unwrap();
     // Bios complete at their own tracepoint in drivers without requests, else with their request.
@@ -134,14 +135,8 @@ fn loss_percent(source: &EbpfSource, device: &Device, count: u64) -> ([f64; 3], 
 #[test]
 #[ignore = "measures; run it by name on a quiet machine"]
 fn counting_takes_little_of_the_io_rate() {
-    let source = match EbpfSource::load(EbpfOptions::default()) {
-        Ok(source) => source,
-        Err(error) => return skip(error),
-    };
-    let made = Device::zram(256 << 20).and_then(|zram| Ok([zram, Device::loop_over_tmpfs(256 << 20)?]));
-    let [zram, over_tmpfs] = match made {
-        Ok(devices) => devices,
-        Err(error) => return skip(format!("{error:#}")),
+    let Some((source, [zram, over_tmpfs])) = set_up() else {
+        return;
     };
     for (name, device, count) in [("zram", &zram, 300_000), ("loop over tmpfs", &over_tmpfs, 30_000)] {
         let ([least, median, most], iops) = loss_percent(&source, device, count);
