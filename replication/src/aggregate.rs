@@ -1,0 +1,112 @@
+//! Which changes of an image's record count: one function of the log's prefix.
+//!
+//! A change names the record it replaces. So of two that were published against one record the first counts and the other
+//! is void, in whatever order they arrive and whatever became of the publisher; compare-and-publish only spares the log
+//! the void ones. The invariant: a record that counts was never lower in epoch or set version than the one before, gains
+//! members only by way of joiners, and each run keeps a member it had.
+
+use std::sync::Arc;
+
+use hearth_protocol::NodeId;
+use serde::{Deserialize, Serialize};
+
+use crate::record::Record;
+use crate::request::{Extent, Nodes, Stamp};
+
+/// A change as it is published.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Change {
+    /// Who publishes it.
+    pub by: NodeId,
+    /// The record it replaces.
+    pub from: Stamp,
+    /// The record that is to count.
+    pub to: Arc<Record>,
+}
+
+/// Why a change does not count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Void {
+    /// It replaces a record that is not the last.
+    #[error("another change came first: read the image's record again")]
+    NotLast,
+    /// Epoch, lease or set version is not the next.
+    #[error("its epoch, lease or set version is not the next one")]
+    NotNext,
+    /// A set change by another node than the owner.
+    #[error("only the owner changes the set")]
+    NotOwner,
+    /// A member that was not synced.
+    #[error("a node becomes a member only after it has joined and was synced")]
+    NotSynced,
+    /// No member of a run stays.
+    #[error("a run would keep none of its members")]
+    LastCopy,
+}
+
+/// An image's record as the log has it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Aggregate {
+    /// The last record that counts.
+    pub record: Arc<Record>,
+    /// The node its epoch was granted to; `None` before the first.
+    pub owner: Option<NodeId>,
+}
+
+impl Aggregate {
+    /// Judges the next change in the log and remembers what it changes.
+    ///
+    /// # Errors
+    /// The change is void.
+    pub fn judge(&mut self, change: &Change) -> Result<(), Void> {
+        let (old, new) = (&self.record, &change.to);
+        let (was, is) = (old.stamp(), new.stamp());
+        if change.from != was {
+            return Err(Void::NotLast);
+        }
+        if is.set_version != was.set_version.next() {
+            return Err(Void::NotNext);
+        }
+        let grant = is.epoch != was.epoch;
+        if grant && (is.epoch != was.epoch.next() || is.lease == was.lease) || !grant && is.lease != was.lease {
+            return Err(Void::NotNext);
+        }
+        if !grant && self.owner.as_ref() != Some(&change.by) {
+            return Err(Void::NotOwner);
+        }
+        for (before, after) in pairs(old, new) {
+            let synced = if grant {
+                before.0.clone()
+            } else {
+                before.0 | before.1
+            };
+            if !after.0.is_subset(&synced) {
+                return Err(Void::NotSynced);
+            }
+            if before.0.is_disjoint(after.0) {
+                return Err(Void::LastCopy);
+            }
+        }
+        self.record = new.clone();
+        if grant {
+            self.owner = Some(change.by.clone());
+        }
+        Ok(())
+    }
+}
+
+/// Members and joiners.
+type Held<'a> = (&'a Nodes, &'a Nodes);
+
+/// Who holds each piece of the image before and after, over the borders of both maps.
+fn pairs<'a>(old: &'a Record, new: &'a Record) -> Vec<(Held<'a>, Held<'a>)> {
+    let mut starts: Vec<_> = old.runs().iter().chain(new.runs()).map(|run| run.first).collect();
+    starts.sort();
+    starts.dedup();
+    let at = |record: &'a Record, block| {
+        let run = record.touched(Extent::block(block)).next();
+        run.map(|run| (&run.members, &run.joiners))
+    };
+    let both = |block| Some((at(old, block)?, at(new, block)?));
+    starts.into_iter().filter_map(both).collect()
+}

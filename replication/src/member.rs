@@ -1,0 +1,481 @@
+//! One replica: its durable record, and the fence.
+//!
+//! Every request is admitted under the durable record or refused, one by one. A newer record stops admission, waits until
+//! every admitted request has finished or failed, is made durable, and only then counts and is answered. So once a member
+//! has answered a raise, nothing of an older record will ever change its blocks.
+//!
+//! It is not the disk: whoever drives it carries out [`Output::Perform`] and [`Output::Persist`] and reports their end. A
+//! member that starts again after a crash is made anew from what the disk holds.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use hearth_protocol::{BlockIndex, Epoch, Incarnation, LeaseId, NodeId};
+use serde::{Deserialize, Serialize};
+
+use crate::mutants::{Mutant, Rules};
+use crate::record::{Age, Record};
+use crate::request::{Answer, Nodes, Refusal, Request, RequestId, Stamp, Standing, Work};
+
+/// Blocks that were written and may not be everywhere, each with the life of the store in which that was marked first.
+pub type Marks = BTreeMap<BlockIndex, Incarnation>;
+
+/// What a member keeps on disk beside its blocks and marks, replaced in one piece.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
+pub struct Durable {
+    /// The record.
+    pub record: Option<Arc<Record>>,
+    /// What the owner on this node sealed.
+    pub sealed: Option<(Epoch, LeaseId)>,
+}
+
+/// What happens to a member.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Input {
+    /// An owner asks for something.
+    Request {
+        /// Its node.
+        from: NodeId,
+        /// What.
+        request: Request,
+    },
+    /// An admitted request ended on the disk.
+    Finished {
+        /// The asking node.
+        from: NodeId,
+        /// Its request.
+        id: RequestId,
+        /// Whether it worked. What failed is never tried again (rule 5).
+        ok: bool,
+    },
+    /// A record that counts in the log is to be recorded.
+    Raise {
+        /// Who asks.
+        from: NodeId,
+        /// The record.
+        record: Arc<Record>,
+    },
+    /// The owner on this node has drained and seals its epoch.
+    Seal {
+        /// What it seals.
+        grant: (Epoch, LeaseId),
+    },
+    /// [`Output::Persist`] is on stable storage, or failed.
+    Persisted {
+        /// Whether it worked.
+        ok: bool,
+    },
+    /// A node that wants to become the owner asks where this one stands.
+    Ask {
+        /// Who asks.
+        from: NodeId,
+    },
+    /// The set of this record, which counts and is in force, does not have this node.
+    Drop {
+        /// The record's stamp.
+        stamp: Stamp,
+    },
+}
+
+/// What a member wants done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Output {
+    /// Carry this out on the disk, then report [`Input::Finished`].
+    Perform {
+        /// The asking node.
+        from: NodeId,
+        /// Its request.
+        id: RequestId,
+        /// What.
+        work: Work,
+        /// Mark the written blocks durably before the first of them changes.
+        mark: bool,
+    },
+    /// Make this durable, then report [`Input::Persisted`].
+    Persist(Durable),
+    /// These blocks are everywhere and durable here: their marks may go whenever that is cheap.
+    Unmark(BTreeSet<BlockIndex>),
+    /// Answer a request.
+    Answer {
+        /// Whom.
+        to: NodeId,
+        /// Which.
+        id: RequestId,
+        /// How.
+        answer: Answer,
+    },
+    /// The record counts here.
+    Raised {
+        /// Who asked for it.
+        to: NodeId,
+        /// Where this node stands behind the fence.
+        standing: Standing,
+    },
+    /// The record does not count here.
+    NotRaised {
+        /// Who asked for it.
+        to: NodeId,
+        /// Why.
+        refusal: Refusal,
+    },
+    /// Where this node stands.
+    Told {
+        /// Who asked.
+        to: NodeId,
+        /// The answer.
+        standing: Standing,
+    },
+    /// Delete record, marks and blocks in one piece: others hold all of it.
+    Forget,
+    /// The seal of the owner on this node is durable; `false`: it is not, and a newer record or a failed disk is why.
+    Sealed(bool),
+}
+
+/// What a member is busy with.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+enum Phase {
+    Serving,
+    Raising {
+        to: Arc<Record>,
+        askers: Nodes,
+        persisting: bool,
+    },
+    Sealing {
+        grant: (Epoch, LeaseId),
+    },
+    Failed,
+}
+
+/// See the module.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Member {
+    me: NodeId,
+    rules: Rules,
+    store: Incarnation,
+    durable: Durable,
+    marks: Marks,
+    /// Requests under way. A flush has here what it must leave marked.
+    admitted: BTreeMap<(NodeId, RequestId), Work>,
+    phase: Phase,
+}
+
+impl Member {
+    /// A member as its disk has it; `failed` if the disk failed in an earlier life.
+    pub fn new(me: NodeId, rules: Rules, store: Incarnation, durable: Durable, marks: Marks, failed: bool) -> Self {
+        Self {
+            me,
+            rules,
+            store,
+            durable,
+            marks,
+            admitted: BTreeMap::new(),
+            phase: if failed { Phase::Failed } else { Phase::Serving },
+        }
+    }
+
+    /// The durable record.
+    pub fn record(&self) -> Option<&Arc<Record>> {
+        self.durable.record.as_ref()
+    }
+
+    /// The life of the store.
+    pub fn store(&self) -> Incarnation {
+        self.store
+    }
+
+    /// Where this node stands.
+    pub fn standing(&self) -> Standing {
+        Standing {
+            record: self.durable.record.clone(),
+            store: self.store,
+            doubt: self.marks.keys().copied().collect(),
+            lost: self.marks.values().any(|store| *store != self.store),
+            sealed: self.durable.sealed,
+            failed: self.phase == Phase::Failed,
+        }
+    }
+
+    /// Whether a request would be admitted now.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn admits(&self, request: &Request) -> Result<(), Refusal> {
+        let Some(record) = &self.durable.record else {
+            return Err(Refusal::NoRecord);
+        };
+        if self.phase == Phase::Failed {
+            return Err(Refusal::DiskFailed);
+        }
+        let (asked, recorded) = (request.stamp, record.stamp());
+        if asked.epoch < recorded.epoch {
+            return Err(Refusal::EpochEnded {
+                asked: asked.epoch,
+                recorded: recorded.epoch,
+            });
+        }
+        let not_installed = Refusal::NotInstalled {
+            epoch: asked.epoch,
+            set_version: asked.set_version,
+        };
+        if asked.epoch > recorded.epoch {
+            return Err(not_installed);
+        }
+        if asked.lease != recorded.lease && !self.rules.breaks(Mutant::EqualEpochAccepted) {
+            return Err(Refusal::OtherLease { epoch: asked.epoch });
+        }
+        if self.durable.sealed == Some((asked.epoch, asked.lease)) {
+            return Err(Refusal::Sealed { epoch: asked.epoch });
+        }
+        if request.store != self.store {
+            return Err(Refusal::StoreChanged);
+        }
+        // A read lease is the epoch's: a change of the set does not end it.
+        let renewal = matches!(request.work, Work::Renew { .. });
+        if let Phase::Raising { to, .. } = &self.phase
+            && !(renewal && to.epoch() == asked.epoch)
+        {
+            return Err(Refusal::Fenced {
+                epoch: to.epoch(),
+                set_version: to.stamp().set_version,
+            });
+        }
+        if renewal {
+            return Ok(());
+        }
+        if asked.set_version < recorded.set_version && !self.rules.breaks(Mutant::StaleSetServed) {
+            return Err(Refusal::SetChanged {
+                asked: asked.set_version,
+                recorded: recorded.set_version,
+            });
+        }
+        if asked.set_version > recorded.set_version {
+            return Err(not_installed);
+        }
+        let in_set = match &request.work {
+            Work::Read(extent) => record.holds(&self.me, *extent),
+            Work::Write { extent, .. } => record.concerns(&self.me, *extent),
+            Work::Flush { .. } | Work::Renew { .. } => true,
+        };
+        if in_set { Ok(()) } else { Err(Refusal::NotInSet) }
+    }
+
+    /// Takes an input.
+    pub fn step(&mut self, input: Input) -> Vec<Output> {
+        match input {
+            Input::Request { from, request } => self.request(from, request),
+            Input::Finished { from, id, ok } => self.finished(from, id, ok),
+            Input::Raise { from, record } => self.raise(from, record),
+            Input::Seal { grant } => self.seal(grant),
+            Input::Persisted { ok } => self.persisted(ok),
+            Input::Ask { from } => vec![Output::Told {
+                to: from,
+                standing: self.standing(),
+            }],
+            Input::Drop { stamp } => self.drop_copy(stamp),
+        }
+    }
+
+    /// Forgets the image, unless the node was given a record meanwhile that may count on it.
+    fn drop_copy(&mut self, stamp: Stamp) -> Vec<Output> {
+        let older = self.record().is_some_and(|record| record.stamp().set_version < stamp.set_version);
+        if !older || self.phase != Phase::Serving || !self.admitted.is_empty() {
+            return Vec::new();
+        }
+        self.durable = Durable::default();
+        self.marks.clear();
+        vec![Output::Forget]
+    }
+
+    fn request(&mut self, from: NodeId, request: Request) -> Vec<Output> {
+        let id = request.id;
+        let answered = |answer| {
+            vec![Output::Answer {
+                to: from.clone(),
+                id,
+                answer,
+            }]
+        };
+        if let Err(refusal) = self.admits(&request) {
+            return answered(Answer::Refused(refusal));
+        }
+        let mut work = request.work;
+        let mut mark = false;
+        match &mut work {
+            Work::Renew { sent } => return answered(Answer::Granted { sent: *sent }),
+            Work::Read(_) => {}
+            Work::Write { extent, .. } => {
+                for block in extent.blocks() {
+                    mark |= !self.marks.contains_key(&block);
+                    self.marks.entry(block).or_insert(self.store);
+                    for other in self.admitted.values_mut() {
+                        if let Work::Flush { keep } = other {
+                            keep.insert(block);
+                        }
+                    }
+                }
+            }
+            Work::Flush { keep } => {
+                if self.rules.breaks(Mutant::UnmarkedAlone) {
+                    keep.clear();
+                }
+                for other in self.admitted.values() {
+                    if let Work::Write { extent, .. } = other {
+                        keep.extend(extent.blocks());
+                    }
+                }
+            }
+        }
+        self.admitted.insert((from.clone(), id), work.clone());
+        vec![Output::Perform { from, id, work, mark }]
+    }
+
+    fn finished(&mut self, from: NodeId, id: RequestId, ok: bool) -> Vec<Output> {
+        let Some(work) = self.admitted.remove(&(from.clone(), id)) else {
+            return Vec::new();
+        };
+        let mut out = Vec::new();
+        if !ok {
+            out.extend(self.fail());
+        } else if let Work::Flush { keep } = work {
+            let gone: BTreeSet<_> = self.marks.keys().filter(|block| !keep.contains(block)).copied().collect();
+            if !gone.is_empty() && self.phase != Phase::Failed {
+                self.marks.retain(|block, _| !gone.contains(block));
+                out.push(Output::Unmark(gone));
+            }
+        }
+        out.push(Output::Answer {
+            to: from,
+            id,
+            answer: if ok { Answer::Done } else { Answer::Failed },
+        });
+        out.extend(self.drained());
+        out
+    }
+
+    fn raise(&mut self, from: NodeId, record: Arc<Record>) -> Vec<Output> {
+        let refused = |refusal| {
+            vec![Output::NotRaised {
+                to: from.clone(),
+                refusal,
+            }]
+        };
+        let age = self.record().map_or(Age::Newer, |mine| record.age(mine));
+        match age {
+            _ if self.phase == Phase::Failed => return refused(Refusal::DiskFailed),
+            Age::Same => {
+                return vec![Output::Raised {
+                    to: from,
+                    standing: self.standing(),
+                }];
+            }
+            Age::Older => {
+                let recorded = self.record().map_or(record.stamp(), |mine| mine.stamp());
+                return refused(if recorded.epoch == record.epoch() {
+                    Refusal::SetChanged {
+                        asked: record.stamp().set_version,
+                        recorded: recorded.set_version,
+                    }
+                } else {
+                    Refusal::EpochEnded {
+                        asked: record.epoch(),
+                        recorded: recorded.epoch,
+                    }
+                });
+            }
+            Age::Conflict if !self.rules.breaks(Mutant::EqualEpochAccepted) => {
+                return refused(Refusal::OtherLease { epoch: record.epoch() });
+            }
+            Age::Conflict | Age::Newer => {}
+        }
+        match &mut self.phase {
+            Phase::Raising { to, askers, persisting } => {
+                if *to != record && (*persisting || record.age(to) != Age::Newer) {
+                    return refused(Refusal::Fenced {
+                        epoch: to.epoch(),
+                        set_version: to.stamp().set_version,
+                    });
+                }
+                if *to != record {
+                    // Whoever asked for the older one learns of it by asking again.
+                    askers.clear();
+                    *to = record;
+                }
+                askers.insert(from);
+            }
+            Phase::Sealing { grant } => return refused(Refusal::Sealed { epoch: grant.0 }),
+            Phase::Serving | Phase::Failed => {
+                self.phase = Phase::Raising {
+                    to: record,
+                    askers: Nodes::from([from]),
+                    persisting: false,
+                };
+            }
+        }
+        self.drained()
+    }
+
+    /// Goes on to make a newer record durable once nothing admitted is under way.
+    fn drained(&mut self) -> Vec<Output> {
+        let late = self.rules.breaks(Mutant::LateWriteAfterFence);
+        match &mut self.phase {
+            Phase::Raising { to, persisting, .. } if !*persisting && (self.admitted.is_empty() || late) => {
+                *persisting = true;
+                vec![Output::Persist(Durable {
+                    record: Some(to.clone()),
+                    sealed: self.durable.sealed,
+                })]
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    fn seal(&mut self, grant: (Epoch, LeaseId)) -> Vec<Output> {
+        let current = self.record().is_some_and(|record| record.grant() == grant);
+        if self.phase != Phase::Serving || !current {
+            return vec![Output::Sealed(false)];
+        }
+        self.phase = Phase::Sealing { grant };
+        vec![Output::Persist(Durable {
+            record: self.durable.record.clone(),
+            sealed: Some(grant),
+        })]
+    }
+
+    fn persisted(&mut self, ok: bool) -> Vec<Output> {
+        if !ok {
+            return self.fail();
+        }
+        match std::mem::replace(&mut self.phase, Phase::Serving) {
+            Phase::Raising { to, askers, .. } => {
+                self.durable.record = Some(to);
+                let standing = self.standing();
+                let raised = askers.into_iter().map(|to| Output::Raised {
+                    to,
+                    standing: standing.clone(),
+                });
+                raised.collect()
+            }
+            Phase::Sealing { grant } => {
+                self.durable.sealed = Some(grant);
+                vec![Output::Sealed(true)]
+            }
+            // A disk that failed meanwhile: what it says now does not count.
+            phase @ (Phase::Serving | Phase::Failed) => {
+                self.phase = phase;
+                Vec::new()
+            }
+        }
+    }
+
+    fn fail(&mut self) -> Vec<Output> {
+        let refused = |to| Output::NotRaised {
+            to,
+            refusal: Refusal::DiskFailed,
+        };
+        match std::mem::replace(&mut self.phase, Phase::Failed) {
+            Phase::Raising { askers, .. } => askers.into_iter().map(refused).collect(),
+            Phase::Sealing { .. } => vec![Output::Sealed(false)],
+            Phase::Serving | Phase::Failed => Vec::new(),
+        }
+    }
+}

@@ -1,0 +1,197 @@
+//! The words between an owner and the members: what is asked, under which record, and how it is answered.
+//!
+//! Bytes are not here: whoever drives the machines keeps them under the request's number. The invariant of a number: an
+//! owner sends one request of a number to one member at most once under one stamp. So a request that a dying connection
+//! still holds can never run behind its own repetition: the repetition has a newer set version, and the fence is between.
+
+use std::collections::BTreeSet;
+
+use hearth_protocol::{BlockIndex, Epoch, Incarnation, LeaseId, NodeId, SetVersion};
+use serde::{Deserialize, Serialize};
+
+use crate::record::Record;
+use crate::time::BootMs;
+
+/// A set of nodes, ascending by id.
+pub type Nodes = BTreeSet<NodeId>;
+
+/// What a record is known by in requests; a member compares it with its durable record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Stamp {
+    /// The epoch.
+    pub epoch: Epoch,
+    /// The lease that the epoch was granted to.
+    pub lease: LeaseId,
+    /// The location map's version.
+    pub set_version: SetVersion,
+}
+
+/// A run of blocks, both ends included.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Extent {
+    /// The first block.
+    pub first: BlockIndex,
+    /// The last block.
+    pub last: BlockIndex,
+}
+
+impl Extent {
+    /// One block.
+    pub const fn block(block: BlockIndex) -> Self {
+        Self {
+            first: block,
+            last: block,
+        }
+    }
+
+    /// Whether both share a block.
+    pub fn overlaps(self, other: Extent) -> bool {
+        self.first <= other.last && other.first <= self.last
+    }
+
+    /// The blocks, ascending.
+    pub fn blocks(self) -> impl Iterator<Item = BlockIndex> {
+        (self.first.0..=self.last.0).map(BlockIndex)
+    }
+}
+
+/// A request's number, counted by one owner over its session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct RequestId(pub u64);
+
+/// What a member is asked to do.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Work {
+    /// Read blocks.
+    Read(Extent),
+    /// Write blocks; with `fua`, to stable storage before the answer.
+    Write {
+        /// Which blocks.
+        extent: Extent,
+        /// Durable before the answer.
+        fua: bool,
+    },
+    /// Bring every finished write to stable storage.
+    Flush {
+        /// Blocks whose writes have not reached every member: their marks stay.
+        keep: BTreeSet<BlockIndex>,
+    },
+    /// Renew the read lease.
+    Renew {
+        /// The owner's clock before it sent this; comes back with the answer.
+        sent: BootMs,
+    },
+}
+
+/// One request of an owner.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Request {
+    /// Its number.
+    pub id: RequestId,
+    /// The record it was made under.
+    pub stamp: Stamp,
+    /// The life of the member's store that the session began with.
+    pub store: Incarnation,
+    /// What to do.
+    pub work: Work,
+}
+
+/// A member's answer.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Answer {
+    /// Done.
+    Done,
+    /// The read lease is renewed.
+    Granted {
+        /// As in the request.
+        sent: BootMs,
+    },
+    /// The disk failed; this member takes no more requests.
+    Failed,
+    /// Not admitted; nothing was done.
+    Refused(Refusal),
+}
+
+/// Why a member does not admit a request.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, thiserror::Error)]
+pub enum Refusal {
+    /// The node has no record of the image.
+    #[error("this node holds no replica of the image: add it to the image's locations first")]
+    NoRecord,
+    /// The request's epoch is lower.
+    #[error(
+        "epoch {asked} has ended, epoch {recorded} is recorded: another node became the owner; detach here and attach \
+         where the image is to run"
+    )]
+    EpochEnded {
+        /// The request's.
+        asked: Epoch,
+        /// The member's.
+        recorded: Epoch,
+    },
+    /// The epoch is the recorded one, the lease is not.
+    #[error(
+        "epoch {epoch} was recorded for another lease: the log gave one epoch twice, so it lost its end; run `hearth log \
+         recover`"
+    )]
+    OtherLease {
+        /// The epoch.
+        epoch: Epoch,
+    },
+    /// The set version is lower.
+    #[error("set version {asked} is over, {recorded} is recorded: send it again under the newer one")]
+    SetChanged {
+        /// The request's.
+        asked: SetVersion,
+        /// The member's.
+        recorded: SetVersion,
+    },
+    /// The request's record is newer than the member's.
+    #[error("this member has not recorded epoch {epoch}, set version {set_version} yet: install the record first")]
+    NotInstalled {
+        /// The request's.
+        epoch: Epoch,
+        /// The request's.
+        set_version: SetVersion,
+    },
+    /// A newer record is being recorded.
+    #[error("a newer record, epoch {epoch}, set version {set_version}, is being recorded: ask again under it")]
+    Fenced {
+        /// The newer record's.
+        epoch: Epoch,
+        /// The newer record's.
+        set_version: SetVersion,
+    },
+    /// The owner on this node has sealed the epoch.
+    #[error("epoch {epoch} is sealed for a hand-over: attach the image again under a new epoch")]
+    Sealed {
+        /// The epoch.
+        epoch: Epoch,
+    },
+    /// The node holds none of these blocks.
+    #[error("this node is not in the set of these blocks: read the location map again")]
+    NotInSet,
+    /// The store started anew since the session began.
+    #[error("this member's store started anew since the session began: it is taken out of the set and synced again")]
+    StoreChanged,
+    /// The disk failed earlier.
+    #[error("this member's disk failed: replace the disk or remove the location")]
+    DiskFailed,
+}
+
+/// What a node durably knows of an image and the state of its store.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Standing {
+    /// The record; `None` if the node has none.
+    pub record: Option<std::sync::Arc<Record>>,
+    /// The life of its store.
+    pub store: Incarnation,
+    /// Blocks that may differ from other members' after a crash: written, and not yet known to be everywhere.
+    pub doubt: BTreeSet<BlockIndex>,
+    /// Whether the store started anew while blocks were marked: acknowledged writes may be missing here.
+    pub lost: bool,
+    /// The epoch and lease that the owner on this node sealed.
+    pub sealed: Option<(Epoch, LeaseId)>,
+    /// Whether its disk failed.
+    pub failed: bool,
+}

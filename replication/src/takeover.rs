@@ -1,0 +1,530 @@
+//! How a node becomes the owner: ask, publish the next epoch, raise the fence everywhere, make equal, wait, open.
+//!
+//! Invariants:
+//! - It starts only from a member of the newest record found, and the log has that record; else the log lost its end.
+//! - The blocks in doubt are those the members name *behind* the fence, and they are equal and durable before it opens.
+//! - It opens when every member of its record has recorded it, and either the old owner's seal of the epoch before is known
+//!   or 1.25 T have passed since the last member recorded it.
+//! - A member that may have lost acknowledged writes is copied from only if every member of the newest record may have.
+//!
+//! It gives up with a reason rather than go on from less; then another one, under another lease, may begin. An earlier
+//! epoch of the same node counts as a seal only if it was sealed: an epoch that was granted may never have opened, and then
+//! the one before it may still answer reads.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use hearth_protocol::{BlockIndex, Epoch, Incarnation, LeaseId, NodeId};
+
+use crate::aggregate::Change;
+use crate::mutants::{Mutant, Rules};
+use crate::owner::Owner;
+use crate::record::{Age, Record, Run};
+use crate::request::{Answer, Extent, Nodes, Refusal, Request, RequestId, Stamp, Standing, Work};
+use crate::time::{BootMs, TAKEOVER_WAIT_MS};
+
+/// What happens to a takeover.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Input {
+    /// A node told where it stands.
+    Told {
+        /// Which node.
+        from: NodeId,
+        /// Where.
+        standing: Standing,
+    },
+    /// Every node that can be reached has told.
+    Reached,
+    /// The log's last record of this image that counts.
+    Committed(Arc<Record>),
+    /// A member recorded the new record.
+    Raised {
+        /// Which member.
+        from: NodeId,
+        /// Where it stands, behind the fence.
+        standing: Standing,
+    },
+    /// A member did not.
+    NotRaised {
+        /// Which member.
+        from: NodeId,
+        /// Why.
+        refusal: Refusal,
+    },
+    /// A member answered a request.
+    Answered {
+        /// Which member.
+        from: NodeId,
+        /// Which request.
+        id: RequestId,
+        /// The request's stamp.
+        stamp: Stamp,
+        /// How.
+        answer: Answer,
+    },
+    /// A member's connection is lost, or it takes too long.
+    MemberFailed(NodeId),
+    /// Time passed.
+    Tick,
+}
+
+/// What a takeover wants done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Output {
+    /// Publish the new epoch, by compare-and-publish, until the log shows it or another one.
+    Publish(Change),
+    /// Have a member record the new record. May be sent again.
+    Raise {
+        /// Which member.
+        to: NodeId,
+        /// What.
+        record: Arc<Record>,
+    },
+    /// Send a request to a member. A write carries the bytes that the last read of the same block brought.
+    Send {
+        /// Which member.
+        to: NodeId,
+        /// What.
+        request: Request,
+    },
+    /// This node owns the image.
+    Opened(Box<Owner>),
+    /// It ends here.
+    GivenUp(Setback),
+}
+
+/// Why a takeover does not go on.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, thiserror::Error)]
+pub enum Setback {
+    /// A node has a record that the log does not have.
+    #[error("node {node} has a newer record than the log, so the log lost its end: run `hearth log recover`")]
+    RolledBack {
+        /// Which node.
+        node: NodeId,
+    },
+    /// No member of some blocks answered.
+    #[error("none of {members:?}, which hold block {first} and those behind it, can be reached: start one of them")]
+    NoMember {
+        /// The run.
+        first: BlockIndex,
+        /// Who holds it.
+        members: Vec<NodeId>,
+    },
+    /// Only members that may have lost acknowledged writes answered.
+    #[error(
+        "every reachable copy of block {first} and those behind it lost power with unflushed writes, and {missing:?} may \
+         still have them: start those nodes, or remove their locations if they are gone for good"
+    )]
+    InDoubt {
+        /// The run.
+        first: BlockIndex,
+        /// Who else is to be asked.
+        missing: Vec<NodeId>,
+    },
+    /// A running guest would silently lose acknowledged writes.
+    #[error(
+        "every copy of block {first} and those behind it lost power since the guest's writes were acknowledged: stop the \
+         guest and attach the image anew"
+    )]
+    Gap {
+        /// The run.
+        first: BlockIndex,
+    },
+    /// Somebody else's change came first.
+    #[error("another change of this image came first: look who owns it now, and ask again if this node is to own it")]
+    Overtaken,
+    /// A member refused or was lost on the way.
+    #[error("member {node} was lost before the image opened: ask again, without it")]
+    MemberLost {
+        /// Which member.
+        node: NodeId,
+    },
+}
+
+/// Why it is known that the old owner answers nobody.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Mode {
+    /// It is not known: a takeover after a fault.
+    Fault,
+    /// The source of a live migration handed over this sealed epoch and the lives of its members' stores. Its guest goes
+    /// on, so nothing that was acknowledged may be missing.
+    Handover {
+        /// What it sealed.
+        sealed: (Epoch, LeaseId),
+        /// The stores.
+        stores: BTreeMap<NodeId, Incarnation>,
+    },
+}
+
+/// Blocks of one run to be made equal.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+struct Unequal {
+    block: BlockIndex,
+    from: NodeId,
+    to: Nodes,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+enum Phase {
+    Asking,
+    Proposed,
+    Installing,
+    /// The last of the list is under way: read first, then written to `waiting`.
+    Equalizing {
+        left: Vec<Unequal>,
+        reading: bool,
+        waiting: Nodes,
+    },
+    Flushing {
+        waiting: Nodes,
+    },
+    Waiting,
+    Over,
+}
+
+/// See the module.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Takeover {
+    me: NodeId,
+    rules: Rules,
+    lease: LeaseId,
+    mode: Mode,
+    /// The log's record that is to be replaced.
+    base: Arc<Record>,
+    told: BTreeMap<NodeId, Standing>,
+    to: Option<Arc<Record>>,
+    raised: BTreeMap<NodeId, Standing>,
+    raised_at: BootMs,
+    next: RequestId,
+    phase: Phase,
+}
+
+impl Takeover {
+    /// Begins: ask every node for its standing and bring the answers. `lease` is drawn anew for each one.
+    pub fn new(me: NodeId, rules: Rules, lease: LeaseId, mode: Mode, log: Arc<Record>) -> Self {
+        Self {
+            me,
+            rules,
+            lease,
+            mode,
+            base: log,
+            told: BTreeMap::new(),
+            to: None,
+            raised: BTreeMap::new(),
+            raised_at: BootMs(0),
+            next: RequestId(1),
+            phase: Phase::Asking,
+        }
+    }
+
+    /// Whether it still asks.
+    pub fn is_asking(&self) -> bool {
+        self.phase == Phase::Asking
+    }
+
+    /// Whether it only waits for time to pass.
+    pub fn is_waiting(&self) -> bool {
+        self.phase == Phase::Waiting
+    }
+
+    /// Takes an input; `now` is this node's boot-time clock.
+    pub fn step(&mut self, now: BootMs, input: Input) -> Vec<Output> {
+        let stepped = match input {
+            Input::Told { from, standing } => {
+                if self.phase == Phase::Asking {
+                    self.told.insert(from, standing);
+                }
+                Ok(Vec::new())
+            }
+            Input::Reached if self.phase == Phase::Asking => self.publish(),
+            Input::Reached => Ok(Vec::new()),
+            Input::Committed(record) => self.committed(record),
+            Input::Raised { from, standing } => self.raised(now, from, standing),
+            Input::NotRaised { from, refusal } => match refusal {
+                Refusal::EpochEnded { .. } | Refusal::OtherLease { .. } => Err(Setback::Overtaken),
+                _ => Err(Setback::MemberLost { node: from }),
+            },
+            Input::Answered {
+                from,
+                id,
+                stamp,
+                answer,
+            } => self.answered(from, id, stamp, answer),
+            Input::MemberFailed(node) => match &self.to {
+                Some(to) if to.members().contains(&node) => Err(Setback::MemberLost { node }),
+                _ => {
+                    self.told.remove(&node);
+                    Ok(Vec::new())
+                }
+            },
+            Input::Tick => Ok(Vec::new()),
+        };
+        if self.phase == Phase::Over {
+            return Vec::new();
+        }
+        match stepped {
+            Ok(mut out) => {
+                self.open(now, &mut out);
+                out
+            }
+            Err(setback) => {
+                self.phase = Phase::Over;
+                vec![Output::GivenUp(setback)]
+            }
+        }
+    }
+
+    /// Chooses the members and proposes the next epoch.
+    fn publish(&mut self) -> Result<Vec<Output>, Setback> {
+        for (node, standing) in &self.told {
+            let Some(record) = &standing.record else { continue };
+            let known = matches!(record.age(&self.base), Age::Same | Age::Older);
+            if !known && !self.rules.breaks(Mutant::OlderRecordTaken) {
+                return Err(Setback::RolledBack { node: node.clone() });
+            }
+        }
+        let usable: Nodes = self
+            .told
+            .iter()
+            .filter(|(_, standing)| !standing.failed && standing.record.is_some())
+            .map(|(node, _)| node.clone())
+            .collect();
+        for run in self.base.runs() {
+            self.sound(run, &self.told)?;
+        }
+        let no_member = |first| Setback::NoMember {
+            first,
+            members: self.base.members().into_iter().collect(),
+        };
+        let to = self
+            .base
+            .granted(self.lease, &usable)
+            .map_err(|_| no_member(BlockIndex(0)))?;
+        let to = Arc::new(to);
+        self.to = Some(to.clone());
+        self.phase = Phase::Proposed;
+        Ok(vec![Output::Publish(Change {
+            by: self.me.clone(),
+            from: self.base.stamp(),
+            to,
+        })])
+    }
+
+    /// The member of a run of the old record that the others are made equal to.
+    fn sound(&self, run: &Run, standings: &BTreeMap<NodeId, Standing>) -> Result<NodeId, Setback> {
+        let first = run.first;
+        let here: Vec<(&NodeId, &Standing)> = run
+            .members
+            .iter()
+            .filter_map(|node| standings.get_key_value(node))
+            .filter(|(_, standing)| !standing.failed && standing.record.is_some())
+            .collect();
+        if here.is_empty() {
+            return Err(Setback::NoMember {
+                first,
+                members: run.members.iter().cloned().collect(),
+            });
+        }
+        if let Some((node, _)) = here.iter().find(|(node, standing)| !self.lost(node, standing)) {
+            return Ok((*node).clone());
+        }
+        if let Mode::Handover { .. } = self.mode {
+            return Err(Setback::Gap { first });
+        }
+        let missing: Vec<NodeId> = run
+            .members
+            .iter()
+            .filter(|node| !standings.contains_key(*node))
+            .cloned()
+            .collect();
+        if !missing.is_empty() {
+            return Err(Setback::InDoubt { first, missing });
+        }
+        let set_version = |node: &NodeId| {
+            let record = self.told.get(node).and_then(|standing| standing.record.as_ref());
+            record.map(|record| record.stamp())
+        };
+        // The newest record; of equals the lowest id.
+        let mut best = here[0].0;
+        for (node, _) in &here[1..] {
+            if set_version(node) > set_version(best) {
+                best = node;
+            }
+        }
+        Ok(best.clone())
+    }
+
+    /// Whether a member may miss acknowledged writes.
+    fn lost(&self, node: &NodeId, standing: &Standing) -> bool {
+        let other_store = match &self.mode {
+            Mode::Fault => false,
+            Mode::Handover { stores, .. } => stores.get(node).is_some_and(|store| *store != standing.store),
+        };
+        standing.lost || (other_store && !standing.doubt.is_empty())
+    }
+
+    fn committed(&mut self, record: Arc<Record>) -> Result<Vec<Output>, Setback> {
+        let overtaken = match &self.to {
+            None => record.age(&self.base) != Age::Same,
+            Some(to) => !matches!(record.age(to), Age::Same | Age::Older),
+        };
+        if overtaken {
+            return Err(Setback::Overtaken);
+        }
+        match &self.to {
+            Some(to) if *to == record && self.phase == Phase::Proposed => {
+                self.phase = Phase::Installing;
+                let raise = |to| Output::Raise {
+                    to,
+                    record: record.clone(),
+                };
+                Ok(record.members().into_iter().map(raise).collect())
+            }
+            _ => Ok(Vec::new()),
+        }
+    }
+
+    fn raised(&mut self, now: BootMs, from: NodeId, standing: Standing) -> Result<Vec<Output>, Setback> {
+        let Some(to) = self.to.clone() else {
+            return Ok(Vec::new());
+        };
+        if self.phase != Phase::Installing || standing.record.as_ref() != Some(&to) {
+            return Ok(Vec::new());
+        }
+        self.raised.insert(from, standing);
+        if !to.members().iter().all(|node| self.raised.contains_key(node)) {
+            return Ok(Vec::new());
+        }
+        self.raised_at = now;
+        let mut left = Vec::new();
+        let mut behind = None;
+        for run in self.base.runs().iter().rev() {
+            let from = self.sound(run, &self.raised)?;
+            let members = to.members_of(Extent::block(run.first));
+            let mut doubt: BTreeSet<BlockIndex> = BTreeSet::new();
+            for node in &members {
+                let marked = self.raised.get(node).map(|standing| standing.doubt.clone());
+                doubt.extend(marked.unwrap_or_default());
+            }
+            let within = |block: &BlockIndex| *block >= run.first && behind.is_none_or(|next| *block < next);
+            for block in doubt.into_iter().filter(within) {
+                let mut to = members.clone();
+                to.remove(&from);
+                let from = from.clone();
+                left.push(Unequal { block, from, to });
+            }
+            behind = Some(run.first);
+        }
+        if left.is_empty() || self.rules.breaks(Mutant::DoubtIgnored) {
+            self.phase = Phase::Waiting;
+            return Ok(Vec::new());
+        }
+        Ok(self.read_next(left))
+    }
+
+    fn read_next(&mut self, left: Vec<Unequal>) -> Vec<Output> {
+        let Some(next) = left.last() else {
+            if self.rules.breaks(Mutant::EqualUnflushed) {
+                self.phase = Phase::Waiting;
+                return Vec::new();
+            }
+            let waiting: Nodes = self.raised.keys().cloned().collect();
+            let keep = BTreeSet::new();
+            let out = self.ask(&waiting, &Work::Flush { keep });
+            self.phase = Phase::Flushing { waiting };
+            return out;
+        };
+        let out = self.ask(
+            &Nodes::from([next.from.clone()]),
+            &Work::Read(Extent::block(next.block)),
+        );
+        self.phase = Phase::Equalizing {
+            left,
+            reading: true,
+            waiting: Nodes::new(),
+        };
+        out
+    }
+
+    /// Sends one request, under one number, to some members.
+    fn ask(&mut self, nodes: &Nodes, work: &Work) -> Vec<Output> {
+        self.next = RequestId(self.next.0 + 1);
+        let Some(to) = &self.to else { return Vec::new() };
+        let send = |(node, standing): (&NodeId, &Standing)| Output::Send {
+            to: node.clone(),
+            request: Request {
+                id: self.next,
+                stamp: to.stamp(),
+                store: standing.store,
+                work: work.clone(),
+            },
+        };
+        let asked = self.raised.iter().filter(|(node, _)| nodes.contains(*node));
+        asked.map(send).collect()
+    }
+
+    fn answered(
+        &mut self,
+        from: NodeId,
+        id: RequestId,
+        stamp: Stamp,
+        answer: Answer,
+    ) -> Result<Vec<Output>, Setback> {
+        if id != self.next || self.to.as_ref().is_none_or(|to| to.stamp() != stamp) {
+            return Ok(Vec::new());
+        }
+        if answer != Answer::Done {
+            return Err(Setback::MemberLost { node: from });
+        }
+        match &mut self.phase {
+            Phase::Equalizing { left, reading, waiting } => {
+                if *reading {
+                    let Some(next) = left.last() else { return Ok(Vec::new()) };
+                    let (to, block) = (next.to.clone(), next.block);
+                    if !to.is_empty() {
+                        *reading = false;
+                        *waiting = to.clone();
+                        let extent = Extent::block(block);
+                        return Ok(self.ask(&to, &Work::Write { extent, fua: false }));
+                    }
+                } else {
+                    waiting.remove(&from);
+                    if !waiting.is_empty() {
+                        return Ok(Vec::new());
+                    }
+                }
+                let mut left = std::mem::take(left);
+                left.pop();
+                Ok(self.read_next(left))
+            }
+            Phase::Flushing { waiting } => {
+                waiting.remove(&from);
+                if waiting.is_empty() {
+                    self.phase = Phase::Waiting;
+                }
+                Ok(Vec::new())
+            }
+            _ => Ok(Vec::new()),
+        }
+    }
+
+    /// Opens once nobody else can answer.
+    fn open(&mut self, now: BootMs, out: &mut Vec<Output>) {
+        let (Phase::Waiting, Some(to)) = (&self.phase, &self.to) else {
+            return;
+        };
+        let grant = Some(self.base.grant());
+        let sealed = match &self.mode {
+            Mode::Handover { sealed, .. } => Some(*sealed) == grant,
+            Mode::Fault => false,
+        } || self.told.values().chain(self.raised.values()).any(|standing| standing.sealed == grant);
+        let waited = now >= self.raised_at.after(TAKEOVER_WAIT_MS);
+        if !sealed && !waited && !self.rules.breaks(Mutant::NoWait) {
+            return;
+        }
+        let stores = self.raised.iter().map(|(node, standing)| (node.clone(), standing.store));
+        let owner = Owner::open(self.me.clone(), self.rules, to.clone(), stores.collect());
+        self.phase = Phase::Over;
+        out.push(Output::Opened(Box::new(owner)));
+    }
+}
