@@ -5,12 +5,13 @@
 //! the void ones. The invariant: a record that counts was never lower in epoch or set version than the one before, gains
 //! members only by way of joiners, and each run keeps a member it had.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use hearth_protocol::NodeId;
+use hearth_protocol::{Epoch, LeaseId, NodeId, SetVersion};
 use serde::{Deserialize, Serialize};
 
-use crate::record::Record;
+use crate::record::{Age, Record};
 use crate::request::{Extent, Nodes, Stamp};
 
 /// A change as it is published.
@@ -51,9 +52,21 @@ pub struct Aggregate {
     pub record: Arc<Record>,
     /// The node its epoch was granted to; `None` before the first.
     pub owner: Option<NodeId>,
+    /// Epochs that ended: to which lease each was granted, and its last set version.
+    pub ended: BTreeMap<Epoch, (LeaseId, SetVersion)>,
 }
 
 impl Aggregate {
+    /// Whether a record stands in this log. One that does not was recorded from an end that the log lost.
+    pub fn knows(&self, record: &Record) -> bool {
+        if record.grant() == self.record.grant() {
+            return matches!(record.age(&self.record), Age::Same | Age::Older);
+        }
+        let stamp = record.stamp();
+        let ended = self.ended.get(&stamp.epoch);
+        ended.is_some_and(|(lease, last)| *lease == stamp.lease && stamp.set_version <= *last)
+    }
+
     /// Judges the next change in the log and remembers what it changes.
     ///
     /// # Errors
@@ -75,11 +88,7 @@ impl Aggregate {
             return Err(Void::NotOwner);
         }
         for (before, after) in pairs(old, new) {
-            let synced = if grant {
-                before.0.clone()
-            } else {
-                before.0 | before.1
-            };
+            let synced = if grant { before.0.clone() } else { before.0 | before.1 };
             if !after.0.is_subset(&synced) {
                 return Err(Void::NotSynced);
             }
@@ -89,6 +98,7 @@ impl Aggregate {
         }
         self.record = new.clone();
         if grant {
+            self.ended.insert(was.epoch, (was.lease, was.set_version));
             self.owner = Some(change.by.clone());
         }
         Ok(())

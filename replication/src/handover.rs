@@ -6,12 +6,12 @@
 //! source drains and seals in [`crate::owner`]; its way back is a takeover too, and finds its own seal.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use hearth_protocol::{Epoch, Incarnation, LeaseId, NodeId};
 
+use crate::aggregate::Aggregate;
 use crate::mutants::{Mutant, Rules};
-use crate::record::Record;
+
 use crate::takeover::{Mode, Takeover};
 
 /// Writes held for one image before the cut-over; QEMU sends none before the source has stopped, so more than a queue's
@@ -75,19 +75,19 @@ impl Incoming {
     ///
     /// # Errors
     /// Too many wait.
-    pub fn write(&mut self, log: &Arc<Record>) -> Result<Held, Denial> {
+    pub fn write(&mut self, log: &Aggregate) -> Result<Held, Denial> {
         if self.held >= HELD_WRITES_MAX {
             return Err(Denial::Full);
         }
         self.held += 1;
         if self.rules.breaks(Mutant::HandoverFromConnect) {
-            let takeover = self.takeover(log, log.grant(), BTreeMap::new());
+            let takeover = self.takeover(log, log.record.grant(), BTreeMap::new());
             return Ok(Held::Begins(Box::new(takeover)));
         }
         Ok(Held::Waits)
     }
 
-    /// The source has drained and durably sealed; `log` is the last record that counts.
+    /// The source has drained and durably sealed; `log` is what counts.
     ///
     /// # Errors
     /// The source sealed another epoch than the log's last.
@@ -95,23 +95,18 @@ impl Incoming {
         &self,
         sealed: (Epoch, LeaseId),
         stores: BTreeMap<NodeId, Incarnation>,
-        log: &Arc<Record>,
+        log: &Aggregate,
     ) -> Result<Takeover, Denial> {
-        if log.grant() != sealed {
+        if log.record.grant() != sealed {
             return Err(Denial::OtherEpoch {
                 sealed: sealed.0,
-                current: log.epoch(),
+                current: log.record.epoch(),
             });
         }
         Ok(self.takeover(log, sealed, stores))
     }
 
-    fn takeover(
-        &self,
-        log: &Arc<Record>,
-        sealed: (Epoch, LeaseId),
-        stores: BTreeMap<NodeId, Incarnation>,
-    ) -> Takeover {
+    fn takeover(&self, log: &Aggregate, sealed: (Epoch, LeaseId), stores: BTreeMap<NodeId, Incarnation>) -> Takeover {
         let mode = Mode::Handover { sealed, stores };
         Takeover::new(self.me.clone(), self.rules, self.lease, mode, log.clone())
     }

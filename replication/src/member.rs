@@ -54,6 +54,8 @@ pub enum Input {
         from: NodeId,
         /// The record.
         record: Arc<Record>,
+        /// The record that it replaces in the log.
+        over: Stamp,
     },
     /// The owner on this node has drained and seals its epoch.
     Seal {
@@ -125,6 +127,9 @@ pub enum Output {
         /// The answer.
         standing: Standing,
     },
+    /// Requests of an older epoch are admitted no more: tell the owner on this node before anything else. It may hold bytes
+    /// in RAM and answers of other members, and neither passes this gate again.
+    Fenced(Epoch),
     /// Delete record, marks and blocks in one piece: others hold all of it.
     Forget,
     /// The seal of the owner on this node is durable; `false`: it is not, and a newer record or a failed disk is why.
@@ -154,20 +159,28 @@ pub struct Member {
     store: Incarnation,
     durable: Durable,
     marks: Marks,
+    /// The last write to each marked block. Those of an earlier life count as the last of all under the record of then.
+    last: BTreeMap<BlockIndex, (Stamp, RequestId)>,
     /// Requests under way. A flush has here what it must leave marked.
-    admitted: BTreeMap<(NodeId, RequestId), Work>,
+    admitted: BTreeMap<(NodeId, RequestId), (Stamp, Work)>,
     phase: Phase,
 }
 
 impl Member {
     /// A member as its disk has it; `failed` if the disk failed in an earlier life.
     pub fn new(me: NodeId, rules: Rules, store: Incarnation, durable: Durable, marks: Marks, failed: bool) -> Self {
+        let then = durable
+            .record
+            .as_ref()
+            .map(|record| (record.stamp(), RequestId(u64::MAX)));
+        let last = marks.keys().filter_map(|block| Some((*block, then?))).collect();
         Self {
             me,
             rules,
             store,
             durable,
             marks,
+            last,
             admitted: BTreeMap::new(),
             phase: if failed { Phase::Failed } else { Phase::Serving },
         }
@@ -264,7 +277,7 @@ impl Member {
         match input {
             Input::Request { from, request } => self.request(from, request),
             Input::Finished { from, id, ok } => self.finished(from, id, ok),
-            Input::Raise { from, record } => self.raise(from, record),
+            Input::Raise { from, record, over } => self.raise(from, record, over),
             Input::Seal { grant } => self.seal(grant),
             Input::Persisted { ok } => self.persisted(ok),
             Input::Ask { from } => vec![Output::Told {
@@ -277,17 +290,20 @@ impl Member {
 
     /// Forgets the image, unless the node was given a record meanwhile that may count on it.
     fn drop_copy(&mut self, stamp: Stamp) -> Vec<Output> {
-        let older = self.record().is_some_and(|record| record.stamp().set_version < stamp.set_version);
+        let older = self
+            .record()
+            .is_some_and(|record| record.stamp().set_version < stamp.set_version);
         if !older || self.phase != Phase::Serving || !self.admitted.is_empty() {
             return Vec::new();
         }
         self.durable = Durable::default();
         self.marks.clear();
+        self.last.clear();
         vec![Output::Forget]
     }
 
     fn request(&mut self, from: NodeId, request: Request) -> Vec<Output> {
-        let id = request.id;
+        let (id, stamp) = (request.id, request.stamp);
         let answered = |answer| {
             vec![Output::Answer {
                 to: from.clone(),
@@ -307,7 +323,9 @@ impl Member {
                 for block in extent.blocks() {
                     mark |= !self.marks.contains_key(&block);
                     self.marks.entry(block).or_insert(self.store);
-                    for other in self.admitted.values_mut() {
+                    let last = self.last.entry(block).or_insert((stamp, id));
+                    *last = (stamp, if last.0 == stamp { last.1.max(id) } else { id });
+                    for (_, other) in self.admitted.values_mut() {
                         if let Work::Flush { keep } = other {
                             keep.insert(block);
                         }
@@ -318,28 +336,35 @@ impl Member {
                 if self.rules.breaks(Mutant::UnmarkedAlone) {
                     keep.clear();
                 }
-                for other in self.admitted.values() {
+                for (_, other) in self.admitted.values() {
                     if let Work::Write { extent, .. } = other {
                         keep.extend(extent.blocks());
                     }
                 }
             }
         }
-        self.admitted.insert((from.clone(), id), work.clone());
+        self.admitted.insert((from.clone(), id), (stamp, work.clone()));
         vec![Output::Perform { from, id, work, mark }]
     }
 
     fn finished(&mut self, from: NodeId, id: RequestId, ok: bool) -> Vec<Output> {
-        let Some(work) = self.admitted.remove(&(from.clone(), id)) else {
+        let Some((stamp, work)) = self.admitted.remove(&(from.clone(), id)) else {
             return Vec::new();
         };
         let mut out = Vec::new();
         if !ok {
             out.extend(self.fail());
         } else if let Work::Flush { keep } = work {
-            let gone: BTreeSet<_> = self.marks.keys().filter(|block| !keep.contains(block)).copied().collect();
+            // A write that was sent behind the flush may have come before it, and others may not have it yet.
+            let before = |block: &BlockIndex| match self.last.get(block) {
+                Some((under, last)) => *under != stamp || *last < id,
+                None => true,
+            };
+            let everywhere = |block: &&BlockIndex| !keep.contains(block) && before(block);
+            let gone: BTreeSet<_> = self.marks.keys().filter(everywhere).copied().collect();
             if !gone.is_empty() && self.phase != Phase::Failed {
                 self.marks.retain(|block, _| !gone.contains(block));
+                self.last.retain(|block, _| !gone.contains(block));
                 out.push(Output::Unmark(gone));
             }
         }
@@ -352,7 +377,7 @@ impl Member {
         out
     }
 
-    fn raise(&mut self, from: NodeId, record: Arc<Record>) -> Vec<Output> {
+    fn raise(&mut self, from: NodeId, record: Arc<Record>, over: Stamp) -> Vec<Output> {
         let refused = |refusal| {
             vec![Output::NotRaised {
                 to: from.clone(),
@@ -387,6 +412,19 @@ impl Member {
             }
             Age::Conflict | Age::Newer => {}
         }
+        let mut out = Vec::new();
+        if let Some(mine) = self.record().filter(|mine| mine.grant() != record.grant()) {
+            let mine = mine.stamp();
+            let later = (mine.epoch, mine.set_version) > (over.epoch, over.set_version);
+            let other = mine.epoch == over.epoch && mine.lease != over.lease;
+            let kept = !self.rules.breaks(Mutant::StaleGrantTaken) && !self.rules.breaks(Mutant::OlderRecordTaken);
+            if (later || other) && kept && age == Age::Newer {
+                return refused(Refusal::GrantedOverOlder { epoch: record.epoch() });
+            }
+            if !self.rules.breaks(Mutant::OwnerNotTold) {
+                out.push(Output::Fenced(record.epoch()));
+            }
+        }
         match &mut self.phase {
             Phase::Raising { to, askers, persisting } => {
                 if *to != record && (*persisting || record.age(to) != Age::Newer) {
@@ -411,7 +449,8 @@ impl Member {
                 };
             }
         }
-        self.drained()
+        out.extend(self.drained());
+        out
     }
 
     /// Goes on to make a newer record durable once nothing admitted is under way.

@@ -21,6 +21,8 @@ pub enum Mutant {
     LateWriteAfterFence,
     /// A takeover starts from whichever record answered, not from the newest one (§4).
     OlderRecordTaken,
+    /// A member takes an epoch that was granted over an older record than its own.
+    StaleGrantTaken,
     /// A new owner opens without waiting for the old one's read leases to end (rule 3).
     NoWait,
     /// A member takes requests of an older set version (rule 1).
@@ -35,6 +37,12 @@ pub enum Mutant {
     JoinCountsLate,
     /// A member's own flush unmarks regions that other members may not have yet.
     UnmarkedAlone,
+    /// An owner acknowledges writes and flushes without the members' read leases.
+    AckWithoutLease,
+    /// A member does not tell the owner on its node that a newer epoch fences it.
+    OwnerNotTold,
+    /// An answer given under an older record counts although the request was repeated.
+    OldAnswerCounts,
     /// What was made equal after a crash is not flushed before the image opens.
     EqualUnflushed,
 }
@@ -49,6 +57,7 @@ impl Mutant {
         ("read-without-lease", Mutant::ReadWithoutLease),
         ("late-write-after-fence", Mutant::LateWriteAfterFence),
         ("older-record-taken", Mutant::OlderRecordTaken),
+        ("stale-grant-taken", Mutant::StaleGrantTaken),
         ("no-wait", Mutant::NoWait),
         ("stale-set-served", Mutant::StaleSetServed),
         ("doubt-ignored", Mutant::DoubtIgnored),
@@ -56,6 +65,9 @@ impl Mutant {
         ("copy-unlocked", Mutant::CopyUnlocked),
         ("join-counts-late", Mutant::JoinCountsLate),
         ("unmarked-alone", Mutant::UnmarkedAlone),
+        ("ack-without-lease", Mutant::AckWithoutLease),
+        ("owner-not-told", Mutant::OwnerNotTold),
+        ("old-answer-counts", Mutant::OldAnswerCounts),
         ("equal-unflushed", Mutant::EqualUnflushed),
     ];
 }

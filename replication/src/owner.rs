@@ -80,6 +80,8 @@ pub enum Input {
         /// Why.
         refusal: Refusal,
     },
+    /// The member on this node stopped to admit epochs below this one.
+    Fenced(Epoch),
     /// The log ends before what this node has seen.
     RolledBack,
     /// Time to renew the read leases.
@@ -122,6 +124,8 @@ pub enum Output {
         to: NodeId,
         /// What.
         record: Arc<Record>,
+        /// The record that it replaces in the log.
+        over: Stamp,
     },
     /// Answer a client: done. For a read, with the bytes of the member that answered last.
     Acknowledge(OpId),
@@ -314,6 +318,11 @@ impl Owner {
         }
     }
 
+    /// The members that a write to the whole image would need.
+    pub fn needed(&self) -> Nodes {
+        self.counting(Record::members)
+    }
+
     /// Whether a set change is proposed or not in force yet.
     pub fn is_changing(&self) -> bool {
         self.proposed.is_some() || self.committed != self.record
@@ -327,7 +336,11 @@ impl Owner {
     /// The reading of the clock from which nothing is answered unless leases are renewed; `None` while nobody else holds a
     /// copy. What is answered without asking this machine, such as a hit in RAM, is to respect it.
     pub fn answers_until(&self) -> Option<BootMs> {
-        let until = |node| self.leases.get(node).map_or(BootMs(0), |sent| sent.after(READ_LEASE_MS));
+        let until = |node| {
+            self.leases
+                .get(node)
+                .map_or(BootMs(0), |sent| sent.after(READ_LEASE_MS))
+        };
         self.remotes().iter().map(until).min()
     }
 
@@ -359,6 +372,8 @@ impl Owner {
                     self.gone.insert(from);
                 }
             },
+            Input::Fenced(epoch) if epoch > self.record.epoch() => self.end(Denial::Deposed, &mut out),
+            Input::Fenced(_) => {}
             Input::RolledBack => self.frozen = true,
             Input::Renew => self.renew(now, &mut out),
             Input::Join { node, extent, end } => {
@@ -453,6 +468,7 @@ impl Owner {
                 // Sent again when the newer record is in force; a newer epoch will end this one.
                 Refusal::SetChanged { .. } | Refusal::Fenced { .. } => {}
                 Refusal::NoRecord
+                | Refusal::GrantedOverOlder { .. }
                 | Refusal::NotInstalled { .. }
                 | Refusal::NotInSet
                 | Refusal::StoreChanged
@@ -470,9 +486,10 @@ impl Owner {
         let Some(op) = self.ops.get_mut(&id) else {
             return;
         };
-        // What was read under an older record is read again; what was written or flushed there is done.
-        let again = matches!(op.kind, Kind::Read(_) | Kind::Copy { .. });
-        if again && op.sent.get(&from) != Some(&stamp.set_version) {
+        // Once a request was repeated under a newer record, only the repetition's answer counts: the repetition is still
+        // under way, and what overlaps it must not begin.
+        let old_counts = self.rules.breaks(Mutant::OldAnswerCounts);
+        if op.sent.get(&from) != Some(&stamp.set_version) && !old_counts {
             return;
         }
         match &mut op.kind {
@@ -513,7 +530,11 @@ impl Owner {
         }
         let store = self.store_of(&to);
         let request = Request { id, stamp, store, work };
-        out.push(Output::Send { op: client, to, request });
+        out.push(Output::Send {
+            op: client,
+            to,
+            request,
+        });
     }
 
     fn committed(&mut self, record: Arc<Record>, out: &mut Vec<Output>) {
@@ -525,8 +546,8 @@ impl Owner {
                 self.proposed = None;
                 self.raised.clear();
                 for to in &record.everyone() - &self.gone {
-                    let record = record.clone();
-                    out.push(Output::Raise { to, record });
+                    let (record, over) = (record.clone(), self.committed.stamp());
+                    out.push(Output::Raise { to, record, over });
                 }
                 self.committed = record;
             }
@@ -713,7 +734,7 @@ impl Owner {
 
     /// Answers writes and flushes that everybody has.
     fn acknowledge(&mut self, now: BootMs, out: &mut Vec<Output>) {
-        let leased = self.leased(now);
+        let leased = self.leased(now) || self.rules.breaks(Mutant::AckWithoutLease);
         let finished: Vec<RequestId> = self
             .ops
             .iter()
@@ -757,7 +778,12 @@ impl Owner {
             return;
         }
         let leased = self.leased(now) || self.rules.breaks(Mutant::ReadWithoutLease);
-        let waiting: Vec<RequestId> = self.ops.iter().filter(|(_, op)| !op.started).map(|(id, _)| *id).collect();
+        let waiting: Vec<RequestId> = self
+            .ops
+            .iter()
+            .filter(|(_, op)| !op.started)
+            .map(|(id, _)| *id)
+            .collect();
         for id in waiting {
             let Some(op) = self.ops.get(&id) else { continue };
             let reads = matches!(op.kind, Kind::Read(_));

@@ -158,9 +158,7 @@ impl Record {
     /// The runs that an extent touches.
     pub fn touched(&self, extent: Extent) -> impl Iterator<Item = &Run> {
         let from = self.runs.partition_point(|run| run.first <= extent.first) - 1;
-        self.runs[from..]
-            .iter()
-            .take_while(move |run| run.first <= extent.last)
+        self.runs[from..].iter().take_while(move |run| run.first <= extent.last)
     }
 
     /// The members of the runs that an extent touches.

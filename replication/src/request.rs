@@ -138,6 +138,15 @@ pub enum Refusal {
         /// The epoch.
         epoch: Epoch,
     },
+    /// The epoch was granted over an older record than the member's.
+    #[error(
+        "epoch {epoch} was granted over an older record than this member has, so the log lost its end: run `hearth log \
+         recover`"
+    )]
+    GrantedOverOlder {
+        /// The new epoch.
+        epoch: Epoch,
+    },
     /// The set version is lower.
     #[error("set version {asked} is over, {recorded} is recorded: send it again under the newer one")]
     SetChanged {

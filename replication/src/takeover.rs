@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use hearth_protocol::{BlockIndex, Epoch, Incarnation, LeaseId, NodeId};
 
-use crate::aggregate::Change;
+use crate::aggregate::{Aggregate, Change};
 use crate::mutants::{Mutant, Rules};
 use crate::owner::Owner;
 use crate::record::{Age, Record, Run};
@@ -79,6 +79,8 @@ pub enum Output {
         to: NodeId,
         /// What.
         record: Arc<Record>,
+        /// The record that it replaces in the log.
+        over: Stamp,
     },
     /// Send a request to a member. A write carries the bytes that the last read of the same block brought.
     Send {
@@ -189,8 +191,8 @@ pub struct Takeover {
     rules: Rules,
     lease: LeaseId,
     mode: Mode,
-    /// The log's record that is to be replaced.
-    base: Arc<Record>,
+    /// The log's record that is to be replaced, and what was before it.
+    log: Aggregate,
     told: BTreeMap<NodeId, Standing>,
     to: Option<Arc<Record>>,
     raised: BTreeMap<NodeId, Standing>,
@@ -201,13 +203,13 @@ pub struct Takeover {
 
 impl Takeover {
     /// Begins: ask every node for its standing and bring the answers. `lease` is drawn anew for each one.
-    pub fn new(me: NodeId, rules: Rules, lease: LeaseId, mode: Mode, log: Arc<Record>) -> Self {
+    pub fn new(me: NodeId, rules: Rules, lease: LeaseId, mode: Mode, log: Aggregate) -> Self {
         Self {
             me,
             rules,
             lease,
             mode,
-            base: log,
+            log,
             told: BTreeMap::new(),
             to: None,
             raised: BTreeMap::new(),
@@ -242,6 +244,7 @@ impl Takeover {
             Input::Raised { from, standing } => self.raised(now, from, standing),
             Input::NotRaised { from, refusal } => match refusal {
                 Refusal::EpochEnded { .. } | Refusal::OtherLease { .. } => Err(Setback::Overtaken),
+                Refusal::GrantedOverOlder { .. } => Err(Setback::RolledBack { node: from }),
                 _ => Err(Setback::MemberLost { node: from }),
             },
             Input::Answered {
@@ -278,8 +281,7 @@ impl Takeover {
     fn publish(&mut self) -> Result<Vec<Output>, Setback> {
         for (node, standing) in &self.told {
             let Some(record) = &standing.record else { continue };
-            let known = matches!(record.age(&self.base), Age::Same | Age::Older);
-            if !known && !self.rules.breaks(Mutant::OlderRecordTaken) {
+            if !self.log.knows(record) && !self.rules.breaks(Mutant::OlderRecordTaken) {
                 return Err(Setback::RolledBack { node: node.clone() });
             }
         }
@@ -289,15 +291,16 @@ impl Takeover {
             .filter(|(_, standing)| !standing.failed && standing.record.is_some())
             .map(|(node, _)| node.clone())
             .collect();
-        for run in self.base.runs() {
+        for run in self.log.record.runs() {
             self.sound(run, &self.told)?;
         }
         let no_member = |first| Setback::NoMember {
             first,
-            members: self.base.members().into_iter().collect(),
+            members: self.log.record.members().into_iter().collect(),
         };
         let to = self
-            .base
+            .log
+            .record
             .granted(self.lease, &usable)
             .map_err(|_| no_member(BlockIndex(0)))?;
         let to = Arc::new(to);
@@ -305,7 +308,7 @@ impl Takeover {
         self.phase = Phase::Proposed;
         Ok(vec![Output::Publish(Change {
             by: self.me.clone(),
-            from: self.base.stamp(),
+            from: self.log.record.stamp(),
             to,
         })])
     }
@@ -365,7 +368,7 @@ impl Takeover {
 
     fn committed(&mut self, record: Arc<Record>) -> Result<Vec<Output>, Setback> {
         let overtaken = match &self.to {
-            None => record.age(&self.base) != Age::Same,
+            None => record.age(&self.log.record) != Age::Same,
             Some(to) => !matches!(record.age(to), Age::Same | Age::Older),
         };
         if overtaken {
@@ -374,9 +377,11 @@ impl Takeover {
         match &self.to {
             Some(to) if *to == record && self.phase == Phase::Proposed => {
                 self.phase = Phase::Installing;
+                let over = self.log.record.stamp();
                 let raise = |to| Output::Raise {
                     to,
                     record: record.clone(),
+                    over,
                 };
                 Ok(record.members().into_iter().map(raise).collect())
             }
@@ -398,7 +403,7 @@ impl Takeover {
         self.raised_at = now;
         let mut left = Vec::new();
         let mut behind = None;
-        for run in self.base.runs().iter().rev() {
+        for run in self.log.record.runs().iter().rev() {
             let from = self.sound(run, &self.raised)?;
             let members = to.members_of(Extent::block(run.first));
             let mut doubt: BTreeSet<BlockIndex> = BTreeSet::new();
@@ -463,13 +468,7 @@ impl Takeover {
         asked.map(send).collect()
     }
 
-    fn answered(
-        &mut self,
-        from: NodeId,
-        id: RequestId,
-        stamp: Stamp,
-        answer: Answer,
-    ) -> Result<Vec<Output>, Setback> {
+    fn answered(&mut self, from: NodeId, id: RequestId, stamp: Stamp, answer: Answer) -> Result<Vec<Output>, Setback> {
         if id != self.next || self.to.as_ref().is_none_or(|to| to.stamp() != stamp) {
             return Ok(Vec::new());
         }
@@ -513,16 +512,23 @@ impl Takeover {
         let (Phase::Waiting, Some(to)) = (&self.phase, &self.to) else {
             return;
         };
-        let grant = Some(self.base.grant());
+        let grant = Some(self.log.record.grant());
         let sealed = match &self.mode {
             Mode::Handover { sealed, .. } => Some(*sealed) == grant,
             Mode::Fault => false,
-        } || self.told.values().chain(self.raised.values()).any(|standing| standing.sealed == grant);
+        } || self
+            .told
+            .values()
+            .chain(self.raised.values())
+            .any(|standing| standing.sealed == grant);
         let waited = now >= self.raised_at.after(TAKEOVER_WAIT_MS);
         if !sealed && !waited && !self.rules.breaks(Mutant::NoWait) {
             return;
         }
-        let stores = self.raised.iter().map(|(node, standing)| (node.clone(), standing.store));
+        let stores = self
+            .raised
+            .iter()
+            .map(|(node, standing)| (node.clone(), standing.store));
         let owner = Owner::open(self.me.clone(), self.rules, to.clone(), stores.collect());
         self.phase = Phase::Over;
         out.push(Output::Opened(Box::new(owner)));

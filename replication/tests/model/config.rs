@@ -8,9 +8,9 @@ use super::ghost::Reached;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Time {
     /// All clocks jump by 1.25 T at once; read leases are renewed in one step.
-    Jumps(u8),
-    /// Ticks of T/4; up to `misses` times a node's clock misses one. Renewals are messages.
-    Ticks { ticks: u8, misses: u8 },
+    Jumps,
+    /// Ticks of T/4, of which one node's clock may miss some. Renewals are messages.
+    Ticks,
 }
 
 /// How often each thing may happen.
@@ -69,6 +69,10 @@ pub struct Config {
     pub async_writes: bool,
     /// Making a record durable is a step of its own.
     pub async_persist: bool,
+    /// A member's answer arrives in the step in which it is given. Else it is a message of its own, late or lost.
+    pub quick: bool,
+    /// The log takes a change, and everybody reads it, in the step in which it is published.
+    pub eager: bool,
     /// Writes after the first one touch both blocks.
     pub straddling: bool,
     /// A lost end of the log is noticed only if a takeover hears of a node that has seen it (see the ADR's limits).

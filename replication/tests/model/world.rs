@@ -65,7 +65,6 @@ pub struct Job {
 /// One node.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Node {
-    pub up: bool,
     pub clock: u8,
     pub disk: Disk,
     pub member: Member,
@@ -103,6 +102,7 @@ pub enum Message {
         from: usize,
         to: usize,
         record: Arc<Record>,
+        over: Stamp,
     },
     Raised {
         from: usize,
@@ -148,12 +148,12 @@ pub struct World {
     pub log: Vec<Change>,
     /// What the log as it is says.
     pub aggregate: Aggregate,
-    pub messages: BTreeSet<Message>,
+    pub messages: BTreeSet<Arc<Message>>,
     pub left: Budget,
     /// Values of client writes are their operations' numbers.
     pub ops: u8,
     pub leases: u8,
-    pub ghost: Ghost,
+    pub ghost: Arc<Ghost>,
 }
 
 fn grant_lease(number: u8) -> LeaseId {
@@ -177,7 +177,10 @@ pub const WHOLE: Extent = Extent {
 
 impl World {
     pub fn new(config: &Config) -> Self {
-        let members: Nodes = (0..3).filter(|node| config.members & (1 << node) != 0).map(name).collect();
+        let members: Nodes = (0..3)
+            .filter(|node| config.members & (1 << node) != 0)
+            .map(name)
+            .collect();
         let stamp = Stamp {
             epoch: hearth_protocol::Epoch(1),
             lease: grant_lease(1),
@@ -192,6 +195,7 @@ impl World {
         let aggregate = Aggregate {
             record: record.clone(),
             owner: Some(name(0)),
+            ended: BTreeMap::new(),
         };
         let node = |at: usize| {
             let holds = members.contains(&name(at));
@@ -205,7 +209,6 @@ impl World {
             };
             let stores = members.iter().map(|node| (node.clone(), Incarnation(0))).collect();
             Arc::new(Node {
-                up: true,
                 clock: 0,
                 member: Member::new(name(at), config.rules, Incarnation(0), durable, Marks::new(), false),
                 disk,
@@ -229,9 +232,9 @@ impl World {
             left: config.budget,
             ops: 0,
             leases: 1,
-            ghost: Ghost::new(&record, 0),
+            ghost: Arc::new(Ghost::new(&record, 0)),
         };
-        if matches!(config.time, Time::Jumps(_)) {
+        if matches!(config.time, Time::Jumps) {
             world.renew_at_once(config, 0);
         }
         world
@@ -239,6 +242,14 @@ impl World {
 
     pub fn node(&mut self, at: usize) -> &mut Node {
         Arc::make_mut(&mut self.nodes[at])
+    }
+
+    pub fn ghost(&mut self) -> &mut Ghost {
+        Arc::make_mut(&mut self.ghost)
+    }
+
+    fn post(&mut self, message: Message) {
+        self.messages.insert(Arc::new(message));
     }
 
     pub fn now(&self, at: usize) -> BootMs {
@@ -309,10 +320,10 @@ impl World {
             member::Output::Answer { to, id, answer } => {
                 let stamp = stamp.expect("an answer has a stamp");
                 let to = number(&to);
-                if to == at {
-                    self.answer(config, at, at, id, stamp, answer, bytes);
+                if to == at || config.quick {
+                    self.answer(config, at, to, id, stamp, answer, bytes);
                 } else {
-                    self.messages.insert(Message::Answer {
+                    self.post(Message::Answer {
                         from: at,
                         to,
                         id,
@@ -324,18 +335,18 @@ impl World {
             }
             member::Output::Raised { to, standing } => {
                 let (from, to) = (at, number(&to));
-                if to == at {
-                    self.raised(config, at, at, standing);
+                if to == at || config.quick {
+                    self.raised(config, at, to, standing);
                 } else {
-                    self.messages.insert(Message::Raised { from, to, standing });
+                    self.post(Message::Raised { from, to, standing });
                 }
             }
             member::Output::NotRaised { to, refusal } => {
                 let (from, to) = (at, number(&to));
-                if to == at {
-                    self.not_raised(config, at, at, refusal);
+                if to == at || config.quick {
+                    self.not_raised(config, at, to, refusal);
                 } else {
-                    self.messages.insert(Message::NotRaised { from, to, refusal });
+                    self.post(Message::NotRaised { from, to, refusal });
                 }
             }
             member::Output::Told { to, standing } => {
@@ -350,13 +361,14 @@ impl World {
                     bytes,
                 );
             }
+            member::Output::Fenced(epoch) => self.owner(config, at, owner::Input::Fenced(epoch), bytes),
             member::Output::Forget => {
                 let life = self.nodes[at].disk.life;
                 self.node(at).disk = Disk {
                     life,
                     ..Disk::default()
                 };
-                self.ghost.reach(Reached::Dropped);
+                self.ghost().reach(Reached::Dropped);
             }
             member::Output::Sealed(ok) => self.owner(config, at, owner::Input::SealedHere(ok), bytes),
         }
@@ -400,7 +412,7 @@ impl World {
             self.node(at).owner = None;
         }
         if record != force && self.ghost.in_force.grant() == grant {
-            self.ghost.set_changed(record);
+            self.ghost().set_changed(record);
         }
         for output in out {
             match output {
@@ -409,29 +421,29 @@ impl World {
                     self.send(config, at, number(&to), request, bytes);
                 }
                 owner::Output::Publish(change) => {
-                    self.messages.insert(Message::Publish(change));
+                    self.post(Message::Publish(change));
                 }
-                owner::Output::Raise { to, record } => self.raise(config, at, number(&to), record),
+                owner::Output::Raise { to, record, over } => self.raise(config, at, number(&to), record, over),
                 owner::Output::Acknowledge(op) => {
                     let by = (at, grant.0, grant.1);
-                    self.ghost.acknowledge(op.0 as u8, by, served_by, brought);
+                    self.ghost().acknowledge(op.0 as u8, by, served_by, brought);
                 }
-                owner::Output::Deny { op, .. } => self.ghost.deny(op.0 as u8),
+                owner::Output::Deny { op, .. } => self.ghost().deny(op.0 as u8),
                 owner::Output::Joined(node) => {
-                    self.ghost.lossy &= !(1 << number(&node));
-                    self.ghost.reach(Reached::Joined);
+                    self.ghost().lossy &= !(1 << number(&node));
+                    self.ghost().reach(Reached::Joined);
                 }
                 owner::Output::NotChanged { .. } => {}
                 owner::Output::DropCopy { node, stamp } => {
                     let to = number(&node);
-                    self.messages.insert(Message::Drop { to, stamp });
+                    self.post(Message::Drop { to, stamp });
                 }
                 owner::Output::SealHere(grant) => {
                     self.member(config, at, member::Input::Seal { grant }, None, brought);
                 }
                 owner::Output::Sealed { stamp, stores } => {
                     if let Some(to) = config.destination {
-                        self.messages.insert(Message::Sealed { to, stamp, stores });
+                        self.post(Message::Sealed { to, stamp, stores });
                     }
                 }
             }
@@ -440,34 +452,36 @@ impl World {
 
     pub fn takeover(&mut self, config: &Config, at: usize, input: takeover::Input, brought: Bytes) {
         let now = self.now(at);
-        let Some(takeover) = &mut self.node(at).takeover else { return };
+        let Some(takeover) = &mut self.node(at).takeover else {
+            return;
+        };
         let out = takeover.step(now, input);
         for output in out {
             match output {
                 takeover::Output::Publish(change) => {
-                    self.messages.insert(Message::Publish(change));
+                    self.post(Message::Publish(change));
                 }
-                takeover::Output::Raise { to, record } => self.raise(config, at, number(&to), record),
+                takeover::Output::Raise { to, record, over } => self.raise(config, at, number(&to), record, over),
                 takeover::Output::Send { to, request } => self.send(config, at, number(&to), request, brought),
                 takeover::Output::Opened(owner) => {
                     let record = owner.record().clone();
                     let lost = |node: &NodeId| self.ghost.lossy & (1 << number(node)) != 0;
                     let all_lost = self.ghost.replaced.members().iter().all(lost);
                     for member in record.members() {
-                        self.ghost.lossy &= !(1 << number(&member));
+                        self.ghost().lossy &= !(1 << number(&member));
                     }
                     if self.nodes[at].incoming.is_some() {
-                        self.ghost.reach(Reached::HandedOver);
+                        self.ghost().reach(Reached::HandedOver);
                     }
                     if self.nodes[at].disk.durable.sealed.is_some() {
-                        self.ghost.reach(Reached::WayBack);
+                        self.ghost().reach(Reached::WayBack);
                     }
-                    self.ghost.open(at, &record, all_lost);
+                    self.ghost().open(at, &record, all_lost);
                     let node = self.node(at);
                     node.owner = Some(*owner);
                     node.takeover = None;
                     node.incoming = None;
-                    if matches!(config.time, Time::Jumps(_)) {
+                    if matches!(config.time, Time::Jumps) {
                         self.renew_at_once(config, at);
                     }
                 }
@@ -480,7 +494,7 @@ impl World {
         if from == to {
             self.request(config, from, to, request, bytes);
         } else {
-            self.messages.insert(Message::Request {
+            self.post(Message::Request {
                 from,
                 to,
                 request,
@@ -495,12 +509,13 @@ impl World {
         self.member(config, to, member::Input::Request { from, request }, stamp, bytes);
     }
 
-    fn raise(&mut self, config: &Config, from: usize, to: usize, record: Arc<Record>) {
+    fn raise(&mut self, config: &Config, from: usize, to: usize, record: Arc<Record>, over: Stamp) {
         if from == to {
             let from = name(from);
-            self.member(config, to, member::Input::Raise { from, record }, None, [0; BLOCKS]);
+            let raise = member::Input::Raise { from, record, over };
+            self.member(config, to, raise, None, [0; BLOCKS]);
         } else {
-            self.messages.insert(Message::Raise { from, to, record });
+            self.post(Message::Raise { from, to, record, over });
         }
     }
 
@@ -556,13 +571,12 @@ impl World {
     pub fn renew_at_once(&mut self, config: &Config, at: usize) {
         let before = self.messages.clone();
         self.owner(config, at, owner::Input::Renew, [0; BLOCKS]);
-        let asked: Vec<Message> = self.messages.difference(&before).cloned().collect();
+        let asked: Vec<Arc<Message>> = self.messages.difference(&before).cloned().collect();
         for message in asked {
-            let Message::Request { to, request, .. } = &message else { continue };
-            self.messages.remove(&message);
-            if !self.nodes[*to].up {
+            let Message::Request { to, request, .. } = &*message else {
                 continue;
-            }
+            };
+            self.messages.remove(&message);
             let answer = match self.nodes[*to].member.admits(request) {
                 Ok(()) => Answer::Granted { sent: self.now(at) },
                 Err(refusal) => Answer::Refused(refusal),
@@ -589,9 +603,10 @@ impl World {
                 answer,
                 bytes,
             } => self.answer(config, from, to, id, stamp, answer, bytes),
-            Message::Raise { from, to, record } => {
+            Message::Raise { from, to, record, over } => {
                 let from = name(from);
-                self.member(config, to, member::Input::Raise { from, record }, None, [0; BLOCKS]);
+                let raise = member::Input::Raise { from, record, over };
+                self.member(config, to, raise, None, [0; BLOCKS]);
             }
             Message::Raised { from, to, standing } => self.raised(config, from, to, standing),
             Message::NotRaised { from, to, refusal } => self.not_raised(config, from, to, refusal),
@@ -599,7 +614,7 @@ impl World {
                 let before = self.aggregate.record.clone();
                 if self.aggregate.judge(&change).is_ok() {
                     let after = self.aggregate.record.clone();
-                    self.ghost.counted(&before, &after);
+                    self.ghost().counted(&before, &after);
                     self.log.push(change);
                 }
             }
@@ -608,7 +623,7 @@ impl World {
                 let node = self.node(to);
                 let Some(incoming) = &node.incoming else { return };
                 let sealed = (stamp.epoch, stamp.lease);
-                if let Ok(takeover) = incoming.sealed(sealed, stores, &node.aggregate.record)
+                if let Ok(takeover) = incoming.sealed(sealed, stores, &node.aggregate)
                     && !node.frozen
                 {
                     node.takeover = Some(takeover);
@@ -620,10 +635,19 @@ impl World {
         }
     }
 
+    /// Nodes that have recorded something that the log lost.
+    pub fn witnesses(&self) -> Nodes {
+        let lost = |at: &usize| {
+            let record = self.nodes[*at].disk.durable.record.as_ref();
+            record.is_some_and(|record| !self.aggregate.knows(record))
+        };
+        (0..3).filter(lost).map(name).collect()
+    }
+
     /// Whether a node has something to read in the log, or to notice.
     pub fn is_behind(&self, at: usize) -> bool {
         let node = &self.nodes[at];
-        node.up && !node.frozen && (node.read != self.log.len() || node.last.as_ref() != self.log.last())
+        !node.frozen && (node.read != self.log.len() || node.last.as_ref() != self.log.last())
     }
 
     /// A node reads the log to its end, or notices that it lost what this node has read.
@@ -637,7 +661,7 @@ impl World {
             let node = self.node(at);
             node.frozen = true;
             node.takeover = None;
-            self.ghost.reach(Reached::Frozen);
+            self.ghost().reach(Reached::Frozen);
             return self.owner(config, at, owner::Input::RolledBack, [0; BLOCKS]);
         }
         let news = self.log[read..].to_vec();
@@ -656,6 +680,7 @@ impl World {
     /// The log forgets its last entry.
     pub fn lose_tail(&mut self, config: &Config) {
         self.log.pop();
+        self.ghost().lost_tail = true;
         self.aggregate = World::new(config).aggregate;
         for change in &self.log {
             self.aggregate.judge(change).expect("only what counts is kept");
@@ -668,7 +693,7 @@ impl World {
         let op = self.ops;
         let Some(owner) = &self.nodes[at].owner else { return };
         let epoch = owner.record().epoch();
-        self.ghost.ask(op, asked, epoch);
+        self.ghost().ask(op, asked, epoch);
         let ask = match asked {
             Asked::Write { blocks } => owner::Ask::Write {
                 extent: extent(blocks),
@@ -689,7 +714,7 @@ impl World {
         }
         self.leases += 1;
         let lease = grant_lease(self.leases);
-        let log = self.nodes[at].aggregate.record.clone();
+        let log = self.nodes[at].aggregate.clone();
         let takeover = Takeover::new(name(at), config.rules, lease, takeover::Mode::Fault, log);
         self.node(at).takeover = Some(takeover);
         self.hear(config, at, reached);
@@ -703,8 +728,8 @@ impl World {
         self.takeover(config, at, takeover::Input::Reached, [0; BLOCKS]);
     }
 
-    /// A node's daemon dies.
-    pub fn kill(&mut self, at: usize, finish_jobs: bool) {
+    /// A node's daemon dies and starts again. A node that stays down is one that gets no messages.
+    pub fn kill(&mut self, config: &Config, at: usize, finish_jobs: bool) {
         let jobs = std::mem::take(&mut self.node(at).jobs);
         if finish_jobs {
             for job in &jobs {
@@ -717,15 +742,15 @@ impl World {
         {
             node.disk.durable = durable;
         }
-        node.up = false;
         node.owner = None;
         node.takeover = None;
         node.incoming = None;
         self.messages.retain(|message| message.to() != Some(at));
+        self.start(config, at);
     }
 
     /// The power fails: of each block one of the values that were not flushed, or the flushed one, stays.
-    pub fn lose_power(&mut self, at: usize, choice: usize) {
+    pub fn lose_power(&mut self, config: &Config, at: usize, choice: usize) {
         let node = self.node(at);
         node.disk.life += 1;
         let mut choice = choice;
@@ -737,8 +762,9 @@ impl World {
             cell.cached.clear();
         }
         if !node.disk.marks.is_empty() {
-            self.ghost.lossy |= 1 << at;
+            self.ghost().lossy |= 1 << at;
         }
+        self.start(config, at);
     }
 
     /// How many outcomes a power loss of a node has.
@@ -747,19 +773,34 @@ impl World {
         cells.iter().map(|cell| 1 + cell.cached.len()).product()
     }
 
-    /// The daemon starts again.
-    pub fn start(&mut self, config: &Config, at: usize) {
+    fn start(&mut self, config: &Config, at: usize) {
         let node = self.node(at);
-        node.up = true;
         let disk = &node.disk;
-        node.member = Member::new(
-            name(at),
-            config.rules,
+        let (store, durable, marks) = (
             Incarnation(u128::from(disk.life)),
             disk.durable.clone(),
             disk.marks.clone(),
-            disk.failed,
         );
+        node.member = Member::new(name(at), config.rules, store, durable, marks, disk.failed);
+    }
+
+    /// Changes reach the log, and everybody reads it, at once.
+    pub fn settle_log(&mut self, config: &Config) {
+        loop {
+            let change = self
+                .messages
+                .iter()
+                .find(|message| matches!(***message, Message::Publish(_)))
+                .cloned();
+            if let Some(change) = change {
+                self.messages.remove(&change);
+                self.deliver(config, Message::clone(&change));
+            } else if let Some(at) = (0..3).find(|at| self.is_behind(*at)) {
+                self.follow(config, at);
+            } else {
+                return;
+            }
+        }
     }
 }
 
@@ -768,7 +809,7 @@ impl World {
     pub fn incoming_write(&mut self, config: &Config, at: usize) {
         self.follow(config, at);
         let node = self.node(at);
-        let log = node.aggregate.record.clone();
+        let log = node.aggregate.clone();
         if let Some(incoming) = &mut node.incoming
             && let Ok(Held::Begins(takeover)) = incoming.write(&log)
             && node.takeover.is_none()
