@@ -28,6 +28,7 @@
 mod config;
 mod configs;
 mod ghost;
+mod limits;
 mod model;
 #[cfg(feature = "mutants")]
 mod variants;
