@@ -529,7 +529,8 @@ impl Takeover {
             .raised
             .iter()
             .map(|(node, standing)| (node.clone(), standing.store));
-        let owner = Owner::open(self.me.clone(), self.rules, to.clone(), stores.collect());
+        let first = RequestId(self.next.0 + 1);
+        let owner = Owner::open(self.me.clone(), self.rules, to.clone(), stores.collect(), first);
         self.phase = Phase::Over;
         out.push(Output::Opened(Box::new(owner)));
     }

@@ -19,7 +19,10 @@ fn reaches(limit: &str, config: Config, broken: &'static str) {
         .join();
     let path = checker.discovery(broken);
     let path = path.unwrap_or_else(|| panic!("{limit}: {broken:?} holds: the limit is gone"));
-    println!("{limit}: {broken:?} breaks in {} steps:", path.clone().into_actions().len());
+    println!(
+        "{limit}: {broken:?} breaks in {} steps:",
+        path.clone().into_actions().len()
+    );
     print(path);
 }
 

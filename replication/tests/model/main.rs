@@ -25,10 +25,12 @@
     reason = "the clock is for the printed duration, the environment for the bounds"
 )]
 
+mod actions;
 mod config;
 mod configs;
 mod ghost;
 mod limits;
+mod machines;
 mod model;
 #[cfg(feature = "mutants")]
 mod variants;
@@ -39,8 +41,9 @@ use std::time::Instant;
 use hearth_replication::mutants::Rules;
 use stateright::{Checker, Expectation, HasDiscoveries, Model, Path};
 
+use actions::Action;
 use config::Config;
-use model::{Action, Exploration};
+use model::Exploration;
 use world::World;
 
 /// The steps of a run, one per line.

@@ -1,0 +1,295 @@
+//! Operations under way: clients' reads, writes and flushes, and the copies and the flush for a joining node.
+//!
+//! Invariant: of two that overlap, one of them a write or a copy and the other a write, the later one is not sent before
+//! the earlier one is answered.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use hearth_protocol::{BlockIndex, NodeId, SetVersion};
+
+use super::{Ask, Denial, OpId, Output, Owner, Phase};
+use crate::mutants::Mutant;
+use crate::record::Record;
+use crate::request::{Extent, Nodes, Request, RequestId, Stamp, Work};
+use crate::time::BootMs;
+
+/// What stands behind an operation.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) enum Kind {
+    Read(Extent),
+    Write {
+        extent: Extent,
+        fua: bool,
+    },
+    Flush {
+        keep: BTreeSet<BlockIndex>,
+    },
+    /// A block on its way to a joining node; `from` while it is read.
+    Copy {
+        block: BlockIndex,
+        from: Option<NodeId>,
+    },
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct Op {
+    pub(super) client: Option<OpId>,
+    pub(super) kind: Kind,
+    pub(super) started: bool,
+    /// Who was sent it, under which set version.
+    pub(super) sent: BTreeMap<NodeId, SetVersion>,
+    pub(super) done: Nodes,
+}
+
+impl Op {
+    pub(super) fn extent(&self) -> Option<Extent> {
+        match &self.kind {
+            Kind::Read(extent) | Kind::Write { extent, .. } => Some(*extent),
+            Kind::Copy { block, .. } => Some(Extent::block(*block)),
+            Kind::Flush { .. } => None,
+        }
+    }
+
+    pub(super) fn restart(&mut self) {
+        self.started = false;
+        self.sent.clear();
+        self.done.clear();
+        if let Kind::Copy { from, .. } = &mut self.kind {
+            *from = None;
+        }
+    }
+}
+
+impl Owner {
+    pub(super) fn client(&mut self, op: OpId, ask: Ask, out: &mut Vec<Output>) {
+        let denial = match &self.phase {
+            Phase::Open => None,
+            Phase::Ended(denial) => Some(denial.clone()),
+            Phase::Draining | Phase::Sealing => Some(Denial::Sealed {
+                epoch: self.record.epoch(),
+            }),
+        };
+        if let Some(denial) = denial {
+            return out.push(Output::Deny { op, denial });
+        }
+        self.add(
+            Some(op),
+            match ask {
+                Ask::Read(extent) => Kind::Read(extent),
+                Ask::Write { extent, fua } => Kind::Write { extent, fua },
+                Ask::Flush => Kind::Flush { keep: BTreeSet::new() },
+            },
+        );
+    }
+
+    pub(super) fn add(&mut self, client: Option<OpId>, kind: Kind) {
+        let op = Op {
+            client,
+            kind,
+            started: false,
+            sent: BTreeMap::new(),
+            done: Nodes::new(),
+        };
+        self.ops.insert(self.next, op);
+        self.next = RequestId(self.next.0 + 1);
+    }
+
+    pub(super) fn done(&mut self, now: BootMs, from: NodeId, id: RequestId, stamp: Stamp, out: &mut Vec<Output>) {
+        let leased = self.leased(now) || self.rules.breaks(Mutant::ReadWithoutLease);
+        let Some(op) = self.ops.get_mut(&id) else {
+            return;
+        };
+        // Once a request was repeated under a newer record, only the repetition's answer counts: the repetition is still
+        // under way, and what overlaps it must not begin.
+        let old_counts = self.rules.breaks(Mutant::OldAnswerCounts);
+        if op.sent.get(&from) != Some(&stamp.set_version) && !old_counts {
+            return;
+        }
+        match &mut op.kind {
+            Kind::Read(_) if leased => {
+                out.extend(op.client.map(Output::Acknowledge));
+                self.ops.remove(&id);
+            }
+            // The bytes may be older than what a new owner has acknowledged: they are read again under a lease.
+            Kind::Read(_) => op.restart(),
+            Kind::Copy { block, from: source } if source.is_some() => {
+                *source = None;
+                let work = Work::Write {
+                    extent: Extent::block(*block),
+                    fua: false,
+                };
+                if let Some(node) = self.join.as_ref().map(|join| join.node().clone()) {
+                    self.send(id, node, work, out);
+                }
+            }
+            Kind::Copy { block, .. } => {
+                if let Some(join) = &mut self.join {
+                    join.copied(*block);
+                }
+                self.ops.remove(&id);
+            }
+            Kind::Write { .. } | Kind::Flush { .. } => {
+                op.done.insert(from);
+            }
+        }
+    }
+
+    pub(super) fn send(&mut self, id: RequestId, to: NodeId, work: Work, out: &mut Vec<Output>) {
+        let stamp = self.record.stamp();
+        let mut client = None;
+        if let Some(op) = self.ops.get_mut(&id) {
+            op.sent.insert(to.clone(), stamp.set_version);
+            client = op.client;
+        }
+        let store = self.store_of(&to);
+        let request = Request { id, stamp, store, work };
+        out.push(Output::Send {
+            op: client,
+            to,
+            request,
+        });
+    }
+
+    /// Answers writes and flushes that everybody has.
+    pub(super) fn acknowledge(&mut self, now: BootMs, out: &mut Vec<Output>) {
+        let leased = self.leased(now) || self.rules.breaks(Mutant::AckWithoutLease);
+        let finished: Vec<RequestId> = self
+            .ops
+            .iter()
+            .filter(|(_, op)| op.started && self.has_everywhere(op) && (leased || op.client.is_none()))
+            .map(|(id, _)| *id)
+            .collect();
+        for id in finished {
+            let Some(op) = self.ops.remove(&id) else { continue };
+            match op.client {
+                Some(client) => out.push(Output::Acknowledge(client)),
+                None => {
+                    if let Some(join) = &mut self.join {
+                        join.flushed();
+                    }
+                    self.resync(out);
+                }
+            }
+        }
+    }
+
+    pub(super) fn has_everywhere(&self, op: &Op) -> bool {
+        let (mut needed, joiners) = match &op.kind {
+            Kind::Write { extent, .. } => (
+                self.counting(|record| record.members_of(*extent)),
+                self.record.targets_of(*extent),
+            ),
+            Kind::Flush { .. } => (self.counting(Record::members), self.record.everyone()),
+            Kind::Read(_) | Kind::Copy { .. } => return false,
+        };
+        needed.extend(&joiners - &self.gone);
+        if self.rules.breaks(Mutant::AckBeforeSetDurable) {
+            needed = &needed - &self.gone;
+        }
+        needed.is_subset(&op.done)
+    }
+
+    /// Sends what waits and may go.
+    pub(super) fn start(&mut self, now: BootMs, out: &mut Vec<Output>) {
+        // Between two records a member may have either: what is sent now would be refused by some.
+        if self.committed != self.record {
+            return;
+        }
+        let leased = self.leased(now) || self.rules.breaks(Mutant::ReadWithoutLease);
+        let waiting: Vec<RequestId> = self
+            .ops
+            .iter()
+            .filter(|(_, op)| !op.started)
+            .map(|(id, _)| *id)
+            .collect();
+        for id in waiting {
+            let Some(op) = self.ops.get(&id) else { continue };
+            let reads = matches!(op.kind, Kind::Read(_));
+            if self.is_behind_another(id, op) || (reads && !leased) {
+                continue;
+            }
+            let source = self.source(op);
+            let client = op.client;
+            let writing: Vec<Extent> = self
+                .ops
+                .values()
+                .filter(|op| op.started && matches!(op.kind, Kind::Write { .. }))
+                .filter_map(Op::extent)
+                .collect();
+            let Some(op) = self.ops.get_mut(&id) else { continue };
+            op.started = true;
+            let source = match (&op.kind, source) {
+                (_, Some(source)) => source,
+                (Kind::Read(_), None) => {
+                    self.ops.remove(&id);
+                    let denial = Denial::Split;
+                    out.extend(client.map(|op| Output::Deny { op, denial }));
+                    continue;
+                }
+                (_, None) => self.me.clone(),
+            };
+            match &mut op.kind {
+                Kind::Read(extent) => {
+                    let work = Work::Read(*extent);
+                    self.send(id, source, work, out);
+                }
+                Kind::Copy { block, from } => {
+                    *from = Some(source.clone());
+                    let work = Work::Read(Extent::block(*block));
+                    self.send(id, source, work, out);
+                }
+                Kind::Write { .. } => self.send_all(id, out),
+                Kind::Flush { keep } => {
+                    keep.extend(writing.into_iter().flat_map(Extent::blocks));
+                    self.send_all(id, out);
+                }
+            }
+        }
+    }
+
+    /// Whether an earlier operation that overlaps is not finished.
+    pub(super) fn is_behind_another(&self, id: RequestId, op: &Op) -> bool {
+        let Some(extent) = op.extent() else { return false };
+        self.ops.range(..id).any(|(_, earlier)| {
+            if !earlier.extent().is_some_and(|other| other.overlaps(extent)) {
+                return false;
+            }
+            match (&earlier.kind, &op.kind) {
+                (Kind::Copy { .. }, Kind::Write { .. }) | (Kind::Write { .. }, Kind::Copy { .. }) => {
+                    !self.rules.breaks(Mutant::CopyUnlocked)
+                }
+                (Kind::Write { .. }, Kind::Read(_)) => !self.rules.breaks(Mutant::ReadOvertakesWrite),
+                (Kind::Write { .. }, _) | (_, Kind::Write { .. }) => true,
+                _ => false,
+            }
+        })
+    }
+
+    /// The member to read from: this node, else the first that did not fail.
+    pub(super) fn source(&self, op: &Op) -> Option<NodeId> {
+        let extent = op.extent()?;
+        let holds = |node: &&NodeId| self.record.holds(node, extent) && !self.gone.contains(node);
+        let members = self.record.members_of(extent);
+        let me = members.get(&self.me).filter(holds);
+        me.or_else(|| members.iter().find(holds)).cloned()
+    }
+
+    /// Sends a write or a flush to everybody who does not have it.
+    pub(super) fn send_all(&mut self, id: RequestId, out: &mut Vec<Output>) {
+        let Some(op) = self.ops.get(&id) else { return };
+        let (targets, work) = match &op.kind {
+            Kind::Write { extent, fua } => (
+                self.record.targets_of(*extent),
+                Work::Write {
+                    extent: *extent,
+                    fua: *fua,
+                },
+            ),
+            Kind::Flush { keep } => (self.record.everyone(), Work::Flush { keep: keep.clone() }),
+            Kind::Read(_) | Kind::Copy { .. } => return,
+        };
+        for to in &(&targets - &op.done) - &self.gone {
+            self.send(id, to, work.clone(), out);
+        }
+    }
+}

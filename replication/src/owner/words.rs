@@ -1,0 +1,187 @@
+//! What goes into an owner and what comes out.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use hearth_protocol::{BlockIndex, Epoch, Incarnation, LeaseId, NodeId};
+
+use crate::aggregate::Change;
+use crate::record::Record;
+use crate::request::{Answer, Extent, Refusal, Request, RequestId, Stamp, Standing};
+
+/// A client's operation, numbered by the export.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct OpId(pub u64);
+
+/// What a client asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Ask {
+    /// Read blocks.
+    Read(Extent),
+    /// Write blocks; with `fua`, durably.
+    Write {
+        /// Which blocks.
+        extent: Extent,
+        /// Durable before the answer.
+        fua: bool,
+    },
+    /// Make every acknowledged write durable.
+    Flush,
+}
+
+/// What happens to an owner.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Input {
+    /// A client asks.
+    Client {
+        /// Its operation's number.
+        op: OpId,
+        /// What.
+        ask: Ask,
+    },
+    /// A member answered a request.
+    Answered {
+        /// Which member.
+        from: NodeId,
+        /// Which request.
+        id: RequestId,
+        /// The request's stamp.
+        stamp: Stamp,
+        /// How.
+        answer: Answer,
+    },
+    /// A member's connection is lost, or it takes too long.
+    MemberFailed(NodeId),
+    /// The log's last record of this image that counts.
+    Committed(Arc<Record>),
+    /// A member recorded a set change.
+    Raised {
+        /// Which member.
+        from: NodeId,
+        /// Where it stands.
+        standing: Standing,
+    },
+    /// A member did not record a set change.
+    NotRaised {
+        /// Which member.
+        from: NodeId,
+        /// Why.
+        refusal: Refusal,
+    },
+    /// The member on this node stopped to admit epochs below this one.
+    Fenced(Epoch),
+    /// The log ends before what this node has seen.
+    RolledBack,
+    /// Time to renew the read leases.
+    Renew,
+    /// A node is to get a copy of an extent.
+    Join {
+        /// Which node.
+        node: NodeId,
+        /// Which blocks; may reach beyond the image's end.
+        extent: Extent,
+        /// The image's last block.
+        end: BlockIndex,
+    },
+    /// A member's copy is to go.
+    Leave(NodeId),
+    /// The image is handed over: drain, then seal.
+    Seal,
+    /// The local member's answer to [`Output::SealHere`].
+    SealedHere(bool),
+}
+
+/// What an owner wants done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Output {
+    /// Send a request to a member, the local one included. A write carries the client's bytes or, where it is no client's,
+    /// those that the answer which led to this brought.
+    Send {
+        /// The client's operation that it is part of.
+        op: Option<OpId>,
+        /// Which member.
+        to: NodeId,
+        /// What.
+        request: Request,
+    },
+    /// Publish a change of the set, by compare-and-publish, until the log shows it or another one.
+    Publish(Change),
+    /// Have a member record a change that the log has. May be sent again.
+    Raise {
+        /// Which member.
+        to: NodeId,
+        /// What.
+        record: Arc<Record>,
+        /// The record that it replaces in the log.
+        over: Stamp,
+    },
+    /// Answer a client: done. For a read, with the bytes of the member that answered last.
+    Acknowledge(OpId),
+    /// Answer a client: not done, or not known to be done.
+    Deny {
+        /// Which operation.
+        op: OpId,
+        /// Why.
+        denial: Denial,
+    },
+    /// A node became a member.
+    Joined(NodeId),
+    /// A node does not join, or a member does not leave.
+    NotChanged {
+        /// Which node.
+        node: NodeId,
+        /// Why.
+        denial: Denial,
+    },
+    /// The node's copy may be deleted, unless the node has a record at least this new.
+    DropCopy {
+        /// Which node.
+        node: NodeId,
+        /// The record without it.
+        stamp: Stamp,
+    },
+    /// Have the local member seal.
+    SealHere((Epoch, LeaseId)),
+    /// Drained and durably sealed: the destination may take over with this.
+    Sealed {
+        /// The sealed record.
+        stamp: Stamp,
+        /// The lives of the members' stores in this session.
+        stores: BTreeMap<NodeId, Incarnation>,
+    },
+}
+
+/// Why a client is not served.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, thiserror::Error)]
+pub enum Denial {
+    /// Another node owns the image.
+    #[error("another node became the owner of this image: attach it where it is to run")]
+    Deposed,
+    /// The image was handed over.
+    #[error("epoch {epoch} is sealed for a hand-over: attach the image again to serve it here")]
+    Sealed {
+        /// The epoch.
+        epoch: Epoch,
+    },
+    /// No member is left that holds what was acknowledged.
+    #[error(
+        "every copy of some blocks failed or started anew since this session began, so acknowledged writes may be \
+         missing: detach the image, check it, attach it again"
+    )]
+    NoMember,
+    /// The last copy never goes.
+    #[error("{0}")]
+    Map(String),
+    /// No member holds all of what is to be read.
+    #[error("no member holds all these blocks: read them run by run")]
+    Split,
+    /// Another change is under way.
+    #[error("another change of this image's locations is under way: ask again when it is done")]
+    Busy,
+    /// The log lost its end.
+    #[error("the log ends before what this node has seen, so sets do not change: run `hearth log recover`")]
+    RolledBack,
+    /// The joining node failed.
+    #[error("the node failed while it was synced: look at it, then add the location again")]
+    JoinerFailed,
+}
