@@ -193,7 +193,7 @@ proptest! {
         let names = ["a", "b", "c", "d"].map(node);
         let mut now = record(1, 1, 1, vec![run(0, "a", "")]);
         // What each block should have: per node 0 nothing, 1 joiner, 2 member.
-        let mut model = vec![[2_u8, 0, 0, 0]; 25];
+        let mut model = [[2_u8, 0, 0, 0]; 25];
         for (what, who, x, y) in steps {
             let (from, to) = (x.min(y), x.max(y));
             let within = extent(from, to);

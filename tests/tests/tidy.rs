@@ -149,7 +149,7 @@ fn the_core_is_pure() -> Result<()> {
         "chrono",
         "time",
     ];
-    for package in ["scheduler-core", "hearth-protocol"] {
+    for package in ["scheduler-core", "hearth-protocol", "hearth-replication"] {
         let built = built_into(package)?;
         ensure!(
             built.contains("serde"),
@@ -157,6 +157,44 @@ fn the_core_is_pure() -> Result<()> {
         );
         for name in forbidden {
             ensure!(!built.contains(name), "{package} must not know {name}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_replication_protocol_stands_on_ids_and_units_alone() -> Result<()> {
+    let allowed = ["hearth-protocol", "serde", "thiserror"];
+    for (package, on) in direct()? {
+        ensure!(
+            package != "hearth-replication" || allowed.contains(&on.as_str()),
+            "hearth-replication must not depend on {on}, only on {allowed:?}"
+        );
+    }
+    Ok(())
+}
+
+/// The ban lists are in force only while they are there.
+#[test]
+fn pure_crates_ban_clocks_randomness_and_io() -> Result<()> {
+    let banned = [
+        "std::collections::HashMap",
+        "std::time::Instant::now",
+        "std::time::SystemTime::now",
+        "std::env::var",
+        "std::fs::File",
+        "std::net::TcpStream",
+        "std::thread::spawn",
+    ];
+    for folder in ["scheduler/core", "replication"] {
+        let path = root().join(folder).join("clippy.toml");
+        let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        for name in banned {
+            ensure!(
+                text.contains(&format!("\"{name}\"")),
+                "{} does not ban {name}",
+                path.display()
+            );
         }
     }
     Ok(())
@@ -181,6 +219,7 @@ fn each_outside_thing_has_its_crates() -> Result<()> {
             ],
         ),
         ("ratatui", &["hearth-tui", "hearth-ctl"]),
+        ("stateright", &[]),
     ];
     for (package, on) in direct()? {
         if let Some((_, allowed)) = rules.iter().find(|(name, _)| *name == on) {

@@ -142,6 +142,101 @@ const MUTANTS: &[Mutant] = &[
         rule: "decisions do not depend on hash order",
         test: ["scheduler-core", "", "laws::whatever_happens"],
     },
+    Mutant {
+        name: "ack-before-set-durable",
+        rule: "a write is acknowledged when the smaller set is committed and durable",
+        test: ["hearth-replication", "model", "explorations::shrink_takeover"],
+    },
+    Mutant {
+        name: "equal-epoch-accepted",
+        rule: "a member refuses another lease of its epoch",
+        test: ["hearth-replication", "model", "explorations::tail_rivals"],
+    },
+    Mutant {
+        name: "join-before-flush",
+        rule: "a joining node is flushed before it is a member",
+        test: ["hearth-replication", "model", "explorations::join_power"],
+    },
+    Mutant {
+        name: "handover-from-connect",
+        rule: "only the source's seal ends the source",
+        test: ["hearth-replication", "model", "explorations::handover"],
+    },
+    Mutant {
+        name: "read-without-lease",
+        rule: "an owner reads under the members' read leases",
+        test: ["hearth-replication", "model", "explorations::lease"],
+    },
+    Mutant {
+        name: "late-write-after-fence",
+        rule: "the fence waits for admitted writes",
+        test: ["hearth-replication", "model", "explorations::fence"],
+    },
+    Mutant {
+        name: "older-record-taken",
+        rule: "a takeover starts from the newest record",
+        test: ["hearth-replication", "model", "explorations::tail_shrink"],
+    },
+    Mutant {
+        name: "stale-grant-taken",
+        rule: "a member refuses an epoch granted over an older record",
+        test: ["hearth-replication", "model", "explorations::tail_shrink"],
+    },
+    Mutant {
+        name: "no-wait",
+        rule: "a new owner waits until read leases have ended",
+        test: ["hearth-replication", "model", "explorations::lease"],
+    },
+    Mutant {
+        name: "stale-set-served",
+        rule: "a member refuses older set versions",
+        test: ["hearth-replication", "model", "explorations::shrink"],
+    },
+    Mutant {
+        name: "doubt-ignored",
+        rule: "regions in doubt are equal before an image opens",
+        test: ["hearth-replication", "model", "explorations::in_flight"],
+    },
+    Mutant {
+        name: "read-overtakes-write",
+        rule: "a read waits for a write under way to its blocks",
+        test: ["hearth-replication", "model", "explorations::in_flight"],
+    },
+    Mutant {
+        name: "copy-unlocked",
+        rule: "a block is copied while no write overlaps it",
+        test: ["hearth-replication", "model", "explorations::join"],
+    },
+    Mutant {
+        name: "join-counts-late",
+        rule: "members of a proposed set count",
+        test: ["hearth-replication", "model", "explorations::join_takeover"],
+    },
+    Mutant {
+        name: "unmarked-alone",
+        rule: "marks go when every member has the write",
+        test: ["hearth-replication", "model", "explorations::in_flight"],
+    },
+    Mutant {
+        name: "ack-without-lease",
+        rule: "an owner acknowledges under the members' read leases",
+        test: ["hearth-replication", "model", "explorations::crash"],
+    },
+    Mutant {
+        name: "owner-not-told",
+        rule: "a fenced member ends the owner on its node",
+        test: ["hearth-replication", "model", "explorations::join_takeover"],
+    },
+    Mutant {
+        name: "old-answer-counts",
+        rule: "a repeated request is answered by its repetition",
+        test: ["hearth-replication", "model", "explorations::shrink"],
+    },
+    Mutant {
+        name: "equal-unflushed",
+        rule: "what was made equal is flushed before an image opens",
+        test: ["hearth-replication", "model", "explorations::site_loss"],
+    },
 ];
 
 /// How a run of a test ended.

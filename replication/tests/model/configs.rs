@@ -90,9 +90,9 @@ pub fn in_flight(rules: Rules, deep: bool) -> Config {
     Config {
         budget: Budget {
             writes: [1, 0, 0],
-            reads: bound(deep, [1, 1, 0], [1, 2, 1]),
+            reads: bound(deep, [1, 1, 0], [1, 2, 0]),
             flushes: [1, 0, 0],
-            takeovers: bound(deep, [0, 1, 0], [0, 1, 1]),
+            takeovers: [0, 1, 0],
             time: 1,
             ..NOTHING
         },
@@ -107,7 +107,7 @@ pub fn rivals(rules: Rules, deep: bool) -> Config {
         budget: Budget {
             writes: bound(deep, [0, 1, 1], [1, 1, 1]),
             takeovers: [0, 1, 1],
-            time: bound(deep, 1, 2),
+            time: 1,
             ..NOTHING
         },
         reach: &[Reached::TookOver, Reached::WroteAfterTakeover],
@@ -150,9 +150,9 @@ pub fn shrink_disk(rules: Rules, deep: bool) -> Config {
 pub fn shrink_takeover(rules: Rules, deep: bool) -> Config {
     Config {
         budget: Budget {
-            writes: [1, 1, 0],
+            writes: bound(deep, [1, 1, 0], [2, 1, 0]),
             failures: 1,
-            takeovers: bound(deep, [0, 1, 0], [0, 1, 1]),
+            takeovers: [0, 1, 0],
             time: 1,
             ..NOTHING
         },

@@ -109,16 +109,21 @@ fn is_deep() -> bool {
     }
 }
 
-macro_rules! explorations {
-    ($($name:ident)+) => {
-        $(#[test]
-        fn $name() {
-            explore(configs::$name(rules(), is_deep()));
-        })+
-    };
-}
+/// Each within its bounds, on the machines as they are.
+mod explorations {
+    use super::{configs, explore, is_deep, rules};
 
-explorations! {
-    fence crash in_flight rivals shrink shrink_disk shrink_takeover lease join join_takeover join_power relocate handover
-    handover_crash tail_shrink tail_rivals site_loss power_loss
+    macro_rules! explorations {
+        ($($name:ident)+) => {
+            $(#[test]
+            fn $name() {
+                explore(configs::$name(rules(), is_deep()));
+            })+
+        };
+    }
+
+    explorations! {
+        fence crash in_flight rivals shrink shrink_disk shrink_takeover lease join join_takeover join_power relocate
+        handover handover_crash tail_shrink tail_rivals site_loss power_loss
+    }
 }
