@@ -117,6 +117,8 @@ pub enum Output {
     NotRaised {
         /// Who asked for it.
         to: NodeId,
+        /// Which record.
+        stamp: Stamp,
         /// Why.
         refusal: Refusal,
     },
@@ -381,6 +383,7 @@ impl Member {
         let refused = |refusal| {
             vec![Output::NotRaised {
                 to: from.clone(),
+                stamp: record.stamp(),
                 refusal,
             }]
         };
@@ -507,12 +510,16 @@ impl Member {
     }
 
     fn fail(&mut self) -> Vec<Output> {
-        let refused = |to| Output::NotRaised {
+        let refused = |to, stamp| Output::NotRaised {
             to,
+            stamp,
             refusal: Refusal::DiskFailed,
         };
         match std::mem::replace(&mut self.phase, Phase::Failed) {
-            Phase::Raising { askers, .. } => askers.into_iter().map(refused).collect(),
+            Phase::Raising { to, askers, .. } => {
+                let stamp = to.stamp();
+                askers.into_iter().map(|asker| refused(asker, stamp)).collect()
+            }
             Phase::Sealing { .. } => vec![Output::Sealed(false)],
             Phase::Serving | Phase::Failed => Vec::new(),
         }

@@ -48,6 +48,8 @@ pub enum Input {
     NotRaised {
         /// Which member.
         from: NodeId,
+        /// Which record.
+        stamp: Stamp,
         /// Why.
         refusal: Refusal,
     },
@@ -242,7 +244,8 @@ impl Takeover {
             Input::Reached => Ok(Vec::new()),
             Input::Committed(record) => self.committed(record),
             Input::Raised { from, standing } => self.raised(now, from, standing),
-            Input::NotRaised { from, refusal } => match refusal {
+            Input::NotRaised { stamp, .. } if self.to.as_ref().is_none_or(|to| to.stamp() != stamp) => Ok(Vec::new()),
+            Input::NotRaised { from, refusal, .. } => match refusal {
                 Refusal::EpochEnded { .. } | Refusal::OtherLease { .. } => Err(Setback::Overtaken),
                 Refusal::GrantedOverOlder { .. } => Err(Setback::RolledBack { node: from }),
                 _ => Err(Setback::MemberLost { node: from }),

@@ -283,6 +283,7 @@ fn a_failed_request_ends_the_member() {
     let out = member.step(finished(1, false));
     assert!(out.contains(&Output::NotRaised {
         to: node("c"),
+        stamp: stamp(3, 30, 6),
         refusal: Refusal::DiskFailed
     }));
     assert_eq!(answer(&out), Some(&Answer::Failed));

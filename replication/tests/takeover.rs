@@ -298,6 +298,7 @@ fn it_gives_up_when_overtaken_or_when_a_member_is_lost() {
     check(Input::MemberFailed(member.clone()), gone.clone());
     let not_raised = |refusal| Input::NotRaised {
         from: member.clone(),
+        stamp: now.granted(LeaseId(99), &nodes("a b")).unwrap().stamp(),
         refusal,
     };
     check(not_raised(Refusal::DiskFailed), gone);

@@ -153,7 +153,8 @@ impl Owner {
             }
             Input::Committed(record) => self.committed(record, &mut out),
             Input::Raised { from, standing } => self.raised(from, &standing),
-            Input::NotRaised { from, refusal } => match refusal {
+            Input::NotRaised { stamp, .. } if stamp != self.committed.stamp() => {}
+            Input::NotRaised { from, refusal, .. } => match refusal {
                 Refusal::EpochEnded { .. } | Refusal::OtherLease { .. } => self.end(Denial::Deposed, &mut out),
                 Refusal::Fenced { .. } | Refusal::SetChanged { .. } => {}
                 _ => {

@@ -65,6 +65,8 @@ pub enum Input {
     NotRaised {
         /// Which member.
         from: NodeId,
+        /// Which record.
+        stamp: Stamp,
         /// Why.
         refusal: Refusal,
     },

@@ -75,7 +75,7 @@ impl fmt::Display for Action {
                 Message::Raised { from, to, .. } => {
                     write!(f, "{} hears from {}: recorded", NAMES[*to], NAMES[*from])
                 }
-                Message::NotRaised { from, to, refusal } => {
+                Message::NotRaised { from, to, refusal, .. } => {
                     write!(
                         f,
                         "{} hears from {}: not recorded, {refusal:?}",

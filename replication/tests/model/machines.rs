@@ -97,12 +97,17 @@ impl World {
                     self.post(Message::Raised { from, to, standing });
                 }
             }
-            member::Output::NotRaised { to, refusal } => {
+            member::Output::NotRaised { to, stamp, refusal } => {
                 let (from, to) = (at, number(&to));
                 if to == at || config.quick {
-                    self.not_raised(config, at, to, refusal);
+                    self.not_raised(config, at, to, stamp, refusal);
                 } else {
-                    self.post(Message::NotRaised { from, to, refusal });
+                    self.post(Message::NotRaised {
+                        from,
+                        to,
+                        stamp,
+                        refusal,
+                    });
                 }
             }
             member::Output::Told { to, standing } => {
@@ -311,14 +316,20 @@ impl World {
         self.owner(config, to, owner::Input::Raised { from, standing }, [0; BLOCKS]);
     }
 
-    pub fn not_raised(&mut self, config: &Config, from: usize, to: usize, refusal: Refusal) {
+    pub fn not_raised(&mut self, config: &Config, from: usize, to: usize, stamp: Stamp, refusal: Refusal) {
         let from = name(from);
         let input = takeover::Input::NotRaised {
             from: from.clone(),
+            stamp,
             refusal: refusal.clone(),
         };
         self.takeover(config, to, input, [0; BLOCKS]);
-        self.owner(config, to, owner::Input::NotRaised { from, refusal }, [0; BLOCKS]);
+        self.owner(
+            config,
+            to,
+            owner::Input::NotRaised { from, stamp, refusal },
+            [0; BLOCKS],
+        );
     }
 
     /// Every other node that is up renews the read lease.

@@ -1,6 +1,6 @@
 //! What may happen next, and what must hold.
 
-use hearth_protocol::{BlockIndex, NodeId};
+use hearth_protocol::{BlockIndex, Incarnation, NodeId};
 use hearth_replication::member;
 use hearth_replication::mutants::Rules;
 use hearth_replication::owner;
@@ -171,7 +171,10 @@ fn tidy(config: &Config, world: &mut World) {
             };
             let ended = record.epoch() > request.stamp.epoch && !session && sender.takeover.is_none();
             let renewal = matches!(request.work, Work::Renew { .. });
-            let older_set = record.grant() == grant && record.stamp().set_version > request.stamp.set_version;
+            let disk = &nodes[*to].disk;
+            let same_disk = !disk.failed && request.store == Incarnation(u128::from(disk.life));
+            let older_set =
+                same_disk && record.grant() == grant && record.stamp().set_version > request.stamp.set_version;
             !(sound && (ended || (older_set && !renewal)))
         }
         Message::Publish(change) => {

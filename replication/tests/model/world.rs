@@ -112,6 +112,7 @@ pub enum Message {
     NotRaised {
         from: usize,
         to: usize,
+        stamp: Stamp,
         refusal: Refusal,
     },
     Publish(Change),
@@ -278,7 +279,12 @@ impl World {
                 self.member(config, to, raise, None, [0; BLOCKS]);
             }
             Message::Raised { from, to, standing } => self.raised(config, from, to, standing),
-            Message::NotRaised { from, to, refusal } => self.not_raised(config, from, to, refusal),
+            Message::NotRaised {
+                from,
+                to,
+                stamp,
+                refusal,
+            } => self.not_raised(config, from, to, stamp, refusal),
             Message::Publish(change) => {
                 let before = self.aggregate.record.clone();
                 if self.aggregate.judge(&change).is_ok() {
