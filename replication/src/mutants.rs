@@ -37,6 +37,10 @@ pub enum Mutant {
     JoinCountsLate,
     /// A member's own flush unmarks regions that other members may not have yet.
     UnmarkedAlone,
+    /// A node that was granted the last epoch takes that for the old owner's seal.
+    OwnEpochSeals,
+    /// A hand-over goes on although acknowledged writes may be missing everywhere (rule 4).
+    GapTaken,
     /// An owner acknowledges writes and flushes without the members' read leases.
     AckWithoutLease,
     /// A member does not tell the owner on its node that a newer epoch fences it.
@@ -65,6 +69,8 @@ impl Mutant {
         ("copy-unlocked", Mutant::CopyUnlocked),
         ("join-counts-late", Mutant::JoinCountsLate),
         ("unmarked-alone", Mutant::UnmarkedAlone),
+        ("own-epoch-seals", Mutant::OwnEpochSeals),
+        ("gap-taken", Mutant::GapTaken),
         ("ack-without-lease", Mutant::AckWithoutLease),
         ("owner-not-told", Mutant::OwnerNotTold),
         ("old-answer-counts", Mutant::OldAnswerCounts),

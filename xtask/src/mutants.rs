@@ -218,6 +218,16 @@ const MUTANTS: &[Mutant] = &[
         test: ["hearth-replication", "model", "explorations::in_flight"],
     },
     Mutant {
+        name: "own-epoch-seals",
+        rule: "only a durable seal spares the wait",
+        test: ["hearth-replication", "model", "explorations::lease_again"],
+    },
+    Mutant {
+        name: "gap-taken",
+        rule: "a guest that goes on loses nothing silently",
+        test: ["hearth-replication", "model", "explorations::handover_power"],
+    },
+    Mutant {
         name: "ack-without-lease",
         rule: "an owner acknowledges under the members' read leases",
         test: ["hearth-replication", "model", "explorations::crash"],

@@ -181,6 +181,25 @@ pub fn lease(rules: Rules, deep: bool) -> Config {
     }
 }
 
+/// Read leases, and a takeover that is given up and begun again.
+pub fn lease_again(rules: Rules, deep: bool) -> Config {
+    Config {
+        members: 0b011,
+        time: Time::Ticks,
+        quick: !deep,
+        budget: Budget {
+            writes: [0, 1, 0],
+            reads: [1, 0, 0],
+            takeovers: [0, 2, 0],
+            time: 6,
+            renewals: 1,
+            ..NOTHING
+        },
+        reach: &[Reached::TookOver, Reached::WroteAfterTakeover, Reached::Read],
+        ..base("read lease and two takeovers", rules)
+    }
+}
+
 /// A node joins while writes go on, some over two blocks; a member may be given up.
 pub fn join(rules: Rules, deep: bool) -> Config {
     Config {
@@ -352,5 +371,42 @@ pub fn power_loss(rules: Rules, deep: bool) -> Config {
         },
         reach: &[Reached::TookOver, Reached::WroteAfterTakeover, Reached::Flushed],
         ..base("power loss of one", rules)
+    }
+}
+
+/// An owner without a copy of its own reads and writes at others; c takes over. Answers come late.
+pub fn no_copy(rules: Rules, deep: bool) -> Config {
+    Config {
+        members: 0b110,
+        quick: false,
+        budget: Budget {
+            writes: bound(deep, [1, 0, 0], [1, 0, 1]),
+            reads: [1, 0, 1],
+            takeovers: [0, 0, 1],
+            time: 1,
+            ..NOTHING
+        },
+        reach: &[Reached::TookOver, Reached::Read],
+        ..base("owner without a copy", rules)
+    }
+}
+
+/// A live migration to a node without a copy, while members lose power: the guest goes on only if nothing is missing.
+pub fn handover_power(rules: Rules, deep: bool) -> Config {
+    Config {
+        members: 0b101,
+        destination: Some(1),
+        eager: true,
+        budget: Budget {
+            writes: bound(deep, [1, 0, 0], [2, 0, 0]),
+            flushes: [1, 0, 0],
+            reads: [0, 1, 0],
+            power_losses: 2,
+            seals: 1,
+            time: 1,
+            ..NOTHING
+        },
+        reach: &[Reached::HandedOver, Reached::Read, Reached::Flushed],
+        ..base("hand-over and power loss", rules)
     }
 }

@@ -225,7 +225,9 @@ impl World {
                 takeover::Output::Opened(owner) => {
                     let record = owner.record().clone();
                     let lost = |node: &NodeId| self.ghost.lossy & (1 << number(node)) != 0;
-                    let all_lost = self.ghost.replaced.members().iter().all(lost);
+                    // A guest that goes on over a hand-over is told of nothing, so nothing may be missing.
+                    let new_guest = self.nodes[at].incoming.is_none();
+                    let all_lost = new_guest && self.ghost.replaced.members().iter().all(lost);
                     for member in record.members() {
                         self.ghost().lossy &= !(1 << number(&member));
                     }

@@ -12,7 +12,7 @@
 //! no order of events: a lease is granted after its request was sent and before the member records the next epoch, and the
 //! wait begins after that; the two durations meet only in the one comparison of 5 - 1 with 4.
 //!
-//! Not modelled: images of more than one run, FUA, copies in RAM, an owner without a copy of its own, more than one image,
+//! Not modelled: images of more than one run, FUA, copies in RAM, more than one image,
 //! the answers to a takeover's question arriving one by one (they are one step; what changes after them is explored), the
 //! store below the marks, bytes that a failed disk returns, and NBD. `quick` and `eager` in `config` say where an answer or
 //! the log takes no time. States are told apart by a 64-bit hash.
@@ -123,7 +123,7 @@ mod explorations {
     }
 
     explorations! {
-        fence crash in_flight rivals shrink shrink_disk shrink_takeover lease join join_takeover join_power relocate
-        handover handover_crash tail_shrink tail_rivals site_loss power_loss
+        fence crash in_flight rivals shrink shrink_disk shrink_takeover lease lease_again join join_takeover join_power relocate
+        handover handover_crash handover_power no_copy tail_shrink tail_rivals site_loss power_loss
     }
 }

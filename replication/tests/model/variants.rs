@@ -66,6 +66,8 @@ variants! {
     copy_without_the_lock: CopyUnlocked, join, ON_EVERY_MEMBER;
     join_counts_late: JoinCountsLate, join_takeover, ONE_SIDE;
     unmarked_alone: UnmarkedAlone, in_flight, ON_EVERY_MEMBER;
+    own_epoch_for_a_seal: OwnEpochSeals, lease_again, LINEARIZABLE;
+    gap_in_a_handover: GapTaken, handover_power, ON_EVERY_MEMBER;
     acknowledged_without_a_lease: AckWithoutLease, crash, ONE_WRITER;
     owner_not_told: OwnerNotTold, join_takeover, ONE_WRITER;
     old_answer_counts: OldAnswerCounts, shrink, ON_EVERY_MEMBER;
