@@ -233,6 +233,25 @@ pub fn join_takeover(rules: Rules, deep: bool) -> Config {
     }
 }
 
+/// A node joins, with the death of any daemon between any two steps, and may take over.
+pub fn join_crash(rules: Rules, deep: bool) -> Config {
+    Config {
+        members: 0b011,
+        eager: true,
+        budget: Budget {
+            writes: [1, 0, 0],
+            kills: 1,
+            joins: 1,
+            failures: bound(deep, 0, 1),
+            takeovers: [0, 0, 1],
+            time: 1,
+            ..NOTHING
+        },
+        reach: &[Reached::Joined, Reached::TookOver],
+        ..base("join and crash", rules)
+    }
+}
+
 /// A node joins the only copy, then the power fails everywhere.
 pub fn join_power(rules: Rules, deep: bool) -> Config {
     Config {
