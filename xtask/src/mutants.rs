@@ -160,12 +160,12 @@ const MUTANTS: &[Mutant] = &[
     Mutant {
         name: "handover-from-connect",
         rule: "only the source's seal ends the source",
-        test: ["hearth-replication", "model", "explorations::handover"],
+        test: ["hearth-replication", "model", "explorations::handover_alone"],
     },
     Mutant {
         name: "read-without-lease",
         rule: "an owner reads under the members' read leases",
-        test: ["hearth-replication", "model", "explorations::lease"],
+        test: ["hearth-replication", "model", "explorations::lease_alone"],
     },
     Mutant {
         name: "late-write-after-fence",
@@ -185,12 +185,12 @@ const MUTANTS: &[Mutant] = &[
     Mutant {
         name: "no-wait",
         rule: "a new owner waits until read leases have ended",
-        test: ["hearth-replication", "model", "explorations::lease"],
+        test: ["hearth-replication", "model", "explorations::lease_alone"],
     },
     Mutant {
         name: "stale-set-served",
         rule: "a member refuses older set versions",
-        test: ["hearth-replication", "model", "explorations::shrink"],
+        test: ["hearth-replication", "model", "explorations::shrink_alone"],
     },
     Mutant {
         name: "doubt-ignored",
@@ -205,7 +205,7 @@ const MUTANTS: &[Mutant] = &[
     Mutant {
         name: "copy-unlocked",
         rule: "a block is copied while no write overlaps it",
-        test: ["hearth-replication", "model", "explorations::join"],
+        test: ["hearth-replication", "model", "explorations::join_alone"],
     },
     Mutant {
         name: "join-counts-late",
@@ -240,7 +240,7 @@ const MUTANTS: &[Mutant] = &[
     Mutant {
         name: "old-answer-counts",
         rule: "a repeated request is answered by its repetition",
-        test: ["hearth-replication", "model", "explorations::shrink"],
+        test: ["hearth-replication", "model", "explorations::shrink_alone"],
     },
     Mutant {
         name: "equal-unflushed",

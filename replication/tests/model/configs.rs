@@ -116,7 +116,7 @@ pub fn rivals(rules: Rules, deep: bool) -> Config {
 }
 
 /// A smaller set: a writes while a member is given up. Disks take their time, answers come late.
-pub fn shrink(rules: Rules, deep: bool) -> Config {
+pub fn shrink_alone(rules: Rules, deep: bool) -> Config {
     Config {
         async_writes: true,
         quick: false,
@@ -162,7 +162,7 @@ pub fn shrink_takeover(rules: Rules, deep: bool) -> Config {
 }
 
 /// Read leases on clocks of which one misses a tick. Answers come late.
-pub fn lease(rules: Rules, deep: bool) -> Config {
+pub fn lease_alone(rules: Rules, deep: bool) -> Config {
     Config {
         members: 0b011,
         time: Time::Ticks,
@@ -201,7 +201,7 @@ pub fn lease_again(rules: Rules, deep: bool) -> Config {
 }
 
 /// A node joins while writes go on, some over two blocks; a member may be given up.
-pub fn join(rules: Rules, deep: bool) -> Config {
+pub fn join_alone(rules: Rules, deep: bool) -> Config {
     Config {
         blocks: 2,
         members: 0b011,
@@ -291,7 +291,7 @@ pub fn relocate(rules: Rules, deep: bool) -> Config {
 }
 
 /// A live migration from a to b, and a's way back at whatever point.
-pub fn handover(rules: Rules, deep: bool) -> Config {
+pub fn handover_alone(rules: Rules, deep: bool) -> Config {
     Config {
         destination: Some(1),
         budget: Budget {

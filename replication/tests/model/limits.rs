@@ -29,7 +29,7 @@ fn reaches(limit: &str, config: Config, broken: &'static str) {
 /// An owner whose clock misses T/2 while the new owner waits, such as a paused virtual machine, answers a read too late.
 #[test]
 fn a_clock_that_misses_more_than_the_wait_allows() {
-    let config = configs::lease(Rules::default(), false);
+    let config = configs::lease_alone(Rules::default(), false);
     let budget = Budget {
         misses: 2,
         ..config.budget

@@ -54,22 +54,22 @@ variants! {
     acknowledge_before_the_set_is_durable: AckBeforeSetDurable, shrink_takeover, ON_EVERY_MEMBER;
     equal_epoch_with_another_lease: EqualEpochAccepted, tail_rivals, ONE_WRITER;
     join_before_flush: JoinBeforeFlush, join_power, DURABLE;
-    handover_from_connect: HandoverFromConnect, handover, LINEARIZABLE;
-    read_without_a_lease: ReadWithoutLease, lease, LINEARIZABLE;
+    handover_from_connect: HandoverFromConnect, handover_alone, LINEARIZABLE;
+    read_without_a_lease: ReadWithoutLease, lease_alone, LINEARIZABLE;
     late_write_after_the_fence: LateWriteAfterFence, fence, ON_EVERY_MEMBER;
     takeover_from_an_older_record: OlderRecordTaken, tail_shrink, ON_EVERY_MEMBER;
     grant_over_an_older_record: StaleGrantTaken, tail_shrink, ON_EVERY_MEMBER;
-    no_wait: NoWait, lease, LINEARIZABLE;
-    stale_set_version: StaleSetServed, shrink, ON_EVERY_MEMBER;
+    no_wait: NoWait, lease_alone, LINEARIZABLE;
+    stale_set_version: StaleSetServed, shrink_alone, ON_EVERY_MEMBER;
     doubt_ignored: DoubtIgnored, in_flight, ON_EVERY_MEMBER;
     read_overtakes_write: ReadOvertakesWrite, in_flight, LINEARIZABLE;
-    copy_without_the_lock: CopyUnlocked, join, ON_EVERY_MEMBER;
+    copy_without_the_lock: CopyUnlocked, join_alone, ON_EVERY_MEMBER;
     join_counts_late: JoinCountsLate, join_takeover, ONE_SIDE;
     unmarked_alone: UnmarkedAlone, in_flight, ON_EVERY_MEMBER;
     own_epoch_for_a_seal: OwnEpochSeals, lease_again, LINEARIZABLE;
     gap_in_a_handover: GapTaken, handover_power, ON_EVERY_MEMBER;
     acknowledged_without_a_lease: AckWithoutLease, crash, ONE_WRITER;
     owner_not_told: OwnerNotTold, join_takeover, ONE_WRITER;
-    old_answer_counts: OldAnswerCounts, shrink, ON_EVERY_MEMBER;
+    old_answer_counts: OldAnswerCounts, shrink_alone, ON_EVERY_MEMBER;
     made_equal_without_a_flush: EqualUnflushed, site_loss, DURABLE;
 }
