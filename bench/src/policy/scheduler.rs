@@ -1,14 +1,11 @@
 //! The scheduler's side of a run: its fold and its decisions, numbered as a leader and a node would.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
 use anyhow::Result;
 use hearth_protocol::event::HeatFolded;
 use hearth_protocol::{Command, Envelope, Event, Incarnation, NodeId, Publisher, Seq, Term, TickNo, WallMs};
 use scheduler_core::State;
-
-use super::work::cpu_time;
 
 /// What the scheduler hears.
 #[derive(Clone)]
@@ -98,18 +95,4 @@ impl Scheduler {
         }
         Ok(commands)
     }
-}
-
-/// The processor time in which a scheduler folds all of it and decides, by itself: a clock that is read at every tick
-/// would be a good part of what it measures.
-///
-/// # Errors
-/// The clock cannot be read.
-pub fn time(node: NodeId, heard: Vec<Input>) -> Result<Duration> {
-    let mut scheduler = Scheduler::new(node)?;
-    let started = cpu_time()?;
-    for input in heard {
-        scheduler.hear(input)?;
-    }
-    Ok(cpu_time()?.saturating_sub(started))
 }
