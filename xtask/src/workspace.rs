@@ -19,12 +19,16 @@ pub struct Workspace {
 }
 
 impl Workspace {
-    /// Finds the clone that this program was built from.
+    /// Finds the clone that this program is run in. Cargo names it: of two clones that share their build output, one may
+    /// be given the program that the other one built.
     ///
     /// # Errors
     /// Neither `XDG_CACHE_HOME` nor `HOME` is set.
     pub fn find() -> Result<Self> {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR"))
+        let run_in = env::var_os("CARGO_MANIFEST_DIR").map(PathBuf::from);
+        let root = run_in
+            .filter(|dir| dir.ends_with("xtask"))
+            .unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into())
             .parent()
             .context("xtask's folder has no parent; run it from a clone of the repository")?
             .to_owned();
