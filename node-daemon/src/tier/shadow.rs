@@ -381,7 +381,7 @@ mod tests {
         for i in 0..200_000u64 {
             shadows.access(super::super::mix(i), 16, true, false);
         }
-        assert!(shadows.bytes() < 2 << 20, "{} bytes", shadows.bytes());
+        assert!(shadows.bytes() < 1 << 20, "{} bytes", shadows.bytes());
     }
 
     /// Small units: the sample is halved until the shadows hold no more than they may, and still says what a front of
@@ -405,7 +405,9 @@ mod tests {
                 below = advice.sampled_below;
             }
         }
-        assert!(below < 1 << 16 && below.is_power_of_two(), "{below}");
+        // Halved until as many units as a shadow may hold stand for those of the whole tier.
+        let halvings = (small as usize).div_ceil(SAMPLE_SMALL_UNITS).next_power_of_two();
+        assert_eq!(below, (1 << 16) / halvings as u32);
         let held = shadows.replicas.iter().map(|r| r.table.len()).max().unwrap();
         assert!(
             (SAMPLE_SMALL_UNITS / 2..=SAMPLE_SMALL_UNITS).contains(&held),
