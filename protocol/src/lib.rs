@@ -4,6 +4,7 @@
 //! exceptions that must be one piece of code for everybody: the hash [`chain`]; [`validity`], the rule that says which
 //! events of the stream count; and [`publishers`], which says which of them are repeats.
 
+pub mod aggregate;
 pub mod chain;
 pub mod codec;
 pub mod command;
@@ -13,6 +14,7 @@ pub mod ids;
 pub mod limits;
 pub mod policy;
 pub mod publishers;
+pub mod record;
 pub mod rpc;
 pub mod size;
 pub mod subject;

@@ -9,8 +9,8 @@ use std::collections::BTreeMap;
 
 use hearth_protocol::{Epoch, Incarnation, LeaseId, NodeId};
 
-use crate::aggregate::Aggregate;
 use crate::mutants::{Mutant, Rules};
+use hearth_protocol::aggregate::Aggregate;
 
 use crate::takeover::{Mode, Takeover};
 

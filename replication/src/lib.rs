@@ -5,22 +5,20 @@
 //! no disk, no randomness and no hash order; bytes stay with whoever drives it. `clippy.toml` beside this crate's manifest
 //! bans what would break that.
 //!
-//! Where things are: what is durable and how two records compare in [`record`], the words of requests in [`request`],
-//! one replica and its fence in [`member`], the writer with its read leases and set changes in [`owner`], its resync of a
-//! joining node in [`resync`], how another node becomes the writer in [`takeover`], live migration in [`handover`], which
-//! changes count in [`aggregate`], durations in [`time`].
+//! Where things are: the words of requests in [`request`], one replica and its fence in [`member`], the writer with its
+//! read leases and set changes in [`owner`], its resync of a joining node in [`resync`], how another node becomes the
+//! writer in [`takeover`], live migration in [`handover`], durations in [`time`]. What is durable and how two records
+//! compare is [`hearth_protocol::record`], which changes count [`hearth_protocol::aggregate`].
 //!
 //! The invariants are those of the rules that keep data safe; `tests/model` explores these machines against them. What
 //! that found, and which bounds it has, is in `docs/adr/0007`.
 
 #![deny(clippy::float_arithmetic)]
 
-pub mod aggregate;
 pub mod handover;
 pub mod member;
 pub mod mutants;
 pub mod owner;
-pub mod record;
 pub mod request;
 pub mod resync;
 pub mod takeover;

@@ -14,8 +14,8 @@ use hearth_protocol::{BlockIndex, Epoch, Incarnation, LeaseId, NodeId};
 use serde::{Deserialize, Serialize};
 
 use crate::mutants::{Mutant, Rules};
-use crate::record::{Age, Record};
 use crate::request::{Answer, Nodes, Refusal, Request, RequestId, Stamp, Standing, Work};
+use hearth_protocol::record::{Age, Record};
 
 /// Blocks that were written and may not be everywhere, each with the life of the store in which that was marked first.
 pub type Marks = BTreeMap<BlockIndex, Incarnation>;

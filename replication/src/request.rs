@@ -6,54 +6,13 @@
 
 use std::collections::BTreeSet;
 
-use hearth_protocol::{BlockIndex, Epoch, Incarnation, LeaseId, NodeId, SetVersion};
+pub use hearth_protocol::record::{Extent, Nodes, Stamp};
+
+use hearth_protocol::record::Record;
+use hearth_protocol::{BlockIndex, Epoch, Incarnation, LeaseId, SetVersion};
 use serde::{Deserialize, Serialize};
 
-use crate::record::Record;
 use crate::time::BootMs;
-
-/// A set of nodes, ascending by id.
-pub type Nodes = BTreeSet<NodeId>;
-
-/// What a record is known by in requests; a member compares it with its durable record.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-pub struct Stamp {
-    /// The epoch.
-    pub epoch: Epoch,
-    /// The lease that the epoch was granted to.
-    pub lease: LeaseId,
-    /// The location map's version.
-    pub set_version: SetVersion,
-}
-
-/// A run of blocks, both ends included.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-pub struct Extent {
-    /// The first block.
-    pub first: BlockIndex,
-    /// The last block.
-    pub last: BlockIndex,
-}
-
-impl Extent {
-    /// One block.
-    pub const fn block(block: BlockIndex) -> Self {
-        Self {
-            first: block,
-            last: block,
-        }
-    }
-
-    /// Whether both share a block.
-    pub fn overlaps(self, other: Extent) -> bool {
-        self.first <= other.last && other.first <= self.last
-    }
-
-    /// The blocks, ascending.
-    pub fn blocks(self) -> impl Iterator<Item = BlockIndex> {
-        (self.first.0..=self.last.0).map(BlockIndex)
-    }
-}
 
 /// A request's number, counted by one owner over its session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -7,8 +7,8 @@
 use hearth_protocol::{BlockIndex, NodeId};
 
 use crate::mutants::{Mutant, Rules};
-use crate::record::{Record, RecordError};
 use crate::request::Extent;
+use hearth_protocol::record::{Record, RecordError};
 
 /// How far a node has joined.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -83,7 +83,7 @@ impl Join {
         }
     }
 
-    fn gets_writes(&self, run: &crate::record::Run) -> bool {
+    fn gets_writes(&self, run: &hearth_protocol::record::Run) -> bool {
         run.joiners.contains(&self.node) || run.members.contains(&self.node)
     }
 

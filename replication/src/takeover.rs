@@ -16,12 +16,12 @@ use std::sync::Arc;
 
 use hearth_protocol::{BlockIndex, Epoch, Incarnation, LeaseId, NodeId};
 
-use crate::aggregate::{Aggregate, Change};
 use crate::mutants::{Mutant, Rules};
 use crate::owner::Owner;
-use crate::record::{Age, Record, Run};
 use crate::request::{Answer, Extent, Nodes, Refusal, Request, RequestId, Stamp, Standing, Work};
 use crate::time::{BootMs, TAKEOVER_WAIT_MS};
+use hearth_protocol::aggregate::{Aggregate, Change};
+use hearth_protocol::record::{Age, Record, Run};
 
 /// What happens to a takeover.
 #[derive(Debug, Clone, PartialEq, Eq)]

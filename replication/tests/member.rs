@@ -4,10 +4,10 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use hearth_protocol::record::{Record, Run};
 use hearth_protocol::{BlockIndex, Epoch, Incarnation, LeaseId, NodeId, SetVersion};
 use hearth_replication::member::{Durable, Input, Marks, Member, Output};
 use hearth_replication::mutants::Rules;
-use hearth_replication::record::{Record, Run};
 use hearth_replication::request::{Answer, Extent, Nodes, Refusal, Request, RequestId, Stamp, Work};
 use hearth_replication::time::BootMs;
 

@@ -4,10 +4,10 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use hearth_protocol::record::{Record, Run};
 use hearth_protocol::{BlockIndex, Epoch, Incarnation, LeaseId, NodeId, SetVersion};
 use hearth_replication::mutants::Rules;
 use hearth_replication::owner::{Ask, Denial, Input, OpId, Output, Owner};
-use hearth_replication::record::{Record, Run};
 use hearth_replication::request::{Answer, Extent, Nodes, Refusal, Request, RequestId, Stamp, Standing, Work};
 use hearth_replication::time::{BootMs, READ_LEASE_MS};
 

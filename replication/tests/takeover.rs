@@ -4,11 +4,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use hearth_protocol::aggregate::Aggregate;
+use hearth_protocol::record::{Record, Run};
 use hearth_protocol::{BlockIndex, Epoch, Incarnation, LeaseId, NodeId, SetVersion};
-use hearth_replication::aggregate::Aggregate;
 use hearth_replication::handover::{Denial, HELD_WRITES_MAX, Held, Incoming};
 use hearth_replication::mutants::Rules;
-use hearth_replication::record::{Record, Run};
 use hearth_replication::request::{Answer, Nodes, Refusal, Request, Stamp, Standing, Work};
 use hearth_replication::takeover::{Input, Mode, Output, Setback, Takeover};
 use hearth_replication::time::{BootMs, TAKEOVER_WAIT_MS};

@@ -21,10 +21,10 @@ use hearth_protocol::{Incarnation, NodeId};
 use self::ops::Op;
 pub use self::words::{Ask, Denial, Input, OpId, Output};
 use crate::mutants::{Mutant, Rules};
-use crate::record::Record;
 use crate::request::{Answer, Nodes, Refusal, Request, RequestId, Stamp, Work};
 use crate::resync::Join;
 use crate::time::{BootMs, READ_LEASE_MS};
+use hearth_protocol::record::Record;
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 enum Phase {

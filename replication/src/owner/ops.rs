@@ -9,9 +9,9 @@ use hearth_protocol::{BlockIndex, NodeId, SetVersion};
 
 use super::{Ask, Denial, OpId, Output, Owner, Phase};
 use crate::mutants::Mutant;
-use crate::record::Record;
 use crate::request::{Extent, Nodes, Request, RequestId, Stamp, Work};
 use crate::time::BootMs;
+use hearth_protocol::record::Record;
 
 /// What stands behind an operation.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -9,10 +9,10 @@ use hearth_protocol::NodeId;
 
 use super::ops::Kind;
 use super::{Denial, Output, Owner, Phase};
-use crate::aggregate::Change;
-use crate::record::{Age, Record, RecordError};
 use crate::request::{Nodes, RequestId, Standing};
 use crate::resync::{Stage, Todo};
+use hearth_protocol::aggregate::Change;
+use hearth_protocol::record::{Age, Record, RecordError};
 
 impl Owner {
     pub(super) fn committed(&mut self, record: Arc<Record>, out: &mut Vec<Output>) {

@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use hearth_protocol::{BlockIndex, Epoch, Incarnation, LeaseId, NodeId};
 
-use crate::aggregate::Change;
-use crate::record::Record;
 use crate::request::{Answer, Extent, Refusal, Request, RequestId, Stamp, Standing};
+use hearth_protocol::aggregate::Change;
+use hearth_protocol::record::Record;
 
 /// A client's operation, numbered by the export.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -8,8 +8,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use hearth_protocol::record::{Age, Record};
 use hearth_protocol::{Epoch, LeaseId};
-use hearth_replication::record::{Age, Record};
 
 use super::world::number;
 

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use hearth_protocol::NodeId;
+use hearth_protocol::record::Record;
 use hearth_replication::member;
 use hearth_replication::owner;
-use hearth_replication::record::Record;
 use hearth_replication::request::{Answer, Refusal, Request, RequestId, Stamp, Standing, Work};
 use hearth_replication::takeover;
 

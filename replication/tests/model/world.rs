@@ -4,12 +4,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use hearth_protocol::aggregate::{Aggregate, Change};
+use hearth_protocol::record::Record;
 use hearth_protocol::{BlockIndex, Incarnation, LeaseId, NodeId};
-use hearth_replication::aggregate::{Aggregate, Change};
 use hearth_replication::handover::{Held, Incoming};
 use hearth_replication::member::{self, Durable, Marks, Member};
 use hearth_replication::owner::{self, OpId, Owner};
-use hearth_replication::record::Record;
 use hearth_replication::request::{Answer, Extent, Nodes, Refusal, Request, RequestId, Stamp, Standing};
 use hearth_replication::takeover::{self, Takeover};
 use hearth_replication::time::BootMs;
@@ -187,7 +187,7 @@ impl World {
             lease: grant_lease(1),
             set_version: hearth_protocol::SetVersion(1),
         };
-        let run = hearth_replication::record::Run {
+        let run = hearth_protocol::record::Run {
             first: BlockIndex(0),
             members: members.clone(),
             joiners: Nodes::new(),

@@ -8,11 +8,11 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use hearth_protocol::{Epoch, LeaseId, NodeId, SetVersion};
 use serde::{Deserialize, Serialize};
 
-use crate::record::{Age, Record};
-use crate::request::{Extent, Nodes, Stamp};
+use crate::ids::{LeaseId, NodeId};
+use crate::record::{Age, Extent, Nodes, Record, Stamp};
+use crate::units::{Epoch, SetVersion};
 
 /// A change as it is published.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -4,10 +4,10 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use hearth_protocol::aggregate::{Aggregate, Change, Void};
+use hearth_protocol::record::{Age, RUNS_MAX, Record, RecordError, Run};
+use hearth_protocol::record::{Extent, Nodes, Stamp};
 use hearth_protocol::{BlockIndex, Epoch, LeaseId, NodeId, SetVersion};
-use hearth_replication::aggregate::{Aggregate, Change, Void};
-use hearth_replication::record::{Age, RUNS_MAX, Record, RecordError, Run};
-use hearth_replication::request::{Extent, Nodes, Stamp};
 use proptest::prelude::*;
 
 fn node(name: &str) -> NodeId {
