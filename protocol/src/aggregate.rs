@@ -11,8 +11,8 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{LeaseId, NodeId};
-use crate::record::{Age, Extent, Nodes, Record, Stamp};
-use crate::units::{Epoch, SetVersion};
+use crate::record::{Age, Extent, Nodes, Record, RecordError, Run, Stamp};
+use crate::units::{BlockIndex, Epoch, SetVersion};
 
 /// A change as it is published.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -27,22 +27,31 @@ pub struct Change {
 
 /// Why a change does not count.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{}", self.why())]
 pub enum Void {
     /// It replaces a record that is not the last.
-    #[error("another change came first: read the image's record again")]
     NotLast,
     /// Epoch, lease or set version is not the next.
-    #[error("its epoch, lease or set version is not the next one")]
     NotNext,
     /// A set change by another node than the owner.
-    #[error("only the owner changes the set")]
     NotOwner,
     /// A member that was not synced.
-    #[error("a node becomes a member only after it has joined and was synced")]
     NotSynced,
     /// No member of a run stays.
-    #[error("a run would keep none of its members")]
     LastCopy,
+}
+
+impl Void {
+    /// In words.
+    pub const fn why(self) -> &'static str {
+        match self {
+            Void::NotLast => "another change came first: read the image's record again",
+            Void::NotNext => "its epoch, lease or set version is not the next one",
+            Void::NotOwner => "only the owner changes the set",
+            Void::NotSynced => "a node becomes a member only after it has joined and was synced",
+            Void::LastCopy => "a run would keep none of its members",
+        }
+    }
 }
 
 /// An image's record as the log has it.
@@ -57,6 +66,28 @@ pub struct Aggregate {
 }
 
 impl Aggregate {
+    /// The record of a new image: nobody owns it, and everybody holds all of it.
+    ///
+    /// # Errors
+    /// Nobody does.
+    pub fn new(set_version: SetVersion, members: Nodes) -> Result<Self, RecordError> {
+        let stamp = Stamp {
+            epoch: Epoch(0),
+            lease: LeaseId(0),
+            set_version,
+        };
+        let run = Run {
+            first: BlockIndex(0),
+            members,
+            joiners: Nodes::new(),
+        };
+        Ok(Self {
+            record: Arc::new(Record::new(stamp, vec![run])?),
+            owner: None,
+            ended: BTreeMap::new(),
+        })
+    }
+
     /// Whether a record stands in this log. One that does not was recorded from an end that the log lost.
     pub fn knows(&self, record: &Record) -> bool {
         if record.grant() == self.record.grant() {

@@ -2,10 +2,12 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::aggregate::Change;
 use crate::command::{Command, Outcome};
 use crate::heat::{DiskUse, ImageHeat, TierUse};
 use crate::ids::{CommandId, ImageId, ImageName, Incarnation, LayerId, LeaseId, NodeId, SnapshotName};
 use crate::policy::TierPolicy;
+use crate::record::Nodes;
 use crate::units::{BlockIndex, ByteLen, Epoch, Seq, SetVersion, Term, TickNo, WallMs};
 
 /// Everything that can stand in the log.
@@ -51,6 +53,14 @@ pub enum Event {
         sealed: LayerId,
         /// The new top layer.
         top: LayerId,
+    },
+    /// The record of an image with replicas changed: another epoch, or other nodes that hold it. Void unless it replaces
+    /// the last one.
+    LocationsChanged {
+        /// Which image.
+        image: ImageId,
+        /// Who changes what.
+        change: Change,
     },
     /// An image was copied into a file.
     ImageExported {
@@ -205,6 +215,10 @@ pub struct ImageCreated {
     pub node: NodeId,
     /// Version of the location map.
     pub set_version: SetVersion,
+    /// Of an image with replicas: the nodes that hold them, all empty and in sync. Its record is changed by
+    /// [`Event::LocationsChanged`] alone. Empty for an image that only `node` holds.
+    #[serde(default, skip_serializing_if = "Nodes::is_empty")]
+    pub members: Nodes,
 }
 
 /// See [`Event::ImageAttached`].
@@ -288,6 +302,7 @@ impl Event {
             Event::SnapshotTaken { .. } => "snapshot_taken",
             Event::SnapshotDeleted { .. } => "snapshot_deleted",
             Event::ImageResized { .. } => "image_resized",
+            Event::LocationsChanged { .. } => "locations_changed",
             Event::ImageExported { .. } => "image_exported",
             Event::ImageDeleted { .. } => "image_deleted",
             Event::LayerSealed { .. } => "layer_sealed",

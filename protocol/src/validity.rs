@@ -7,12 +7,15 @@
 //! - `Ticked` does not carry a number above every tick before it;
 //! - `ImageCreated` takes an id or a name that exists, or has a size, block size or stack outside the limits, or
 //!   `ImageAttached` carries another epoch than the last + 1;
+//! - an image with replicas is attached, or its nodes change, otherwise than by [`Event::LocationsChanged`], or that
+//!   does not follow from its record ([`crate::aggregate`]);
 //! - the publisher has no right to that kind of event at all.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::aggregate::Aggregate;
 use crate::event::Event;
 use crate::ids::{ImageId, ImageName, LeaseId, NodeId, Publisher, SchedulerId};
 use crate::limits::{IMAGE_BYTES_MAX, LAYERS_PER_IMAGE_MAX};
@@ -45,6 +48,19 @@ pub struct Ownership {
     pub epoch: Epoch,
     /// The owner and its lease while attached.
     pub owner: Option<(NodeId, LeaseId)>,
+    /// Its record, if it has replicas.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub locations: Option<Aggregate>,
+}
+
+impl Ownership {
+    /// Whether a node holds the image: all of it or, of one with replicas, some blocks at least.
+    pub fn is_held_by(&self, node: &NodeId) -> bool {
+        match &self.locations {
+            Some(locations) => locations.record.members().contains(node),
+            None => &self.home == node,
+        }
+    }
 }
 
 /// The memory of the rule: fold every event of the stream through [`Validity::judge`], in order.
@@ -142,6 +158,16 @@ impl Validity {
                 if self.names.contains_key(&created.name) {
                     return Verdict::Void("the image name is taken");
                 }
+                let locations = if created.members.is_empty() {
+                    None
+                } else if let Ok(new) = Aggregate::new(created.set_version, created.members.clone()) {
+                    Some(new)
+                } else {
+                    return Verdict::Void("the image's record is none");
+                };
+                if locations.is_some() && !created.members.contains(node) {
+                    return Verdict::Void("a node creates images on itself only");
+                }
                 self.names.insert(created.name.clone(), created.image);
                 self.images.insert(
                     created.image,
@@ -150,6 +176,7 @@ impl Validity {
                         home: node.clone(),
                         epoch: Epoch(0),
                         owner: None,
+                        locations,
                     },
                 );
                 Verdict::Valid
@@ -161,11 +188,34 @@ impl Validity {
                 if &attached.node != node || &image.home != node {
                     return Verdict::Void("the node is neither owner nor named successor");
                 }
+                if image.locations.is_some() {
+                    return Verdict::Void("an image with replicas is attached by a change of its record");
+                }
                 if attached.epoch != image.epoch.next() {
                     return Verdict::Void("the epoch is not the last plus one");
                 }
                 image.epoch = attached.epoch;
                 image.owner = Some((node.clone(), attached.lease));
+                Verdict::Valid
+            }
+            Event::LocationsChanged { image, change } => {
+                let Some(known) = self.images.get_mut(image) else {
+                    return Verdict::Void("no such image");
+                };
+                let Some(locations) = &mut known.locations else {
+                    return Verdict::Void("the image has no replicas");
+                };
+                if &change.by != node {
+                    return Verdict::Void("a node speaks for itself only");
+                }
+                if let Err(void) = locations.judge(change) {
+                    return Verdict::Void(void.why());
+                }
+                let (epoch, lease) = locations.record.grant();
+                if epoch != known.epoch {
+                    known.epoch = epoch;
+                    known.owner = Some((node.clone(), lease));
+                }
                 Verdict::Valid
             }
             Event::ImageDetached { image, epoch } => {
@@ -223,7 +273,7 @@ impl Validity {
     fn owned_by(&self, image: ImageId, node: &NodeId) -> Verdict {
         match self.images.get(&image) {
             None => Verdict::Void("no such image"),
-            Some(known) if &known.home == node => Verdict::Valid,
+            Some(known) if known.is_held_by(node) => Verdict::Valid,
             Some(_) => Verdict::Void("the node does not hold the image"),
         }
     }
@@ -231,7 +281,14 @@ impl Validity {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::aggregate::Change;
+    use crate::event::{ImageAttached, ImageCreated};
+    use crate::ids::LayerId;
+    use crate::record::{Nodes, Record};
+    use crate::units::{ByteLen, SetVersion};
 
     fn sched(id: &str) -> Publisher {
         Publisher::Scheduler(id.parse().unwrap())
@@ -269,5 +326,96 @@ mod tests {
         check(&mut v, &sched("b"), tick_no(2, 5), true);
         check(&mut v, &sched("b"), tick_no(2, 4), false);
         assert_eq!(v.tick(), TickNo(5));
+    }
+
+    #[test]
+    fn an_image_with_replicas_changes_by_its_record_alone() {
+        let node = |id: &str| Publisher::Node(id.parse().unwrap());
+        let nodes = |ids: &[&str]| -> Nodes { ids.iter().map(|id| id.parse().unwrap()).collect() };
+        let created = |by: &str, members: &[&str]| {
+            Event::ImageCreated(ImageCreated {
+                image: ImageId(1),
+                name: "a/b".parse().unwrap(),
+                size: ByteLen(1 << 20),
+                block_size: ByteLen(65_536),
+                layers: vec![LayerId(2)],
+                parent: None,
+                node: by.parse().unwrap(),
+                set_version: SetVersion(1),
+                members: nodes(members),
+            })
+        };
+        let change = |by: &str, from: &Record, to: Record| Event::LocationsChanged {
+            image: ImageId(1),
+            change: Change {
+                by: by.parse().unwrap(),
+                from: from.stamp(),
+                to: Arc::new(to),
+            },
+        };
+        let mut v = Validity::default();
+        let (a, b, c) = (node("a"), node("b"), node("c"));
+        check(&mut v, &a, created("a", &["b", "c"]), false);
+        check(&mut v, &a, created("a", &["a", "b"]), true);
+        let first = v.image(ImageId(1)).unwrap().locations.clone().unwrap().record;
+        let attached = |by: &str| {
+            Event::ImageAttached(ImageAttached {
+                image: ImageId(1),
+                node: by.parse().unwrap(),
+                epoch: Epoch(1),
+                lease: LeaseId(5),
+                set_version: SetVersion(2),
+                device: false,
+            })
+        };
+        check(&mut v, &a, attached("a"), false);
+        // A node that holds nothing may own the image; nobody speaks for another, and one record has one successor.
+        let granted = first.granted(LeaseId(7), &nodes(&["a", "b"])).unwrap();
+        check(&mut v, &a, change("c", &first, granted.clone()), false);
+        check(&mut v, &c, change("c", &first, granted.clone()), true);
+        check(
+            &mut v,
+            &b,
+            change("b", &first, first.granted(LeaseId(8), &nodes(&["b"])).unwrap()),
+            false,
+        );
+        let known = v.image(ImageId(1)).unwrap();
+        assert_eq!(
+            (known.epoch, &known.owner),
+            (Epoch(1), &Some(("c".parse().unwrap(), LeaseId(7))))
+        );
+        check(
+            &mut v,
+            &b,
+            change("b", &granted, granted.without(&nodes(&["a"])).unwrap()),
+            false,
+        );
+        check(
+            &mut v,
+            &c,
+            change("c", &granted, granted.without(&nodes(&["a"])).unwrap()),
+            true,
+        );
+        // Whoever holds it speaks for it.
+        check(
+            &mut v,
+            &b,
+            Event::ImageDetached {
+                image: ImageId(1),
+                epoch: Epoch(1),
+            },
+            false,
+        );
+        check(
+            &mut v,
+            &c,
+            Event::ImageDetached {
+                image: ImageId(1),
+                epoch: Epoch(1),
+            },
+            true,
+        );
+        check(&mut v, &a, Event::ImageDeleted { image: ImageId(1) }, false);
+        check(&mut v, &b, Event::ImageDeleted { image: ImageId(1) }, true);
     }
 }

@@ -5,13 +5,16 @@
 //! --test golden` writes both anew; a new field needs a serde default from the release on.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
+use hearth_protocol::aggregate::Change;
 use hearth_protocol::command::{Alternative, Demotion, Order, Outcome, Promotion, Reason, Resident};
 use hearth_protocol::event::{HeatFolded, ImageAttached, ImageCreated, NodeJoined};
 use hearth_protocol::heat::{
     BlockHeat, DiskUse, HeatOrigin, HeatReport, ImageHeat, LatencySummary, LayerHeat, Omitted, TierUse, pack,
 };
 use hearth_protocol::policy::TierPolicy;
+use hearth_protocol::record::{Nodes, Record, Run, Stamp};
 use hearth_protocol::{
     BlockIndex, ByteLen, Command, CommandId, Envelope, Epoch, Event, HeatScore, ImageId, Incarnation, LayerId, LeaseId,
     Message, NodeId, Publisher, Seq, SetVersion, Term, TickNo, WallMs,
@@ -24,6 +27,26 @@ const COMMAND: CommandId = CommandId(0xc0c0_0000_0000_0000_0000_0000_0000_0042);
 
 fn node() -> NodeId {
     "node-1".parse().unwrap()
+}
+
+fn nodes(names: &[&str]) -> Nodes {
+    names.iter().map(|name| name.parse().unwrap()).collect()
+}
+
+fn stamp(epoch: u64, set_version: u64) -> Stamp {
+    Stamp {
+        epoch: Epoch(epoch),
+        lease: LeaseId(9),
+        set_version: SetVersion(set_version),
+    }
+}
+
+fn run(first: u64, members: &[&str], joiners: &[&str]) -> Run {
+    Run {
+        first: BlockIndex(first),
+        members: nodes(members),
+        joiners: nodes(joiners),
+    }
 }
 
 fn latency() -> LatencySummary {
@@ -128,7 +151,42 @@ fn events() -> Vec<(&'static str, Event)> {
                 parent: Some((ImageId(5), "v1".parse().unwrap())),
                 node: node(),
                 set_version: SetVersion(1),
+                members: Nodes::new(),
             }),
+        ),
+        (
+            "image_created_replicas",
+            Event::ImageCreated(ImageCreated {
+                image: IMAGE,
+                name: "appl/vm-2".parse().unwrap(),
+                size: ByteLen(1 << 30),
+                block_size: ByteLen(64 << 10),
+                layers: vec![TOP],
+                parent: None,
+                node: node(),
+                set_version: SetVersion(1),
+                members: nodes(&["node-1", "node-2"]),
+            }),
+        ),
+        (
+            "locations_changed",
+            Event::LocationsChanged {
+                image: IMAGE,
+                change: Change {
+                    by: node(),
+                    from: stamp(2, 3),
+                    to: Arc::new(
+                        Record::new(
+                            stamp(2, 4),
+                            vec![
+                                run(0, &["node-1", "node-2"], &[]),
+                                run(128, &["node-1", "node-2"], &["node-3"]),
+                            ],
+                        )
+                        .unwrap(),
+                    ),
+                },
+            },
         ),
         (
             "image_attached",
@@ -415,7 +473,7 @@ fn every_event_has_a_golden_file_and_still_reads_as_its_json() {
         );
     }
     // Every variant of `Event`: adding one without a golden file fails here.
-    assert_eq!(kinds.len(), 21);
+    assert_eq!(kinds.len(), 22);
 }
 
 #[test]

@@ -129,6 +129,7 @@ fn recording() -> Vec<Vec<Entry>> {
             parent: None,
             node,
             set_version: SetVersion(1),
+            members: Default::default(),
         };
         writer.put(
             &own,

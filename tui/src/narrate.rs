@@ -2,7 +2,9 @@
 //!
 //! One place, so that the dashboard, `hearth why` and `hearth log` say the same thing in the same words.
 
+use hearth_protocol::aggregate::Change;
 use hearth_protocol::command::{Alternative, Outcome};
+use hearth_protocol::record::Nodes;
 use hearth_protocol::view::{DecisionView, ImageView, NodeView};
 use hearth_protocol::{BlockIndex, Command, Event, HeatScore, ImageId, ImageName, LayerId, Order, Reason, Seq};
 
@@ -388,6 +390,37 @@ pub fn image(i: &ImageView) -> Vec<String> {
     ]
 }
 
+/// What a change of an image's locations left behind.
+fn located(image: &str, change: &Change) -> String {
+    let (to, stamp) = (&change.to, change.to.stamp());
+    let list = |nodes: &Nodes| nodes.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+    let runs = to.runs().iter().enumerate().map(|(at, run)| {
+        let end = to.runs().get(at + 1).map(|next| next.first.0 - 1);
+        let blocks = match (run.first.0, end) {
+            (0, None) => String::new(),
+            (first, None) => format!("blocks {first} and up: "),
+            (first, Some(last)) => format!("blocks {first}-{last}: "),
+        };
+        let joins = if run.joiners.is_empty() {
+            String::new()
+        } else {
+            format!(", being synced on {}", list(&run.joiners))
+        };
+        format!("{blocks}in sync on {}{joins}", list(&run.members))
+    });
+    const RUNS_TOLD: usize = 3;
+    let mut runs: Vec<String> = runs.take(RUNS_TOLD).collect();
+    if to.runs().len() > RUNS_TOLD {
+        runs.push(format!("{} more runs", to.runs().len() - RUNS_TOLD));
+    }
+    let what = if change.from.epoch == stamp.epoch {
+        format!("{image} at epoch {}, set {}", stamp.epoch, stamp.set_version)
+    } else {
+        format!("{image} attached on {} at epoch {}", change.by, stamp.epoch)
+    };
+    format!("{what}: {}", runs.join("; "))
+}
+
 /// One line for an event; `name` knows images by id.
 pub fn event(event: &Event, name: &dyn Fn(ImageId) -> Option<ImageName>) -> String {
     let named = |id: ImageId| name(id).map_or_else(|| format!("image {}", brief(&id.to_string())), |n| n.to_string());
@@ -414,6 +447,7 @@ pub fn event(event: &Event, name: &dyn Fn(ImageId) -> Option<ImageName>) -> Stri
             if e.device { "device" } else { "socket" }
         ),
         Event::ImageDetached { image, epoch } => format!("{} detached, epoch {epoch} ended", named(*image)),
+        Event::LocationsChanged { image, change } => located(&named(*image), change),
         Event::SnapshotTaken { image, name, .. } => format!("{}@{name} taken", named(*image)),
         Event::ImageResized { image, size, .. } => format!("{} resized to {}", named(*image), fmt::bytes(*size)),
         Event::ImageExported {

@@ -266,6 +266,7 @@ pub fn play(trace: &Trace, room: usize, ahead: bool, overhear: impl FnMut(&Input
             parent: None,
             node: name.clone(),
             set_version: SetVersion(1),
+            members: Default::default(),
         }))?;
         line.say(Event::ImageAttached(ImageAttached {
             image,

@@ -155,6 +155,7 @@ fn about(event: &Event, image: ImageId, catalog: &Catalog) -> bool {
         | Event::SnapshotTaken { image: i, .. }
         | Event::SnapshotDeleted { image: i, .. }
         | Event::ImageResized { image: i, .. }
+        | Event::LocationsChanged { image: i, .. }
         | Event::ImageExported { image: i, .. }
         | Event::ImageDeleted { image: i } => *i == image,
         Event::LayerSealed { layer, .. } | Event::LayerDropped { layer, .. } => stands_on(layer),

@@ -314,6 +314,7 @@ mod tests {
             parent: None,
             node: node.parse().unwrap(),
             set_version: SetVersion(1),
+            members: Default::default(),
         })
     }
 

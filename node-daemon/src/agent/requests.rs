@@ -526,5 +526,6 @@ pub fn created(node: &Node, meta: &ImageMeta) -> Event {
         parent: meta.parent.as_ref().map(|p| (p.image, p.snapshot.clone())),
         node: node.config.id.clone(),
         set_version: SET_VERSION,
+        members: Default::default(),
     })
 }

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use hearth_protocol::aggregate::Change;
 use hearth_protocol::event::{ImageAttached, ImageCreated};
 use hearth_protocol::heat::{HeatOrigin, LatencySummary};
 use hearth_protocol::{ByteLen, Epoch, ImageId, ImageName, LayerId, NodeId, SetVersion, SnapshotName};
@@ -93,6 +94,7 @@ impl Catalog {
             if depth == 0 {
                 layer.growing = Some(event.image);
                 layer.holders.insert(event.node.clone());
+                layer.holders.extend(event.members.iter().cloned());
             }
         }
         self.images.insert(
@@ -120,6 +122,25 @@ impl Catalog {
         image.epoch = event.epoch;
         image.set_version = event.set_version;
         image.layers.first().copied()
+    }
+
+    /// The record of an image with replicas changed. Returns the top layer if another epoch began: copies of earlier
+    /// ones are stale now.
+    pub(crate) fn located(&mut self, id: ImageId, change: &Change) -> Option<LayerId> {
+        let image = self.images.get_mut(&id)?;
+        let (epoch, stamp) = (image.epoch, change.to.stamp());
+        let top = image.layers.first().copied()?;
+        image.set_version = stamp.set_version;
+        if let Some(layer) = self.layers.get_mut(&top) {
+            layer.holders = change.to.members();
+        }
+        if epoch == stamp.epoch {
+            return None;
+        }
+        image.node = change.by.clone();
+        image.attached = true;
+        image.epoch = stamp.epoch;
+        Some(top)
     }
 
     pub(crate) fn detached(&mut self, id: ImageId) {

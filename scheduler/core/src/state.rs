@@ -263,6 +263,11 @@ impl State {
                     on.layer_out(top);
                 }
             }
+            Event::LocationsChanged { image, change } => {
+                if let (Some(top), Some(on)) = (facts.catalog.located(*image, change), blocks.get_mut(&change.by)) {
+                    on.layer_out(top);
+                }
+            }
             Event::ImageDetached { image, .. } => facts.catalog.detached(*image),
             Event::SnapshotTaken {
                 image,

@@ -115,6 +115,7 @@ fn build(nodes: u64, images_per_node: u64) -> Cluster {
                     parent: None,
                     node: id.clone(),
                     set_version: SetVersion(1),
+                    members: Default::default(),
                 }),
             );
             cluster.publish(

@@ -108,6 +108,7 @@ pub(super) fn keys(seq: Seq, envelope: &Envelope, event: &Event) -> Vec<(Group, 
         Event::ImageAttached(e) => found.push(Index::Image(e.image)),
         Event::ImageDetached { image, .. }
         | Event::SnapshotDeleted { image, .. }
+        | Event::LocationsChanged { image, .. }
         | Event::ImageExported { image, .. }
         | Event::ImageDeleted { image } => {
             found.push(Index::Image(*image));

@@ -130,6 +130,7 @@ impl TalkingNode {
                 parent: None,
                 node: self.id.clone(),
                 set_version: SetVersion(1),
+                members: Default::default(),
             }),
         )
         .await;

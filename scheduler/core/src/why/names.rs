@@ -113,6 +113,7 @@ mod tests {
             parent: None,
             node: "n1".parse().unwrap(),
             set_version: SetVersion(1),
+            members: Default::default(),
         })
     }
 

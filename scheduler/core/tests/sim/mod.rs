@@ -176,6 +176,7 @@ impl Sim {
                 parent: None,
                 node: node_id(node),
                 set_version: SetVersion(1),
+                members: Default::default(),
             }),
         );
     }
