@@ -1,4 +1,4 @@
-//! Reading other nodes' replicas: a blocking NBD client.
+//! Other nodes: reading their sealed layers over NBD, and the connections on which replicas are kept.
 //!
 //! A node that lacks the blocks of a sealed layer reads them from one that has them, from the same server and under
 //! the same names that every other client uses. Calls may wait for the peer: they belong on a worker thread. Every
@@ -6,6 +6,8 @@
 
 pub mod address;
 pub mod client;
+pub mod frame;
+pub mod links;
 pub mod pool;
 pub mod session;
 
@@ -15,6 +17,8 @@ use hearth_protocol::LayerId;
 
 pub use address::{PeerAddress, PeerAddressError};
 pub use client::PeerClient;
+pub use frame::Frame;
+pub use links::{Links, Receive};
 pub use pool::PeerPool;
 
 /// Bounds of waiting for peers.

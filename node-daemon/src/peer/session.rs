@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::PeerError;
 use super::address::PeerAddress;
+use super::links::Hello;
 use crate::export::nbd::proto::{
     self, Errno, PAYLOAD_BYTES_MAX, be16, be32, be64, command, handshake_flag, info, option, option_reply,
 };
@@ -45,7 +46,7 @@ pub struct Session {
     deadline: Instant,
 }
 
-fn broken(what: &str, source: io::Error) -> PeerError {
+pub(super) fn broken(what: &str, source: io::Error) -> PeerError {
     // A timeout on a blocking socket shows as "would block".
     let source = match source.kind() {
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => io::Error::new(io::ErrorKind::TimedOut, "no answer"),
@@ -57,7 +58,7 @@ fn broken(what: &str, source: io::Error) -> PeerError {
     }
 }
 
-fn protocol(what: impl Into<String>) -> PeerError {
+pub(super) fn protocol(what: impl Into<String>) -> PeerError {
     PeerError::Protocol(what.into())
 }
 
@@ -210,6 +211,45 @@ impl Session {
         }
         Ok(())
     }
+}
+
+/// Connects as a node that is none of NBD's clients: what follows on the socket is [`super::frame`]s.
+///
+/// # Errors
+/// [`PeerError::Refused`] with the peer's words; else what went wrong.
+pub(super) fn shake_hands_as_peer(socket: &mut (impl Read + Write), hello: &Hello) -> Result<(), PeerError> {
+    let mut greeting = [0; 18];
+    let receiving = |error| broken("receive", error);
+    socket.read_exact(&mut greeting).map_err(receiving)?;
+    if be64(&greeting, 0) != proto::INIT_MAGIC || be64(&greeting, 8) != proto::OPTION_MAGIC {
+        return Err(protocol("the greeting is not NBD's"));
+    }
+    let flags = be16(&greeting, 16) & (handshake_flag::FIXED_NEWSTYLE | handshake_flag::NO_ZEROES);
+    let mut out = u32::from(flags).to_be_bytes().to_vec();
+    let data = serde_json::to_vec(hello).map_err(|error| protocol(error.to_string()))?;
+    proto::put_option(&mut out, option::PEER, &data);
+    socket.write_all(&out).map_err(|error| broken("send", error))?;
+    let mut head = [0; 20];
+    socket.read_exact(&mut head).map_err(receiving)?;
+    let (kind, length) = (be32(&head, 12), be32(&head, 16));
+    if be64(&head, 0) != proto::OPTION_REPLY_MAGIC || be32(&head, 8) != option::PEER || length > OPTION_REPLY_BYTES_MAX
+    {
+        return Err(protocol("an answer to another option"));
+    }
+    let mut data = vec![0; length as usize];
+    socket.read_exact(&mut data).map_err(receiving)?;
+    if kind != option_reply::ACK {
+        return Err(PeerError::Refused {
+            what: "speak as one node to another".into(),
+            errno: kind,
+            text: String::from_utf8_lossy(&data).into_owned(),
+        });
+    }
+    let answer: Hello = serde_json::from_slice(&data).map_err(|error| protocol(error.to_string()))?;
+    if Some(&answer.node) != hello.to.as_ref() {
+        return Err(protocol(format!("node {} answers at that address", answer.node)));
+    }
+    Ok(())
 }
 
 impl Drop for Session {

@@ -113,7 +113,7 @@ pub async fn shake_hands(
     stream: &Stream,
     table: &dyn ExportTable,
     control: &Control,
-) -> Result<(Chosen, Vec<u8>), End> {
+) -> Result<(Arrived, Vec<u8>), End> {
     tokio::select! {
         biased;
         done = converse(stream, table) => done,
@@ -121,7 +121,15 @@ pub async fn shake_hands(
     }
 }
 
-async fn converse(stream: &Stream, table: &dyn ExportTable) -> Result<(Chosen, Vec<u8>), End> {
+/// What came out of a handshake.
+pub enum Arrived {
+    /// A client that chose an export.
+    Client(Chosen),
+    /// A node, and what it said of itself.
+    Peer(Vec<u8>),
+}
+
+async fn converse(stream: &Stream, table: &dyn ExportTable) -> Result<(Arrived, Vec<u8>), End> {
     let mut handshake = Handshake::default();
     let (mut input, mut at) = (Vec::new(), 0);
     let mut out = handshake::greeting().to_vec();
@@ -140,7 +148,12 @@ async fn converse(stream: &Stream, table: &dyn ExportTable) -> Result<(Chosen, V
             Step::Transmit(chosen) => {
                 stream.write_all(&out).await.map_err(End::Socket)?;
                 input.drain(..at);
-                return Ok((*chosen, input));
+                return Ok((Arrived::Client(*chosen), input));
+            }
+            Step::Peer(hello) => {
+                stream.write_all(&out).await.map_err(End::Socket)?;
+                input.drain(..at);
+                return Ok((Arrived::Peer(hello), input));
             }
             Step::More => {
                 // The handshake asks for more only below its bound on an option, so `input` stays bounded too.

@@ -51,6 +51,8 @@ pub enum Step {
     Again,
     /// Transmission begins.
     Transmit(Box<Chosen>),
+    /// The client is a node, and what follows is no NBD: what it said of itself.
+    Peer(Vec<u8>),
     /// The client said good-bye.
     Ended,
 }
@@ -260,6 +262,15 @@ impl Handshake {
             option::EXTENDED_HEADERS => {
                 self.framing = Framing::Extended;
                 reply(option_reply::ACK, &[]);
+            }
+            option::PEER if table.peers().is_some() => {
+                match table.peers().map_or(Ok(Vec::new()), |door| door.greet(data)) {
+                    Ok(answer) => {
+                        reply(option_reply::ACK, &answer);
+                        return Ok(Step::Peer(data.to_vec()));
+                    }
+                    Err(why) => reply(option_reply::ERR_POLICY, why.as_bytes()),
+                }
             }
             _ => reply(option_reply::ERR_UNSUP, b"this server does not know the option"),
         }

@@ -119,6 +119,23 @@ pub trait ExportTable: Send + Sync {
     /// Names of the exports shown to clients that ask for a list: the first `max` of those that sort after `after`,
     /// ascending. A client gets them page by page, so that a long list takes no memory while it is sent.
     fn list(&self, after: &str, max: usize) -> Vec<String>;
+
+    /// Who takes connections of other nodes.
+    fn peers(&self) -> Option<&dyn PeerDoor> {
+        None
+    }
+}
+
+/// Takes connections on which another node goes on in words of its own after the handshake.
+pub trait PeerDoor {
+    /// Judges what a node says of itself, and answers.
+    ///
+    /// # Errors
+    /// Why it is not let in, as it is told.
+    fn greet(&self, hello: &[u8]) -> Result<Vec<u8>, String>;
+
+    /// Takes the connection of a node that was let in; `early` came behind its handshake.
+    fn enter(&self, hello: &[u8], socket: stream::Accepted, early: Vec<u8>);
 }
 
 /// One page of an export list, for tables whose names are in no order.

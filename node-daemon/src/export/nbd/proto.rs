@@ -56,6 +56,8 @@ pub mod option {
     pub const SET_META_CONTEXT: u32 = 10;
     /// Asks for 64-bit headers.
     pub const EXTENDED_HEADERS: u32 = 11;
+    /// Hearth's own: another node, that goes on in words of its own.
+    pub const PEER: u32 = 0x4872_7450;
 }
 
 /// Types of option replies.

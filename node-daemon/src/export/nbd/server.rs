@@ -17,12 +17,12 @@ use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinSet;
 
 use super::buffer::{Budget, BufferPool};
-use super::connection::{Connection, Control, End, shake_hands};
+use super::connection::{Arrived, Connection, Control, End, shake_hands};
 use super::handshake::Chosen;
 use super::limits::NbdLimits;
 use super::stream::{Accepted, Listener};
 use super::workers::Workers;
-use super::{ExportEntry, ExportTable, NbdError, pace, ring};
+use super::{ExportEntry, ExportTable, NbdError, PeerDoor, pace, ring};
 use crate::mutants;
 
 /// A connection as an operator sees it.
@@ -141,6 +141,10 @@ impl ExportTable for Admission<'_> {
 
     fn list(&self, after: &str, max: usize) -> Vec<String> {
         self.table.list(after, max)
+    }
+
+    fn peers(&self) -> Option<&dyn PeerDoor> {
+        self.table.peers()
     }
 }
 
@@ -419,7 +423,14 @@ struct Context {
 async fn converse(context: Arc<Context>, registered: Registered, socket: Accepted, thread: Handle) {
     let id = registered.id;
     let end = match prepare(&context, &registered, socket).await {
-        Ok(ready) => {
+        Ok((socket, Arrived::Peer(hello), early)) => {
+            if let Some(door) = context.table.peers() {
+                door.enter(&hello, socket, early);
+            }
+            return;
+        }
+        Ok((socket, Arrived::Client(chosen), early)) => {
+            let ready = (socket, chosen, early);
             let serving = thread.spawn(async move { serve(&context, &registered, ready).await });
             // The thread may be gone already: then so is the server.
             serving.await.unwrap_or(End::Closed)
@@ -435,7 +446,11 @@ async fn converse(context: Arc<Context>, registered: Registered, socket: Accepte
 /// A connection after its handshake: its socket, what it chose, and what it sent behind it.
 type Ready = (Accepted, Chosen, Vec<u8>);
 
-async fn prepare(context: &Context, registered: &Registered, socket: Accepted) -> Result<Ready, End> {
+async fn prepare(
+    context: &Context,
+    registered: &Registered,
+    socket: Accepted,
+) -> Result<(Accepted, Arrived, Vec<u8>), End> {
     let stream = socket.into_stream().map_err(End::Socket)?;
     let limits = &context.limits;
     let table = Admission {
@@ -444,11 +459,11 @@ async fn prepare(context: &Context, registered: &Registered, socket: Accepted) -
         per_image_max: limits.connections_per_image_max,
     };
     let handshake = shake_hands(&stream, &table, &registered.control);
-    let (chosen, early) = match tokio::time::timeout(limits.handshake_timeout, handshake).await {
+    let (arrived, early) = match tokio::time::timeout(limits.handshake_timeout, handshake).await {
         Ok(done) => done?,
         Err(_) => return Err(End::HandshakeTimeout),
     };
-    Ok((stream.into_accepted().map_err(End::Socket)?, chosen, early))
+    Ok((stream.into_accepted().map_err(End::Socket)?, arrived, early))
 }
 
 async fn serve(context: &Context, registered: &Registered, (socket, chosen, early): Ready) -> End {

@@ -1,0 +1,391 @@
+//! Connections between nodes that carry [`Frame`]s both ways.
+//!
+//! A node dials the peers that it asks something of, and answers on the connections that were dialed to it. Sending never
+//! waits: frames queue up behind a connection that is being made, and are dropped with one that breaks. So whoever sends
+//! is told by [`Receive::lost`] that what it asked on a connection will not be answered, and it alone knows what that
+//! means: nothing is ever sent twice here.
+//!
+//! It is not secured: like NBD it goes over unix sockets and loopback addresses only, until there is TLS.
+
+use std::collections::HashMap;
+use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use hearth_protocol::NodeId;
+use nix::sys::socket::{setsockopt, sockopt};
+use serde::{Deserialize, Serialize};
+
+use super::PeerError;
+use super::address::PeerAddress;
+use super::frame::Frame;
+use super::session::{broken, protocol, shake_hands_as_peer};
+use crate::export::nbd::PeerDoor;
+use crate::export::nbd::stream::Accepted;
+
+/// How long a connection may take to be made, handshake included.
+const DIAL_TIMEOUT: Duration = Duration::from_secs(1);
+/// Pause before a peer that could not be reached is dialed again.
+const DIAL_AGAIN: Duration = Duration::from_millis(250);
+/// A connection whose other end has not acknowledged what was sent for this long is dead, in milliseconds.
+const UNACKNOWLEDGED_MS_MAX: u32 = 4_000;
+/// Connections that were dialed to this node; each peer needs one.
+const ENTERED_MAX: usize = 256;
+/// Bytes read or written at once.
+const BUFFER_BYTES: usize = 256 << 10;
+
+/// Takes what arrives.
+pub trait Receive: Send + Sync {
+    /// A frame of a peer. Called by the connection's own thread: the next one waits until this returns.
+    fn received(&self, from: &NodeId, frame: Frame);
+
+    /// What was asked of a peer and not answered will not be.
+    fn lost(&self, peer: &NodeId);
+}
+
+/// What nodes tell each other of themselves in the handshake.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Hello {
+    /// Who speaks.
+    pub node: NodeId,
+    /// Whom it means to reach: an address may have gone to another node meanwhile.
+    pub to: Option<NodeId>,
+}
+
+enum Socket {
+    Unix(UnixStream),
+    Tcp(TcpStream),
+}
+
+impl Socket {
+    fn dial(address: &PeerAddress) -> io::Result<Self> {
+        Ok(match address {
+            PeerAddress::Unix(path) => Socket::Unix(UnixStream::connect(path)?),
+            PeerAddress::Tcp(address) => Socket::Tcp(TcpStream::connect_timeout(address, DIAL_TIMEOUT)?),
+        })
+    }
+
+    fn accepted(socket: Accepted) -> io::Result<Self> {
+        let socket = match socket {
+            Accepted::Unix(stream) => {
+                stream.set_nonblocking(false)?;
+                Socket::Unix(stream)
+            }
+            Accepted::Tcp(stream) => {
+                stream.set_nonblocking(false)?;
+                Socket::Tcp(stream)
+            }
+        };
+        socket.prepare()?;
+        Ok(socket)
+    }
+
+    /// Without delays, and dead when the other end is.
+    fn prepare(&self) -> io::Result<()> {
+        if let Socket::Tcp(stream) = self {
+            stream.set_nodelay(true)?;
+            setsockopt(stream, sockopt::TcpUserTimeout, &UNACKNOWLEDGED_MS_MAX)?;
+        }
+        self.set_timeout(None)
+    }
+
+    fn set_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        match self {
+            Socket::Unix(stream) => stream
+                .set_read_timeout(timeout)
+                .and_then(|()| stream.set_write_timeout(timeout)),
+            Socket::Tcp(stream) => stream
+                .set_read_timeout(timeout)
+                .and_then(|()| stream.set_write_timeout(timeout)),
+        }
+    }
+
+    fn twin(&self) -> io::Result<Self> {
+        Ok(match self {
+            Socket::Unix(stream) => Socket::Unix(stream.try_clone()?),
+            Socket::Tcp(stream) => Socket::Tcp(stream.try_clone()?),
+        })
+    }
+
+    /// Ends both directions, also for the twin.
+    fn shut(&self) {
+        let _ = match self {
+            Socket::Unix(stream) => stream.shutdown(Shutdown::Both),
+            Socket::Tcp(stream) => stream.shutdown(Shutdown::Both),
+        };
+    }
+}
+
+impl Read for Socket {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Socket::Unix(stream) => stream.read(buf),
+            Socket::Tcp(stream) => stream.read(buf),
+        }
+    }
+}
+
+impl Write for Socket {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        match self {
+            Socket::Unix(stream) => stream.write(buf),
+            Socket::Tcp(stream) => stream.write(buf),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// One end of a connection: what is put in here is sent, in this order.
+struct Queue {
+    number: u64,
+    frames: Sender<Sent>,
+}
+
+/// A frame; `None` ends the connection.
+type Sent = Option<Frame>;
+
+#[derive(Default)]
+struct State {
+    next: u64,
+    dialed: HashMap<NodeId, Queue>,
+    /// Of each peer the last connection that it dialed.
+    entered: HashMap<NodeId, Queue>,
+    entered_now: usize,
+    dial_again: HashMap<NodeId, Instant>,
+}
+
+/// Says where a peer listens, as nodes announce it.
+pub type Resolve = dyn Fn(&NodeId) -> Option<String> + Send + Sync;
+
+/// See the module.
+pub struct Links {
+    me: NodeId,
+    resolve: Box<Resolve>,
+    receive: OnceLock<Weak<dyn Receive>>,
+    state: Mutex<State>,
+    this: Weak<Links>,
+}
+
+impl Links {
+    /// No connections yet. `resolve` says where a peer listens, as nodes announce it.
+    pub fn new(me: NodeId, resolve: impl Fn(&NodeId) -> Option<String> + Send + Sync + 'static) -> Arc<Self> {
+        Arc::new_cyclic(|this| Self {
+            me,
+            resolve: Box::new(resolve),
+            receive: OnceLock::new(),
+            state: Mutex::default(),
+            this: this.clone(),
+        })
+    }
+
+    /// Names who takes what arrives; the first call counts.
+    pub fn deliver_to(&self, receive: Weak<dyn Receive>) {
+        let _ = self.receive.set(receive);
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn receiver(&self) -> Option<Arc<dyn Receive>> {
+        self.receive.get()?.upgrade()
+    }
+
+    /// Asks something of a peer, on the connection that this node dialed or dials now.
+    pub fn ask(&self, peer: &NodeId, frame: Frame) {
+        let mut state = self.state();
+        let frame = match state.dialed.get(peer) {
+            Some(queue) => match queue.frames.send(Some(frame)) {
+                Ok(()) => return,
+                // Its thread has ended and is about to say so.
+                Err(mpsc::SendError(frame)) => frame,
+            },
+            None => Some(frame),
+        };
+        state.next += 1;
+        let number = state.next;
+        let (frames, waiting) = mpsc::channel();
+        let _ = frames.send(frame);
+        let ends = frames.clone();
+        state.dialed.insert(peer.clone(), Queue { number, frames });
+        let wait = state.dial_again.get(peer).copied();
+        drop(state);
+        let Some(this) = self.this.upgrade() else { return };
+        let peer = peer.clone();
+        let dial = move || this.dialed(&peer, number, wait, (ends, &waiting));
+        if let Err(error) = thread::Builder::new().name("peer-out".into()).spawn(dial) {
+            tracing::error!(%error, "cannot start a thread for a peer");
+        }
+    }
+
+    /// Answers a peer, on the connection that it dialed last. Without one the answer is dropped: whoever asked knows.
+    pub fn answer(&self, peer: &NodeId, frame: Frame) {
+        if let Some(queue) = self.state().entered.get(peer) {
+            let _ = queue.frames.send(Some(frame));
+        }
+    }
+
+    /// A connection of this node's own, from dialing to its end.
+    fn dialed(&self, peer: &NodeId, number: u64, wait: Option<Instant>, frames: (Sender<Sent>, &Receiver<Sent>)) {
+        if let Some(left) = wait.and_then(|until| until.checked_duration_since(Instant::now())) {
+            thread::sleep(left);
+        }
+        let again = match self.dial(peer) {
+            Ok(socket) => {
+                tracing::debug!(%peer, "connected");
+                self.converse(peer, socket, &[], frames);
+                None
+            }
+            Err(error) => {
+                tracing::debug!(%peer, %error, "cannot reach a peer");
+                Some(Instant::now() + DIAL_AGAIN)
+            }
+        };
+        {
+            let mut state = self.state();
+            if state.dialed.get(peer).is_some_and(|queue| queue.number == number) {
+                state.dialed.remove(peer);
+            }
+            match again {
+                Some(at) => state.dial_again.insert(peer.clone(), at),
+                None => state.dial_again.remove(peer),
+            };
+        }
+        if let Some(receive) = self.receiver() {
+            receive.lost(peer);
+        }
+    }
+
+    fn dial(&self, peer: &NodeId) -> Result<Socket, PeerError> {
+        let address = (self.resolve)(peer).ok_or_else(|| protocol(format!("no address of {peer} is known")))?;
+        let mut socket = Socket::dial(&address.parse()?).map_err(|error| broken("connect", error))?;
+        let setting = |error| broken("set up", error);
+        socket.set_timeout(Some(DIAL_TIMEOUT)).map_err(setting)?;
+        let hello = Hello {
+            node: self.me.clone(),
+            to: Some(peer.clone()),
+        };
+        shake_hands_as_peer(&mut socket, &hello)?;
+        socket.prepare().map_err(setting)?;
+        Ok(socket)
+    }
+
+    /// Sends what is queued and delivers what comes, until the connection breaks. `early` came behind the handshake.
+    fn converse(&self, peer: &NodeId, socket: Socket, early: &[u8], (out, queued): (Sender<Sent>, &Receiver<Sent>)) {
+        let Ok(reading) = socket.twin() else { return };
+        thread::scope(|scope| {
+            scope.spawn(move || {
+                let mut reading = BufReader::with_capacity(BUFFER_BYTES, early.chain(reading));
+                self.deliver(peer, &mut reading);
+                let _ = out.send(None);
+            });
+            let mut writing = BufWriter::with_capacity(BUFFER_BYTES, socket);
+            if let Err(error) = send(queued, &mut writing) {
+                tracing::debug!(%peer, %error, "a connection to a peer broke");
+            }
+            writing.get_ref().shut();
+        });
+    }
+
+    fn deliver(&self, peer: &NodeId, from: &mut impl Read) {
+        loop {
+            match Frame::read(from) {
+                Ok(Some(frame)) => match self.receiver() {
+                    Some(receive) => receive.received(peer, frame),
+                    None => return,
+                },
+                Ok(None) => return,
+                Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                    tracing::warn!(%peer, %error, "a peer does not speak as a node does; it is hung up on");
+                    return;
+                }
+                Err(error) => {
+                    tracing::debug!(%peer, %error, "a connection to a peer broke");
+                    return;
+                }
+            }
+        }
+    }
+}
+
+fn send(queued: &Receiver<Sent>, to: &mut BufWriter<Socket>) -> io::Result<()> {
+    while let Ok(Some(frame)) = queued.recv() {
+        frame.write(to)?;
+        // What is queued by now goes along.
+        loop {
+            match queued.try_recv() {
+                Ok(Some(frame)) => frame.write(to)?,
+                Ok(None) => return Ok(()),
+                Err(_) => break,
+            }
+        }
+        to.flush()?;
+    }
+    Ok(())
+}
+
+impl PeerDoor for Links {
+    fn greet(&self, hello: &[u8]) -> Result<Vec<u8>, String> {
+        let hello: Hello = serde_json::from_slice(hello).map_err(|error| format!("no node says that: {error}"))?;
+        if hello.to.as_ref() != Some(&self.me) {
+            return Err(format!("this is node {}", self.me));
+        }
+        if (self.resolve)(&hello.node).is_none() {
+            return Err(format!(
+                "node {} has not joined as far as {} knows",
+                hello.node, self.me
+            ));
+        }
+        let answer = Hello {
+            node: self.me.clone(),
+            to: Some(hello.node),
+        };
+        serde_json::to_vec(&answer).map_err(|error| error.to_string())
+    }
+
+    fn enter(&self, hello: &[u8], socket: Accepted, early: Vec<u8>) {
+        let (Ok(hello), Some(this)) = (serde_json::from_slice::<Hello>(hello), self.this.upgrade()) else {
+            return;
+        };
+        let (frames, waiting) = mpsc::channel();
+        let (number, ends) = {
+            let mut state = self.state();
+            if state.entered_now >= ENTERED_MAX {
+                tracing::warn!(peer = %hello.node, "a peer is hung up on: {ENTERED_MAX} connections of peers are open");
+                return;
+            }
+            state.entered_now += 1;
+            state.next += 1;
+            let number = state.next;
+            let ends = frames.clone();
+            if let Some(older) = state.entered.insert(hello.node.clone(), Queue { number, frames }) {
+                let _ = older.frames.send(None);
+            }
+            (number, ends)
+        };
+        let body = move || {
+            if let Ok(socket) = Socket::accepted(socket) {
+                this.converse(&hello.node, socket, &early, (ends, &waiting));
+            }
+            let mut state = this.state();
+            state.entered_now -= 1;
+            if state
+                .entered
+                .get(&hello.node)
+                .is_some_and(|queue| queue.number == number)
+            {
+                state.entered.remove(&hello.node);
+            }
+        };
+        if let Err(error) = thread::Builder::new().name("peer-in".into()).spawn(body) {
+            tracing::error!(%error, "cannot start a thread for a peer");
+        }
+    }
+}
