@@ -7,7 +7,8 @@
 //!
 //! Where things are: the words of requests in [`request`], one replica and its fence in [`member`], the writer with its
 //! read leases and set changes in [`owner`], its resync of a joining node in [`resync`], how another node becomes the
-//! writer in [`takeover`], live migration in [`handover`], durations in [`time`]. What is durable and how two records
+//! writer in [`takeover`], live migration in [`handover`], all of it for one image on one node in [`session`], durations in
+//! [`time`]. What is durable and how two records
 //! compare is [`hearth_protocol::record`], which changes count [`hearth_protocol::aggregate`].
 //!
 //! The invariants are those of the rules that keep data safe; `tests/model` explores these machines against them. What
@@ -21,5 +22,6 @@ pub mod mutants;
 pub mod owner;
 pub mod request;
 pub mod resync;
+pub mod session;
 pub mod takeover;
 pub mod time;

@@ -49,6 +49,10 @@ pub enum Mutant {
     OldAnswerCounts,
     /// What was made equal after a crash is not flushed before the image opens.
     EqualUnflushed,
+    /// A member that left and joins again is not copied what was written meanwhile.
+    WritesUnmissed,
+    /// A member that left and joins again is not copied what it has marked itself.
+    MarkedUncopied,
 }
 
 impl Mutant {
@@ -75,6 +79,8 @@ impl Mutant {
         ("owner-not-told", Mutant::OwnerNotTold),
         ("old-answer-counts", Mutant::OldAnswerCounts),
         ("equal-unflushed", Mutant::EqualUnflushed),
+        ("writes-unmissed", Mutant::WritesUnmissed),
+        ("marked-uncopied", Mutant::MarkedUncopied),
     ];
 }
 

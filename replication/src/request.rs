@@ -1,7 +1,7 @@
 //! The words between an owner and the members: what is asked, under which record, and how it is answered.
 //!
-//! Bytes are not here: whoever drives the machines keeps them under the request's number. The invariant of a number: an
-//! owner sends one request of a number to one member at most once under one stamp. So a request that a dying connection
+//! Bytes are not here: whoever drives the machines keeps them, and [`Bytes`] says which belong to what. The invariant of a
+//! number: an owner sends one request of a number to one member at most once under one stamp. So a request that a dying connection
 //! still holds can never run behind its own repetition: the repetition has a newer set version, and the fence is between.
 
 use std::collections::BTreeSet;
@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 pub use hearth_protocol::record::{Extent, Nodes, Stamp};
 
 use hearth_protocol::record::Record;
-use hearth_protocol::{BlockIndex, Epoch, Incarnation, LeaseId, SetVersion};
+use hearth_protocol::{BlockIndex, Epoch, Incarnation, LeaseId, NodeId, SetVersion};
 use serde::{Deserialize, Serialize};
 
 use crate::time::BootMs;
@@ -17,6 +17,36 @@ use crate::time::BootMs;
 /// A request's number, counted by one owner over its session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct RequestId(pub u64);
+
+/// A client's operation, numbered by the export.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct OpId(pub u64);
+
+/// Which bytes belong to what is to be done.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Bytes {
+    /// None.
+    None,
+    /// Those that a client wants written or, with a read, where within the blocks it wants to read. They are kept until the
+    /// operation is answered.
+    OfClient(OpId),
+    /// Those that came with the message being taken.
+    OfRequest,
+    /// Those that a read brought whose answer is being taken: this node's own, or a member's.
+    OfAnswer {
+        /// The member that read.
+        from: NodeId,
+        /// The read.
+        id: RequestId,
+    },
+    /// Those that this node's disk gave for a read of another node whose end is being taken.
+    OfWork {
+        /// Who asked for it.
+        from: NodeId,
+        /// The read.
+        id: RequestId,
+    },
+}
 
 /// What a member is asked to do.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -148,10 +178,12 @@ pub enum Refusal {
 }
 
 /// What a node durably knows of an image and the state of its store.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Standing {
     /// The record; `None` if the node has none.
     pub record: Option<std::sync::Arc<Record>>,
+    /// The record that this one replaced here, if the node joins by this one and the daemon has not started anew since.
+    pub before: Option<std::sync::Arc<Record>>,
     /// The life of its store.
     pub store: Incarnation,
     /// Blocks that may differ from other members' after a crash: written, and not yet known to be everywhere.
@@ -162,4 +194,27 @@ pub struct Standing {
     pub sealed: Option<(Epoch, LeaseId)>,
     /// Whether its disk failed.
     pub failed: bool,
+}
+
+/// What a member says to the node that is or becomes the owner.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reply {
+    /// It answers a request.
+    Answered {
+        /// Which request.
+        id: RequestId,
+        /// The request's stamp.
+        stamp: Stamp,
+        /// How.
+        answer: Answer,
+    },
+    /// It recorded a record; this is where it stands behind the fence.
+    Raised(Standing),
+    /// It did not record a record.
+    NotRaised {
+        /// Which.
+        stamp: Stamp,
+        /// Why.
+        refusal: Refusal,
+    },
 }

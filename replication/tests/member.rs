@@ -342,3 +342,36 @@ fn a_seal_is_durable_before_it_counts() {
     let sealed = Refusal::Sealed { epoch: Epoch(2) };
     assert_eq!(answer(&out), Some(&Answer::Refused(sealed)));
 }
+
+#[test]
+fn a_flush_ends_what_marks_of_an_earlier_life_stand_for() {
+    let earlier = Incarnation(6);
+    let marks: Marks = [0, 1, 2].map(|block| (BlockIndex(block), earlier)).into();
+    let durable = Durable {
+        record: Some(record(stamp(2, 20, 4))),
+        sealed: None,
+    };
+    let mut member = Member::new(node("b"), Rules::default(), STORE, durable, marks, false);
+    member.step(raise(now(), stamp(2, 20, 4)));
+    member.step(Input::Persisted { ok: true });
+    assert!(member.standing().lost);
+    // Block 1 is not everywhere; block 2 is written meanwhile, which is marked in this life.
+    let keep = BTreeSet::from([BlockIndex(1)]);
+    let out = member.step(request(1, now(), Work::Flush { keep }));
+    let [Output::Perform { anew, .. }] = &out[..] else {
+        panic!("{out:?}")
+    };
+    assert_eq!(*anew, BTreeSet::from([BlockIndex(0), BlockIndex(2)]));
+    member.step(request(2, now(), write(2)));
+    member.step(finished(1, true));
+    assert_eq!(member.standing().doubt, BTreeSet::from([BlockIndex(1), BlockIndex(2)]));
+    assert!(member.standing().lost);
+    member.step(finished(2, true));
+    let out = member.step(request(3, now(), Work::Flush { keep: BTreeSet::new() }));
+    let [Output::Perform { anew, .. }] = &out[..] else {
+        panic!("{out:?}")
+    };
+    assert_eq!(*anew, BTreeSet::from([BlockIndex(1)]));
+    member.step(finished(3, true));
+    assert!(!member.standing().lost);
+}

@@ -8,7 +8,9 @@ use hearth_protocol::record::{Record, Run};
 use hearth_protocol::{BlockIndex, Epoch, Incarnation, LeaseId, NodeId, SetVersion};
 use hearth_replication::mutants::Rules;
 use hearth_replication::owner::{Ask, Denial, Input, OpId, Output, Owner};
-use hearth_replication::request::{Answer, Extent, Nodes, Refusal, Request, RequestId, Stamp, Standing, Work};
+use hearth_replication::request::{
+    Answer, Bytes, Extent, Nodes, Refusal, Reply, Request, RequestId, Stamp, Standing, Work,
+};
 use hearth_replication::time::{BootMs, READ_LEASE_MS};
 
 fn node(name: &str) -> NodeId {
@@ -97,12 +99,8 @@ impl Bench {
     fn says(&mut self, from: &str, id: u64, answer: Answer) -> Vec<Output> {
         let stamp = self.owner.record().stamp();
         let (from, id) = (node(from), RequestId(id));
-        self.step(Input::Answered {
-            from,
-            id,
-            stamp,
-            answer,
-        })
+        let reply = Reply::Answered { id, stamp, answer };
+        self.step(Input::Reply { from, reply })
     }
 
     fn done(&mut self, from: &str, id: u64) -> Vec<Output> {
@@ -123,6 +121,7 @@ impl Bench {
     fn raised(&mut self, from: &str, record: &Arc<Record>, store: u128) -> Vec<Output> {
         let standing = Standing {
             record: Some(record.clone()),
+            before: None,
             store: Incarnation(store),
             doubt: [].into(),
             lost: false,
@@ -130,7 +129,8 @@ impl Bench {
             failed: false,
         };
         let from = node(from);
-        self.step(Input::Raised { from, standing })
+        let reply = Reply::Raised(standing);
+        self.step(Input::Reply { from, reply })
     }
 }
 
@@ -144,7 +144,7 @@ fn published(out: &[Output]) -> Arc<Record> {
 
 fn acknowledged(out: &[Output]) -> Vec<u64> {
     let acknowledged = out.iter().filter_map(|output| match output {
-        Output::Acknowledge(op) => Some(op.0),
+        Output::Acknowledge { op, .. } => Some(op.0),
         _ => None,
     });
     acknowledged.collect()
@@ -293,44 +293,53 @@ fn a_joining_node_gets_writes_then_copies_then_a_flush_and_then_counts() {
     let join = Input::Join {
         node: node("b"),
         extent: extent(0, u64::MAX),
-        end: BlockIndex(1),
+        end: BlockIndex(8),
+        blocks: 2,
     };
     let joiner = published(&bench.step(join));
     assert_eq!(joiner.members(), nodes("a"));
     bench.step(Input::Committed(joiner.clone()));
     bench.raised("a", &joiner, 1);
     bench.raised("b", &joiner, 5);
-    // The first block is being read; a write to it waits, one to the other block goes to both.
-    assert_eq!(bench.asked(), ["a1"]);
-    bench.write(1, 0, 0);
-    bench.write(2, 1, 1);
-    assert_eq!(bench.asked(), ["a3", "b3"]);
+    // Four copies of two blocks are being read; a write to one of these waits, one to another block goes to both.
+    assert_eq!(bench.asked(), ["a1", "a2", "a3", "a4"]);
+    bench.write(1, 1, 1);
+    bench.write(2, 8, 8);
+    assert_eq!(bench.asked(), ["a6", "b6"]);
     bench.done("a", 1);
     assert_eq!(bench.sent[0].1.store, Incarnation(5));
     assert_eq!(bench.asked(), ["b1"]);
     bench.done("b", 1);
-    assert_eq!(bench.asked(), ["a2", "b2"]);
-    bench.done("a", 3);
-    assert!(acknowledged(&bench.done("b", 2)).is_empty());
-    assert_eq!(acknowledged(&bench.done("a", 2)), [1]);
-    // The second block's copy waits for its write.
-    assert_eq!(acknowledged(&bench.done("b", 3)), [2]);
-    assert_eq!(bench.asked(), ["a4"]);
-    bench.done("a", 4);
-    assert_eq!(bench.asked(), ["b4"]);
-    bench.done("b", 4);
+    assert_eq!(bench.asked(), ["a5", "b5"]);
+    bench.done("a", 6);
+    assert!(acknowledged(&bench.done("b", 5)).is_empty());
+    assert_eq!(acknowledged(&bench.done("a", 5)), [1]);
+    // The last block's copy waits for its write.
+    assert_eq!(bench.asked(), [""; 0]);
+    assert_eq!(acknowledged(&bench.done("b", 6)), [2]);
+    let work = bench.sent[0].1.work.clone();
+    assert_eq!((work, bench.asked()), (Work::Read(extent(8, 8)), vec!["a7".to_owned()]));
+    for copy in [2, 3, 4, 7] {
+        bench.done("a", copy);
+        assert_eq!(bench.asked(), [format!("b{copy}")]);
+    }
+    for copy in [2, 3, 4] {
+        bench.done("b", copy);
+        assert_eq!(bench.asked(), [""; 0], "nothing is flushed while a copy is under way");
+    }
+    bench.done("b", 7);
     let (flush, asked) = (bench.sent[0].1.work.clone(), bench.asked());
     assert_eq!(
         (flush, asked),
-        (Work::Flush { keep: [].into() }, vec!["a5".to_owned(), "b5".to_owned()])
+        (Work::Flush { keep: [].into() }, vec!["a8".to_owned(), "b8".to_owned()])
     );
-    bench.done("b", 5);
-    let member = published(&bench.done("a", 5));
+    bench.done("b", 8);
+    let member = published(&bench.done("a", 8));
     assert_eq!(member.members(), nodes("a b"));
     // The change may have been committed: from now on nothing is answered without the new member's lease.
     bench.client(6, Ask::Flush);
-    bench.done("a", 6);
-    assert!(acknowledged(&bench.done("b", 6)).is_empty());
+    bench.done("a", 9);
+    assert!(acknowledged(&bench.done("b", 9)).is_empty());
     bench.sent.clear();
     bench.step(Input::Renew);
     let [(to, request)] = &bench.sent[..] else {
@@ -366,7 +375,13 @@ fn a_seal_waits_for_what_is_under_way_and_ends_the_epoch() {
     let out = bench.done("b", 1);
     assert_eq!(
         out,
-        [Output::Acknowledge(OpId(1)), Output::SealHere((Epoch(3), LeaseId(33)))]
+        [
+            Output::Acknowledge {
+                op: OpId(1),
+                bytes: Bytes::None
+            },
+            Output::SealHere((Epoch(3), LeaseId(33)))
+        ]
     );
     let out = bench.step(Input::SealedHere(true));
     assert!(matches!(&out[..], [Output::Sealed { stores, .. }] if stores.len() == 2));
@@ -379,4 +394,80 @@ fn a_read_that_no_member_holds_is_refused_and_nobody_is_blamed() {
     assert_eq!(denied(&bench.client(1, Ask::Read(extent(7, 8)))), [Denial::Split]);
     bench.client(2, Ask::Read(extent(8, 9)));
     assert_eq!(bench.asked(), ["b2"]);
+}
+
+#[test]
+fn a_member_that_joins_further_blocks_keeps_the_life_its_session_began_with() {
+    let check = |runs: &[(u64, &str)], leaves: bool| {
+        let mut bench = Bench::new(runs);
+        let join = Input::Join {
+            node: node("b"),
+            extent: extent(0, 3),
+            end: BlockIndex(9),
+            blocks: 1,
+        };
+        let joiner = published(&bench.step(join));
+        bench.step(Input::Committed(joiner.clone()));
+        bench.raised("a", &joiner, 1);
+        // b lost power since: what it held of block 4 and on may be missing.
+        let out = bench.raised("b", &joiner, 2);
+        let left = out.iter().any(|out| matches!(out, Output::Publish(_)));
+        assert_eq!(left, leaves, "{out:?}");
+    };
+    check(&[(0, "a"), (4, "a b")], true);
+    check(&[(0, "a"), (4, "a c")], false);
+}
+
+#[test]
+fn what_overlaps_a_copy_waits_for_it_also_while_sealing() {
+    let mut bench = Bench::new(&[(0, "a")]);
+    let join = Input::Join {
+        node: node("b"),
+        extent: extent(0, u64::MAX),
+        end: BlockIndex(0),
+        blocks: 1,
+    };
+    let joiner = published(&bench.step(join));
+    bench.step(Input::Committed(joiner.clone()));
+    bench.raised("a", &joiner, 1);
+    bench.raised("b", &joiner, 5);
+    bench.done("a", 1);
+    bench.write(7, 0, 0);
+    assert_eq!(bench.asked(), ["a1", "b1"]);
+    bench.step(Input::Seal);
+    assert_eq!(bench.asked(), [""; 0], "the copy is still being written");
+    bench.done("b", 1);
+    assert_eq!(bench.asked(), ["a2", "b2"]);
+    bench.done("a", 2);
+    let out = bench.done("b", 2);
+    assert!(out.iter().any(|out| matches!(out, Output::SealHere(_))), "{out:?}");
+}
+
+#[test]
+fn a_join_up_to_the_last_block_leaves_no_run_behind_it() {
+    let mut bench = Bench::new(&[(0, "a"), (4, "c")]);
+    let join = Input::Join {
+        node: node("b"),
+        extent: extent(2, 9),
+        end: BlockIndex(9),
+        blocks: 4,
+    };
+    let joiner = published(&bench.step(join));
+    let firsts: Vec<u64> = joiner.runs().iter().map(|run| run.first.0).collect();
+    assert_eq!(firsts, [0, 2, 4]);
+    bench.step(Input::Committed(joiner.clone()));
+    bench.raised("a", &joiner, 1);
+    bench.raised("c", &joiner, 1);
+    bench.raised("b", &joiner, 5);
+    // No copy is over a border of runs, because no member holds both sides.
+    let copies: Vec<_> = bench
+        .sent
+        .iter()
+        .map(|(to, request)| (to.clone(), request.work.clone()))
+        .collect();
+    let reads = [("a", 2, 3), ("c", 4, 7), ("c", 8, 9)];
+    assert_eq!(
+        copies,
+        reads.map(|(from, first, last)| (node(from), Work::Read(extent(first, last))))
+    );
 }

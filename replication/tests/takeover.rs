@@ -9,7 +9,7 @@ use hearth_protocol::record::{Record, Run};
 use hearth_protocol::{BlockIndex, Epoch, Incarnation, LeaseId, NodeId, SetVersion};
 use hearth_replication::handover::{Denial, HELD_WRITES_MAX, Held, Incoming};
 use hearth_replication::mutants::Rules;
-use hearth_replication::request::{Answer, Nodes, Refusal, Request, Stamp, Standing, Work};
+use hearth_replication::request::{Answer, Nodes, Refusal, Reply, Request, Stamp, Standing, Work};
 use hearth_replication::takeover::{Input, Mode, Output, Setback, Takeover};
 use hearth_replication::time::{BootMs, TAKEOVER_WAIT_MS};
 
@@ -46,6 +46,7 @@ fn log(record: Arc<Record>) -> Aggregate {
 fn standing(record: &Arc<Record>) -> Standing {
     Standing {
         record: Some(record.clone()),
+        before: None,
         store: Incarnation(1),
         doubt: BTreeSet::new(),
         lost: false,
@@ -169,7 +170,7 @@ fn run(takeover: &mut Takeover, to: &Arc<Record>, standings: &[(&str, Standing)]
     let mut take = |out: Vec<Output>, queue: &mut Vec<(NodeId, Request)>| {
         for output in out {
             match output {
-                Output::Send { to, request } => {
+                Output::Send { to, request, .. } => {
                     let what = match &request.work {
                         Work::Read(extent) => format!("{to} reads {}", extent.first),
                         Work::Write { extent, .. } => format!("{to} writes {}", extent.first),
@@ -190,17 +191,17 @@ fn run(takeover: &mut Takeover, to: &Arc<Record>, standings: &[(&str, Standing)]
             ..standing.clone()
         };
         let from = node(from);
-        take(takeover.step(now, Input::Raised { from, standing }), &mut queue);
+        let reply = Reply::Raised(standing);
+        take(takeover.step(now, Input::Reply { from, reply }), &mut queue);
     }
     while !queue.is_empty() {
         let (from, request) = queue.remove(0);
-        let answered = Input::Answered {
-            from,
+        let reply = Reply::Answered {
             id: request.id,
             stamp: request.stamp,
             answer: Answer::Done,
         };
-        take(takeover.step(now, answered), &mut queue);
+        take(takeover.step(now, Input::Reply { from, reply }), &mut queue);
     }
     asked
 }
@@ -282,6 +283,24 @@ fn the_old_owners_seal_spares_the_wait_and_another_seal_does_not() {
 }
 
 #[test]
+fn nobody_is_waited_for_where_nobody_ever_owned_the_image() {
+    let check = |epoch: u64, expect: &[&str]| {
+        let now = record(epoch, 0, 1, &[(0, "a b")]);
+        let answers = [("a", standing(&now)), ("b", standing(&now))];
+        let nobody = Aggregate {
+            owner: None,
+            ..log(now)
+        };
+        let (mut takeover, out) = told(Mode::Fault, nobody, &answers);
+        let to = published(&out);
+        takeover.step(BootMs(0), Input::Committed(to.clone()));
+        assert_eq!(run(&mut takeover, &to, &answers, BootMs(0)), expect);
+    };
+    check(0, &["opens"]);
+    check(1, &[]);
+}
+
+#[test]
 fn it_gives_up_when_overtaken_or_when_a_member_is_lost() {
     let now = record(2, 20, 5, &[(0, "a b")]);
     let check = |input: Input, expect: Setback| {
@@ -296,10 +315,12 @@ fn it_gives_up_when_overtaken_or_when_a_member_is_lost() {
     let member = node("a");
     let gone = Setback::MemberLost { node: member.clone() };
     check(Input::MemberFailed(member.clone()), gone.clone());
-    let not_raised = |refusal| Input::NotRaised {
+    let not_raised = |refusal| Input::Reply {
         from: member.clone(),
-        stamp: now.granted(LeaseId(99), &nodes("a b")).unwrap().stamp(),
-        refusal,
+        reply: Reply::NotRaised {
+            stamp: now.granted(LeaseId(99), &nodes("a b")).unwrap().stamp(),
+            refusal,
+        },
     };
     check(not_raised(Refusal::DiskFailed), gone);
     let (asked, recorded) = (Epoch(3), Epoch(4));

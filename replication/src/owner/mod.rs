@@ -9,6 +9,7 @@
 //!
 //! It is not the export: an operation's bytes are with whoever drives it. It is made by a takeover that has opened.
 
+mod missed;
 mod ops;
 mod set;
 mod words;
@@ -16,12 +17,13 @@ mod words;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use hearth_protocol::{Incarnation, NodeId};
+use hearth_protocol::{BlockIndex, Incarnation, NodeId};
 
+use self::missed::Missed;
 use self::ops::Op;
 pub use self::words::{Ask, Denial, Input, OpId, Output};
 use crate::mutants::{Mutant, Rules};
-use crate::request::{Answer, Nodes, Refusal, Request, RequestId, Stamp, Work};
+use crate::request::{Answer, Bytes, Nodes, Refusal, Reply, Request, RequestId, Stamp, Work};
 use crate::resync::Join;
 use crate::time::{BootMs, READ_LEASE_MS};
 use hearth_protocol::record::Record;
@@ -51,6 +53,8 @@ pub struct Owner {
     leases: BTreeMap<NodeId, BootMs>,
     /// Nodes that failed in this session and are to leave the set.
     gone: Nodes,
+    /// What nodes that left in this session have missed.
+    missed: BTreeMap<NodeId, Missed>,
     leaving: Option<NodeId>,
     join: Option<Join>,
     ops: BTreeMap<RequestId, Op>,
@@ -79,6 +83,7 @@ impl Owner {
             stores,
             leases: BTreeMap::new(),
             gone: Nodes::new(),
+            missed: BTreeMap::new(),
             leaving: None,
             join: None,
             ops: BTreeMap::new(),
@@ -106,9 +111,31 @@ impl Owner {
         }
     }
 
+    /// The block that is copied next to a joining node, if one is copied to.
+    pub fn copied_up_to(&self) -> Option<BlockIndex> {
+        self.join.as_ref().map(Join::copied_up_to)
+    }
+
     /// The members that a write to the whole image would need.
     pub fn needed(&self) -> Nodes {
         self.counting(Record::members)
+    }
+
+    /// Whether every run keeps a member if this node fails too. The last one is waited for, however long it takes.
+    pub fn spares(&self, node: &NodeId) -> bool {
+        let stays = |other: &NodeId| other != node && !self.gone.contains(other);
+        let runs = self.committed.runs();
+        runs.iter().all(|run| run.members.iter().any(stays))
+    }
+
+    /// Whether a client waits.
+    pub fn is_busy(&self) -> bool {
+        self.ops.values().any(|op| op.client.is_some())
+    }
+
+    /// The join under way.
+    pub fn join(&self) -> Option<&Join> {
+        self.join.as_ref()
     }
 
     /// Whether a set change is proposed or not in force yet.
@@ -137,49 +164,36 @@ impl Owner {
         let mut out = Vec::new();
         match input {
             Input::Client { op, ask } => self.client(op, ask, &mut out),
-            Input::Answered {
-                from,
-                id,
-                stamp,
-                answer,
-            } => {
-                let session = (stamp.epoch, stamp.lease) == self.record.grant();
-                if session && !matches!(self.phase, Phase::Ended(_)) {
-                    self.answered(now, from, id, stamp, answer, &mut out);
-                }
-            }
+            Input::Reply { from, reply } => self.reply(now, from, reply, &mut out),
             Input::MemberFailed(node) => {
-                self.gone.insert(node);
+                self.give_up(node);
             }
             Input::Committed(record) => self.committed(record, &mut out),
-            Input::Raised { from, standing } => self.raised(from, &standing),
-            Input::NotRaised { stamp, .. } if stamp != self.committed.stamp() => {}
-            Input::NotRaised { from, refusal, .. } => match refusal {
-                Refusal::EpochEnded { .. } | Refusal::OtherLease { .. } => self.end(Denial::Deposed, &mut out),
-                Refusal::Fenced { .. } | Refusal::SetChanged { .. } => {}
-                _ => {
-                    self.gone.insert(from);
-                }
-            },
             Input::Fenced(epoch) if epoch > self.record.epoch() => self.end(Denial::Deposed, &mut out),
             Input::Fenced(_) => {}
             Input::RolledBack => self.frozen = true,
+            Input::Rebased(log) => self.rebased(&log, &mut out),
             Input::Renew => self.renew(now, &mut out),
-            Input::Join { node, extent, end } => {
+            Input::Join {
+                node,
+                extent,
+                end,
+                blocks,
+            } => {
                 let denial = self.cannot_change();
                 if let Some(denial) = denial {
                     out.push(Output::NotChanged { node, denial });
                 } else {
                     self.gone.remove(&node);
-                    self.join = Some(Join::new(node, extent, end));
+                    self.join = Some(Join::new(node, extent, end, blocks));
                 }
             }
             Input::Leave(node) => self.leave(node, &mut out),
             Input::Seal => {
                 if self.phase == Phase::Open {
+                    // Copies under way are waited for: what overlaps them must not begin before.
                     self.phase = Phase::Draining;
                     self.join = None;
-                    self.ops.retain(|_, op| op.client.is_some());
                 }
             }
             Input::SealedHere(ok) => {
@@ -199,6 +213,26 @@ impl Owner {
         out
     }
 
+    fn reply(&mut self, now: BootMs, from: NodeId, reply: Reply, out: &mut Vec<Output>) {
+        match reply {
+            Reply::Answered { id, stamp, answer } => {
+                let session = (stamp.epoch, stamp.lease) == self.record.grant();
+                if session && !matches!(self.phase, Phase::Ended(_)) {
+                    self.answered(now, from, id, stamp, answer, out);
+                }
+            }
+            Reply::Raised(standing) => self.raised(from, &standing),
+            Reply::NotRaised { stamp, .. } if stamp != self.committed.stamp() => {}
+            Reply::NotRaised { refusal, .. } => match refusal {
+                Refusal::EpochEnded { .. } | Refusal::OtherLease { .. } => self.end(Denial::Deposed, out),
+                Refusal::Fenced { .. } | Refusal::SetChanged { .. } => {}
+                _ => {
+                    self.give_up(from);
+                }
+            },
+        }
+    }
+
     fn answered(
         &mut self,
         now: BootMs,
@@ -215,7 +249,7 @@ impl Owner {
             }
             Answer::Done => self.done(now, from, id, stamp, out),
             Answer::Failed => {
-                self.gone.insert(from);
+                self.give_up(from);
             }
             Answer::Refused(refusal) => match refusal {
                 Refusal::EpochEnded { .. } | Refusal::OtherLease { .. } | Refusal::Sealed { .. } => {
@@ -230,7 +264,7 @@ impl Owner {
                 | Refusal::StoreChanged
                 | Refusal::DiskFailed => {
                     if stamp == self.record.stamp() {
-                        self.gone.insert(from);
+                        self.give_up(from);
                     }
                 }
             },
@@ -245,7 +279,8 @@ impl Owner {
                 store: self.store_of(&to),
                 work: Work::Renew { sent: now },
             };
-            out.push(Output::Send { op: None, to, request });
+            let bytes = Bytes::None;
+            out.push(Output::Send { to, request, bytes });
         }
     }
 

@@ -9,7 +9,7 @@ use hearth_protocol::{BlockIndex, NodeId, SetVersion};
 
 use super::{Ask, Denial, OpId, Output, Owner, Phase};
 use crate::mutants::Mutant;
-use crate::request::{Extent, Nodes, Request, RequestId, Stamp, Work};
+use crate::request::{Bytes, Extent, Nodes, Request, RequestId, Stamp, Work};
 use crate::time::BootMs;
 use hearth_protocol::record::Record;
 
@@ -24,9 +24,10 @@ pub(super) enum Kind {
     Flush {
         keep: BTreeSet<BlockIndex>,
     },
-    /// A block on its way to a joining node; `from` while it is read.
+    /// Blocks on their way to a joining node; `from` while they are read.
     Copy {
-        block: BlockIndex,
+        extent: Extent,
+        to: NodeId,
         from: Option<NodeId>,
     },
 }
@@ -44,8 +45,7 @@ pub(super) struct Op {
 impl Op {
     pub(super) fn extent(&self) -> Option<Extent> {
         match &self.kind {
-            Kind::Read(extent) | Kind::Write { extent, .. } => Some(*extent),
-            Kind::Copy { block, .. } => Some(Extent::block(*block)),
+            Kind::Read(extent) | Kind::Write { extent, .. } | Kind::Copy { extent, .. } => Some(*extent),
             Kind::Flush { .. } => None,
         }
     }
@@ -107,25 +107,23 @@ impl Owner {
         }
         match &mut op.kind {
             Kind::Read(_) if leased => {
-                out.extend(op.client.map(Output::Acknowledge));
+                let bytes = Bytes::OfAnswer { from, id };
+                out.extend(op.client.map(|op| Output::Acknowledge { op, bytes }));
                 self.ops.remove(&id);
             }
             // The bytes may be older than what a new owner has acknowledged: they are read again under a lease.
             Kind::Read(_) => op.restart(),
-            Kind::Copy { block, from: source } if source.is_some() => {
+            Kind::Copy {
+                extent,
+                to,
+                from: source,
+            } if source.is_some() && self.join.is_some() => {
                 *source = None;
-                let work = Work::Write {
-                    extent: Extent::block(*block),
-                    fua: false,
-                };
-                if let Some(node) = self.join.as_ref().map(|join| join.node().clone()) {
-                    self.send(id, node, work, out);
-                }
+                let (extent, to) = (*extent, to.clone());
+                let work = Work::Write { extent, fua: false };
+                self.send(id, to, work, Bytes::OfAnswer { from, id }, out);
             }
-            Kind::Copy { block, .. } => {
-                if let Some(join) = &mut self.join {
-                    join.copied(*block);
-                }
+            Kind::Copy { .. } => {
                 self.ops.remove(&id);
             }
             Kind::Write { .. } | Kind::Flush { .. } => {
@@ -134,20 +132,14 @@ impl Owner {
         }
     }
 
-    pub(super) fn send(&mut self, id: RequestId, to: NodeId, work: Work, out: &mut Vec<Output>) {
+    fn send(&mut self, id: RequestId, to: NodeId, work: Work, bytes: Bytes, out: &mut Vec<Output>) {
         let stamp = self.record.stamp();
-        let mut client = None;
         if let Some(op) = self.ops.get_mut(&id) {
             op.sent.insert(to.clone(), stamp.set_version);
-            client = op.client;
         }
         let store = self.store_of(&to);
         let request = Request { id, stamp, store, work };
-        out.push(Output::Send {
-            op: client,
-            to,
-            request,
-        });
+        out.push(Output::Send { to, request, bytes });
     }
 
     /// Answers writes and flushes that everybody has.
@@ -162,7 +154,10 @@ impl Owner {
         for id in finished {
             let Some(op) = self.ops.remove(&id) else { continue };
             match op.client {
-                Some(client) => out.push(Output::Acknowledge(client)),
+                Some(op) => {
+                    let bytes = Bytes::None;
+                    out.push(Output::Acknowledge { op, bytes });
+                }
                 None => {
                     if let Some(join) = &mut self.join {
                         join.flushed();
@@ -210,6 +205,7 @@ impl Owner {
             }
             let source = self.source(op);
             let client = op.client;
+            let split = op.extent().is_some_and(|extent| !self.is_held(extent));
             let writing: Vec<Extent> = self
                 .ops
                 .values()
@@ -217,26 +213,29 @@ impl Owner {
                 .filter_map(Op::extent)
                 .collect();
             let Some(op) = self.ops.get_mut(&id) else { continue };
-            op.started = true;
             let source = match (&op.kind, source) {
-                (_, Some(source)) => source,
-                (Kind::Read(_), None) => {
+                (Kind::Read(_) | Kind::Copy { .. }, Some(source)) => source,
+                (Kind::Read(_), None) if split => {
                     self.ops.remove(&id);
                     let denial = Denial::Split;
                     out.extend(client.map(|op| Output::Deny { op, denial }));
                     continue;
                 }
-                (_, None) => self.me.clone(),
+                // Whoever holds it has failed: the next set says what becomes of it.
+                (Kind::Read(_) | Kind::Copy { .. }, None) => continue,
+                (Kind::Write { .. } | Kind::Flush { .. }, _) => self.me.clone(),
             };
+            op.started = true;
             match &mut op.kind {
                 Kind::Read(extent) => {
                     let work = Work::Read(*extent);
-                    self.send(id, source, work, out);
+                    let bytes = client.map_or(Bytes::None, Bytes::OfClient);
+                    self.send(id, source, work, bytes, out);
                 }
-                Kind::Copy { block, from } => {
+                Kind::Copy { extent, from, .. } => {
                     *from = Some(source.clone());
-                    let work = Work::Read(Extent::block(*block));
-                    self.send(id, source, work, out);
+                    let work = Work::Read(*extent);
+                    self.send(id, source, work, Bytes::None, out);
                 }
                 Kind::Write { .. } => self.send_all(id, out),
                 Kind::Flush { keep } => {
@@ -265,6 +264,12 @@ impl Owner {
         })
     }
 
+    /// Whether a member of the set holds all of an extent, failed or not.
+    fn is_held(&self, extent: Extent) -> bool {
+        let members = self.record.members_of(extent);
+        members.iter().any(|node| self.record.holds(node, extent))
+    }
+
     /// The member to read from: this node, else the first that did not fail.
     pub(super) fn source(&self, op: &Op) -> Option<NodeId> {
         let extent = op.extent()?;
@@ -288,8 +293,16 @@ impl Owner {
             Kind::Flush { keep } => (self.record.everyone(), Work::Flush { keep: keep.clone() }),
             Kind::Read(_) | Kind::Copy { .. } => return,
         };
+        if let Kind::Write { extent, .. } = op.kind {
+            self.misses(extent);
+        }
+        let Some(op) = self.ops.get(&id) else { return };
+        let bytes = match (&op.kind, op.client) {
+            (Kind::Write { .. }, Some(op)) => Bytes::OfClient(op),
+            _ => Bytes::None,
+        };
         for to in &(&targets - &op.done) - &self.gone {
-            self.send(id, to, work.clone(), out);
+            self.send(id, to, work.clone(), bytes.clone(), out);
         }
     }
 }

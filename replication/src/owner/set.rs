@@ -11,7 +11,7 @@ use super::ops::Kind;
 use super::{Denial, Output, Owner, Phase};
 use crate::request::{Nodes, RequestId, Standing};
 use crate::resync::{Stage, Todo};
-use hearth_protocol::aggregate::Change;
+use hearth_protocol::aggregate::{Aggregate, Change};
 use hearth_protocol::record::{Age, Record, RecordError};
 
 impl Owner {
@@ -32,16 +32,34 @@ impl Owner {
         }
     }
 
+    /// The log was recovered. A log that does not know this owner's record lost it for good: sets stay as they are.
+    pub(super) fn rebased(&mut self, log: &Aggregate, out: &mut Vec<Output>) {
+        if log.knows(&self.committed) {
+            self.frozen = false;
+            self.committed(log.record.clone(), out);
+        } else if log.record.epoch() > self.record.epoch() {
+            self.end(Denial::Deposed, out);
+        }
+    }
+
     pub(super) fn raised(&mut self, from: NodeId, standing: &Standing) {
         if standing.record.as_ref() != Some(&self.committed) {
             return;
         }
-        let began = *self.stores.entry(from.clone()).or_insert(standing.store);
-        let joins = self.join.as_ref().is_some_and(|join| *join.node() == from);
-        if joins && self.join.as_ref().is_some_and(|join| join.stage() == Stage::Adding) {
+        // A node that joins further blocks is a member of others, and what it held of those counts from before.
+        let joins = self
+            .join
+            .as_ref()
+            .is_some_and(|join| *join.node() == from && join.stage() == Stage::Adding);
+        if joins && !self.record.everyone().contains(&from) {
             self.stores.insert(from.clone(), standing.store);
-        } else if began != standing.store {
-            self.gone.insert(from);
+        }
+        if joins && let Some(join) = &mut self.join {
+            join.told(standing);
+        }
+        let began = *self.stores.entry(from.clone()).or_insert(standing.store);
+        if began != standing.store {
+            self.give_up(from);
             return;
         }
         self.raised.insert(from);
@@ -109,6 +127,9 @@ impl Owner {
 
     /// Proposes the set without the nodes that failed.
     pub(super) fn shrink(&mut self, out: &mut Vec<Output>) {
+        let gone = &self.gone;
+        self.ops
+            .retain(|_, op| !matches!(&op.kind, Kind::Copy { to, .. } if gone.contains(to)));
         if let Some(join) = self.join.take_if(|join| self.gone.contains(join.node())) {
             self.ops.retain(|_, op| op.client.is_some());
             out.push(Output::NotChanged {
@@ -127,22 +148,34 @@ impl Owner {
     }
 
     pub(super) fn resync(&mut self, out: &mut Vec<Output>) {
-        if self.is_changing() || self.ops.values().any(|op| op.client.is_none()) {
+        let Some(mut join) = self
+            .join
+            .take_if(|_| self.committed == self.record && self.proposed.is_none())
+        else {
             return;
-        }
-        let Some(mut join) = self.join.take() else { return };
-        match join.todo(&self.record, self.rules) {
-            Ok(Todo::Joined) => return out.push(Output::Joined(join.node().clone())),
-            Ok(Todo::Propose(_)) if self.frozen => {}
-            Ok(Todo::Propose(to)) => self.propose(to, out),
-            Ok(Todo::Copy(block)) => self.add(None, Kind::Copy { block, from: None }),
-            Ok(Todo::Flush) => self.add(None, Kind::Flush { keep: BTreeSet::new() }),
-            Err(error) => {
-                return out.push(Output::NotChanged {
-                    node: join.node().clone(),
-                    denial: Denial::Map(error.to_string()),
-                });
+        };
+        self.take_missed(&mut join);
+        loop {
+            let under_way = self.ops.values().filter(|op| op.client.is_none()).count();
+            match join.todo(&self.record, self.rules, under_way) {
+                Ok(Todo::Joined) => return out.push(Output::Joined(join.node().clone())),
+                Ok(Todo::Copy(extent)) => {
+                    let to = join.node().clone();
+                    self.add(None, Kind::Copy { extent, to, from: None });
+                    continue;
+                }
+                Ok(Todo::Wait) => {}
+                Ok(Todo::Propose(_)) if self.frozen => {}
+                Ok(Todo::Propose(to)) => self.propose(to, out),
+                Ok(Todo::Flush) => self.add(None, Kind::Flush { keep: BTreeSet::new() }),
+                Err(error) => {
+                    return out.push(Output::NotChanged {
+                        node: join.node().clone(),
+                        denial: Denial::Map(error.to_string()),
+                    });
+                }
             }
+            break;
         }
         self.join = Some(join);
     }

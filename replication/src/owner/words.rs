@@ -5,13 +5,12 @@ use std::sync::Arc;
 
 use hearth_protocol::{BlockIndex, Epoch, Incarnation, LeaseId, NodeId};
 
-use crate::request::{Answer, Extent, Refusal, Request, RequestId, Stamp, Standing};
-use hearth_protocol::aggregate::Change;
-use hearth_protocol::record::Record;
+pub use crate::request::OpId;
 
-/// A client's operation, numbered by the export.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct OpId(pub u64);
+use crate::handover::HELD_WRITES_MAX;
+use crate::request::{Bytes, Extent, Reply, Request, Stamp};
+use hearth_protocol::aggregate::{Aggregate, Change};
+use hearth_protocol::record::Record;
 
 /// What a client asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -39,41 +38,23 @@ pub enum Input {
         /// What.
         ask: Ask,
     },
-    /// A member answered a request.
-    Answered {
+    /// A member replied.
+    Reply {
         /// Which member.
         from: NodeId,
-        /// Which request.
-        id: RequestId,
-        /// The request's stamp.
-        stamp: Stamp,
-        /// How.
-        answer: Answer,
+        /// What.
+        reply: Reply,
     },
     /// A member's connection is lost, or it takes too long.
     MemberFailed(NodeId),
     /// The log's last record of this image that counts.
     Committed(Arc<Record>),
-    /// A member recorded a set change.
-    Raised {
-        /// Which member.
-        from: NodeId,
-        /// Where it stands.
-        standing: Standing,
-    },
-    /// A member did not record a set change.
-    NotRaised {
-        /// Which member.
-        from: NodeId,
-        /// Which record.
-        stamp: Stamp,
-        /// Why.
-        refusal: Refusal,
-    },
     /// The member on this node stopped to admit epochs below this one.
     Fenced(Epoch),
     /// The log ends before what this node has seen.
     RolledBack,
+    /// The log was recovered.
+    Rebased(Aggregate),
     /// Time to renew the read leases.
     Renew,
     /// A node is to get a copy of an extent.
@@ -84,6 +65,8 @@ pub enum Input {
         extent: Extent,
         /// The image's last block.
         end: BlockIndex,
+        /// Blocks of one copy.
+        blocks: u64,
     },
     /// A member's copy is to go.
     Leave(NodeId),
@@ -96,15 +79,14 @@ pub enum Input {
 /// What an owner wants done.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Output {
-    /// Send a request to a member, the local one included. A write carries the client's bytes or, where it is no client's,
-    /// those that the answer which led to this brought.
+    /// Send a request to a member, the local one included.
     Send {
-        /// The client's operation that it is part of.
-        op: Option<OpId>,
         /// Which member.
         to: NodeId,
         /// What.
         request: Request,
+        /// What a write carries.
+        bytes: Bytes,
     },
     /// Publish a change of the set, by compare-and-publish, until the log shows it or another one.
     Publish(Change),
@@ -117,8 +99,13 @@ pub enum Output {
         /// The record that it replaces in the log.
         over: Stamp,
     },
-    /// Answer a client: done. For a read, with the bytes of the member that answered last.
-    Acknowledge(OpId),
+    /// Answer a client: done.
+    Acknowledge {
+        /// Which operation.
+        op: OpId,
+        /// What a read found.
+        bytes: Bytes,
+    },
     /// Answer a client: not done, or not known to be done.
     Deny {
         /// Which operation.
@@ -165,6 +152,12 @@ pub enum Denial {
         /// The epoch.
         epoch: Epoch,
     },
+    /// The image is not attached here.
+    #[error("the image is not attached on this node: attach it to serve it")]
+    Detached,
+    /// Too many operations wait for the image to open.
+    #[error("{HELD_WRITES_MAX} operations wait for the image to open here: wait until it is open, or detach")]
+    Full,
     /// No member is left that holds what was acknowledged.
     #[error(
         "every copy of some blocks failed or started anew since this session began, so acknowledged writes may be \

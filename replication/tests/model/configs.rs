@@ -217,6 +217,45 @@ pub fn join_alone(rules: Rules, deep: bool) -> Config {
     }
 }
 
+/// A member is given up, with requests to it under way, and joins again with what it has.
+pub fn rejoin_alone(rules: Rules, deep: bool) -> Config {
+    Config {
+        blocks: 2,
+        members: 0b011,
+        joiner: 1,
+        straddling: true,
+        async_writes: true,
+        quick: false,
+        budget: Budget {
+            writes: bound(deep, [2, 0, 0], [3, 0, 0]),
+            joins: 2,
+            failures: 2,
+            ..NOTHING
+        },
+        reach: &[Reached::Joined, Reached::WroteAfterShrink],
+        ..base("joining again", rules)
+    }
+}
+
+/// A member loses power, is given up and joins again with what is left.
+pub fn rejoin_power(rules: Rules, deep: bool) -> Config {
+    Config {
+        members: 0b011,
+        joiner: 1,
+        budget: Budget {
+            writes: [2, 0, 0],
+            flushes: [1, 0, 0],
+            kills: bound(deep, 0, 1),
+            joins: 1,
+            failures: 1,
+            power_losses: 1,
+            ..NOTHING
+        },
+        reach: &[Reached::Joined, Reached::WroteAfterShrink],
+        ..base("power loss and joining again", rules)
+    }
+}
+
 /// A node joins and takes over, at whatever point.
 pub fn join_takeover(rules: Rules, deep: bool) -> Config {
     Config {

@@ -6,7 +6,7 @@ use hearth_protocol::NodeId;
 use hearth_protocol::record::Record;
 use hearth_replication::member;
 use hearth_replication::owner;
-use hearth_replication::request::{Answer, Refusal, Request, RequestId, Stamp, Standing, Work};
+use hearth_replication::request::{Answer, Bytes as Source, Refusal, Reply, Request, RequestId, Stamp, Standing, Work};
 use hearth_replication::takeover;
 
 use super::config::{Config, Time};
@@ -23,7 +23,13 @@ impl World {
 
     fn member_wants(&mut self, config: &Config, at: usize, output: member::Output, stamp: Option<Stamp>, bytes: Bytes) {
         match output {
-            member::Output::Perform { from, id, work, mark } => {
+            member::Output::Perform {
+                from,
+                id,
+                work,
+                mark,
+                anew,
+            } => {
                 let stamp = stamp.expect("a request has a stamp");
                 if mark && let Work::Write { extent, .. } = &work {
                     let store = self.nodes[at].member.store();
@@ -56,6 +62,10 @@ impl World {
                             cell.stable = cell.now;
                             cell.cached.clear();
                         }
+                        let store = self.nodes[at].member.store();
+                        for block in anew {
+                            self.node(at).disk.marks.entry(block).and_modify(|made| *made = store);
+                        }
                         let ended = member::Input::Finished { from, id, ok: true };
                         self.member(config, at, ended, Some(stamp), bytes);
                     }
@@ -73,7 +83,7 @@ impl World {
             member::Output::Unmark(blocks) => {
                 self.node(at).disk.marks.retain(|block, _| !blocks.contains(block));
             }
-            member::Output::Answer { to, id, answer } => {
+            member::Output::Answer { to, id, answer, .. } => {
                 let stamp = stamp.expect("an answer has a stamp");
                 let to = number(&to);
                 if to == at || config.quick {
@@ -110,7 +120,7 @@ impl World {
                     });
                 }
             }
-            member::Output::Told { to, standing } => {
+            member::Output::Told { to, standing, .. } => {
                 let to = number(&to);
                 self.takeover(
                     config,
@@ -159,7 +169,7 @@ impl World {
     pub fn owner(&mut self, config: &Config, at: usize, input: owner::Input, brought: Bytes) {
         let now = self.now(at);
         let served_by = match &input {
-            owner::Input::Answered { from, .. } => number(from),
+            owner::Input::Reply { from, .. } => number(from),
             _ => at,
         };
         let Some(owner) = &mut self.node(at).owner else { return };
@@ -175,15 +185,18 @@ impl World {
         }
         for output in out {
             match output {
-                owner::Output::Send { op, to, request } => {
-                    let bytes = op.map_or(brought, |op| [op.0 as Value; BLOCKS]);
+                owner::Output::Send { to, request, bytes } => {
+                    let bytes = match bytes {
+                        Source::OfClient(op) => [op.0 as Value; BLOCKS],
+                        _ => brought,
+                    };
                     self.send(config, at, number(&to), request, bytes);
                 }
                 owner::Output::Publish(change) => {
                     self.post(Message::Publish(change));
                 }
                 owner::Output::Raise { to, record, over } => self.raise(config, at, number(&to), record, over),
-                owner::Output::Acknowledge(op) => {
+                owner::Output::Acknowledge { op, .. } => {
                     let by = (at, grant.0, grant.1);
                     self.ghost().acknowledge(op.0 as u8, by, served_by, brought);
                 }
@@ -221,7 +234,7 @@ impl World {
                     self.post(Message::Publish(change));
                 }
                 takeover::Output::Raise { to, record, over } => self.raise(config, at, number(&to), record, over),
-                takeover::Output::Send { to, request } => self.send(config, at, number(&to), request, brought),
+                takeover::Output::Send { to, request, .. } => self.send(config, at, number(&to), request, brought),
                 takeover::Output::Opened(owner) => {
                     let record = owner.record().clone();
                     let lost = |node: &NodeId| self.ghost.lossy & (1 << number(node)) != 0;
@@ -291,47 +304,26 @@ impl World {
         answer: Answer,
         bytes: Bytes,
     ) {
+        self.reply(config, from, to, Reply::Answered { id, stamp, answer }, bytes);
+    }
+
+    /// A member's reply reaches a node.
+    pub fn reply(&mut self, config: &Config, from: usize, to: usize, reply: Reply, bytes: Bytes) {
         let from = name(from);
-        let input = takeover::Input::Answered {
+        let input = takeover::Input::Reply {
             from: from.clone(),
-            id,
-            stamp,
-            answer: answer.clone(),
+            reply: reply.clone(),
         };
         self.takeover(config, to, input, bytes);
-        let input = owner::Input::Answered {
-            from,
-            id,
-            stamp,
-            answer,
-        };
-        self.owner(config, to, input, bytes);
+        self.owner(config, to, owner::Input::Reply { from, reply }, bytes);
     }
 
     pub fn raised(&mut self, config: &Config, from: usize, to: usize, standing: Standing) {
-        let from = name(from);
-        let input = takeover::Input::Raised {
-            from: from.clone(),
-            standing: standing.clone(),
-        };
-        self.takeover(config, to, input, [0; BLOCKS]);
-        self.owner(config, to, owner::Input::Raised { from, standing }, [0; BLOCKS]);
+        self.reply(config, from, to, Reply::Raised(standing), [0; BLOCKS]);
     }
 
     pub fn not_raised(&mut self, config: &Config, from: usize, to: usize, stamp: Stamp, refusal: Refusal) {
-        let from = name(from);
-        let input = takeover::Input::NotRaised {
-            from: from.clone(),
-            stamp,
-            refusal: refusal.clone(),
-        };
-        self.takeover(config, to, input, [0; BLOCKS]);
-        self.owner(
-            config,
-            to,
-            owner::Input::NotRaised { from, stamp, refusal },
-            [0; BLOCKS],
-        );
+        self.reply(config, from, to, Reply::NotRaised { stamp, refusal }, [0; BLOCKS]);
     }
 
     /// Every other node that is up renews the read lease.

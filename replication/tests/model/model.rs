@@ -327,7 +327,17 @@ impl Model for Exploration {
                 let node = name(config.joiner);
                 let extent = WHOLE;
                 let end = BlockIndex(config.blocks as u64 - 1);
-                world.owner(config, at, owner::Input::Join { node, extent, end }, none);
+                world.owner(
+                    config,
+                    at,
+                    owner::Input::Join {
+                        node,
+                        extent,
+                        end,
+                        blocks: 1,
+                    },
+                    none,
+                );
             }
             Action::Leave(at) => {
                 world.left.leaves -= 1;

@@ -72,4 +72,6 @@ variants! {
     owner_not_told: OwnerNotTold, join_takeover, ONE_WRITER;
     old_answer_counts: OldAnswerCounts, shrink_alone, ON_EVERY_MEMBER;
     made_equal_without_a_flush: EqualUnflushed, site_loss, DURABLE;
+    writes_unmissed: WritesUnmissed, rejoin_alone, ON_EVERY_MEMBER;
+    marked_uncopied: MarkedUncopied, rejoin_power, ON_EVERY_MEMBER;
 }

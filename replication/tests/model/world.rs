@@ -398,7 +398,8 @@ impl World {
     /// The answers of some nodes arrive.
     pub fn hear(&mut self, config: &Config, at: usize, reached: u8) {
         for other in (0..3).filter(|other| reached & (1 << other) != 0) {
-            self.member(config, other, member::Input::Ask { from: name(at) }, None, [0; BLOCKS]);
+            let (from, lease) = (name(at), LeaseId(0));
+            self.member(config, other, member::Input::Ask { from, lease }, None, [0; BLOCKS]);
         }
         self.takeover(config, at, takeover::Input::Reached, [0; BLOCKS]);
     }

@@ -3,147 +3,28 @@
 //! Invariants:
 //! - It starts only from a member of the newest record found, and the log has that record; else the log lost its end.
 //! - The blocks in doubt are those the members name *behind* the fence, and they are equal and durable before it opens.
-//! - It opens when every member of its record has recorded it, and either the old owner's seal of the epoch before is known
-//!   or 1.25 T have passed since the last member recorded it.
+//! - It opens when every member of its record has recorded it, and either the old owner's seal of the epoch before is known,
+//!   or there was none before, or 1.25 T have passed since the last member recorded it.
 //! - A member that may have lost acknowledged writes is copied from only if every member of the newest record may have.
 //!
 //! It gives up with a reason rather than go on from less; then another one, under another lease, may begin. An earlier
 //! epoch of the same node counts as a seal only if it was sealed: an epoch that was granted may never have opened, and then
 //! the one before it may still answer reads.
 
+mod words;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use hearth_protocol::{BlockIndex, Epoch, Incarnation, LeaseId, NodeId};
 
+pub use self::words::{Input, Output, Setback};
 use crate::mutants::{Mutant, Rules};
 use crate::owner::Owner;
-use crate::request::{Answer, Extent, Nodes, Refusal, Request, RequestId, Stamp, Standing, Work};
+use crate::request::{Answer, Bytes, Extent, Nodes, Refusal, Reply, Request, RequestId, Stamp, Standing, Work};
 use crate::time::{BootMs, TAKEOVER_WAIT_MS};
 use hearth_protocol::aggregate::{Aggregate, Change};
 use hearth_protocol::record::{Age, Record, Run};
-
-/// What happens to a takeover.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Input {
-    /// A node told where it stands.
-    Told {
-        /// Which node.
-        from: NodeId,
-        /// Where.
-        standing: Standing,
-    },
-    /// Every node that can be reached has told.
-    Reached,
-    /// The log's last record of this image that counts.
-    Committed(Arc<Record>),
-    /// A member recorded the new record.
-    Raised {
-        /// Which member.
-        from: NodeId,
-        /// Where it stands, behind the fence.
-        standing: Standing,
-    },
-    /// A member did not.
-    NotRaised {
-        /// Which member.
-        from: NodeId,
-        /// Which record.
-        stamp: Stamp,
-        /// Why.
-        refusal: Refusal,
-    },
-    /// A member answered a request.
-    Answered {
-        /// Which member.
-        from: NodeId,
-        /// Which request.
-        id: RequestId,
-        /// The request's stamp.
-        stamp: Stamp,
-        /// How.
-        answer: Answer,
-    },
-    /// A member's connection is lost, or it takes too long.
-    MemberFailed(NodeId),
-    /// Time passed.
-    Tick,
-}
-
-/// What a takeover wants done.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Output {
-    /// Publish the new epoch, by compare-and-publish, until the log shows it or another one.
-    Publish(Change),
-    /// Have a member record the new record. May be sent again.
-    Raise {
-        /// Which member.
-        to: NodeId,
-        /// What.
-        record: Arc<Record>,
-        /// The record that it replaces in the log.
-        over: Stamp,
-    },
-    /// Send a request to a member. A write carries the bytes that the last read of the same block brought.
-    Send {
-        /// Which member.
-        to: NodeId,
-        /// What.
-        request: Request,
-    },
-    /// This node owns the image.
-    Opened(Box<Owner>),
-    /// It ends here.
-    GivenUp(Setback),
-}
-
-/// Why a takeover does not go on.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, thiserror::Error)]
-pub enum Setback {
-    /// A node has a record that the log does not have.
-    #[error("node {node} has a newer record than the log, so the log lost its end: run `hearth log recover`")]
-    RolledBack {
-        /// Which node.
-        node: NodeId,
-    },
-    /// No member of some blocks answered.
-    #[error("none of {members:?}, which hold block {first} and those behind it, can be reached: start one of them")]
-    NoMember {
-        /// The run.
-        first: BlockIndex,
-        /// Who holds it.
-        members: Vec<NodeId>,
-    },
-    /// Only members that may have lost acknowledged writes answered.
-    #[error(
-        "every reachable copy of block {first} and those behind it lost power with unflushed writes, and {missing:?} may \
-         still have them: start those nodes, or remove their locations if they are gone for good"
-    )]
-    InDoubt {
-        /// The run.
-        first: BlockIndex,
-        /// Who else is to be asked.
-        missing: Vec<NodeId>,
-    },
-    /// A running guest would silently lose acknowledged writes.
-    #[error(
-        "every copy of block {first} and those behind it lost power since the guest's writes were acknowledged: stop the \
-         guest and attach the image anew"
-    )]
-    Gap {
-        /// The run.
-        first: BlockIndex,
-    },
-    /// Somebody else's change came first.
-    #[error("another change of this image came first: look who owns it now, and ask again if this node is to own it")]
-    Overtaken,
-    /// A member refused or was lost on the way.
-    #[error("member {node} was lost before the image opened: ask again, without it")]
-    MemberLost {
-        /// Which member.
-        node: NodeId,
-    },
-}
 
 /// Why it is known that the old owner answers nobody.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -221,6 +102,21 @@ impl Takeover {
         }
     }
 
+    /// The same one, begun anew over a newer record: nothing was published yet.
+    pub fn over(self, log: Aggregate) -> Self {
+        Self::new(self.me, self.rules, self.lease, self.mode, log)
+    }
+
+    /// Whether a record in the log is another grant than the one that is to be replaced.
+    pub fn is_rivalled(&self, record: &Record) -> bool {
+        record.grant() != self.log.record.grant()
+    }
+
+    /// The lease that it wants the epoch for.
+    pub fn lease(&self) -> LeaseId {
+        self.lease
+    }
+
     /// Whether it still asks.
     pub fn is_asking(&self) -> bool {
         self.phase == Phase::Asking
@@ -229,6 +125,11 @@ impl Takeover {
     /// Whether it only waits for time to pass.
     pub fn is_waiting(&self) -> bool {
         self.phase == Phase::Waiting
+    }
+
+    /// When it opens if nothing else happens; `None` while it waits for something else than time.
+    pub fn opens_at(&self) -> Option<BootMs> {
+        self.is_waiting().then(|| self.raised_at.after(TAKEOVER_WAIT_MS))
     }
 
     /// Takes an input; `now` is this node's boot-time clock.
@@ -243,19 +144,7 @@ impl Takeover {
             Input::Reached if self.phase == Phase::Asking => self.publish(),
             Input::Reached => Ok(Vec::new()),
             Input::Committed(record) => self.committed(record),
-            Input::Raised { from, standing } => self.raised(now, from, standing),
-            Input::NotRaised { stamp, .. } if self.to.as_ref().is_none_or(|to| to.stamp() != stamp) => Ok(Vec::new()),
-            Input::NotRaised { from, refusal, .. } => match refusal {
-                Refusal::EpochEnded { .. } | Refusal::OtherLease { .. } => Err(Setback::Overtaken),
-                Refusal::GrantedOverOlder { .. } => Err(Setback::RolledBack { node: from }),
-                _ => Err(Setback::MemberLost { node: from }),
-            },
-            Input::Answered {
-                from,
-                id,
-                stamp,
-                answer,
-            } => self.answered(from, id, stamp, answer),
+            Input::Reply { from, reply } => self.reply(now, from, reply),
             Input::MemberFailed(node) => match &self.to {
                 Some(to) if to.members().contains(&node) => Err(Setback::MemberLost { node }),
                 _ => {
@@ -277,6 +166,19 @@ impl Takeover {
                 self.phase = Phase::Over;
                 vec![Output::GivenUp(setback)]
             }
+        }
+    }
+
+    fn reply(&mut self, now: BootMs, from: NodeId, reply: Reply) -> Result<Vec<Output>, Setback> {
+        match reply {
+            Reply::Answered { id, stamp, answer } => self.answered(from, id, stamp, answer),
+            Reply::Raised(standing) => self.raised(now, from, standing),
+            Reply::NotRaised { stamp, .. } if self.to.as_ref().is_none_or(|to| to.stamp() != stamp) => Ok(Vec::new()),
+            Reply::NotRaised { refusal, .. } => match refusal {
+                Refusal::EpochEnded { .. } | Refusal::OtherLease { .. } => Err(Setback::Overtaken),
+                Refusal::GrantedOverOlder { .. } => Err(Setback::RolledBack { node: from }),
+                _ => Err(Setback::MemberLost { node: from }),
+            },
         }
     }
 
@@ -438,13 +340,14 @@ impl Takeover {
             }
             let waiting: Nodes = self.raised.keys().cloned().collect();
             let keep = BTreeSet::new();
-            let out = self.ask(&waiting, &Work::Flush { keep });
+            let out = self.ask(&waiting, &Work::Flush { keep }, &Bytes::None);
             self.phase = Phase::Flushing { waiting };
             return out;
         };
         let out = self.ask(
             &Nodes::from([next.from.clone()]),
             &Work::Read(Extent::block(next.block)),
+            &Bytes::None,
         );
         self.phase = Phase::Equalizing {
             left,
@@ -455,7 +358,7 @@ impl Takeover {
     }
 
     /// Sends one request, under one number, to some members.
-    fn ask(&mut self, nodes: &Nodes, work: &Work) -> Vec<Output> {
+    fn ask(&mut self, nodes: &Nodes, work: &Work, bytes: &Bytes) -> Vec<Output> {
         self.next = RequestId(self.next.0 + 1);
         let Some(to) = &self.to else { return Vec::new() };
         let send = |(node, standing): (&NodeId, &Standing)| Output::Send {
@@ -466,6 +369,7 @@ impl Takeover {
                 store: standing.store,
                 work: work.clone(),
             },
+            bytes: bytes.clone(),
         };
         let asked = self.raised.iter().filter(|(node, _)| nodes.contains(*node));
         asked.map(send).collect()
@@ -487,7 +391,8 @@ impl Takeover {
                         *reading = false;
                         *waiting = to.clone();
                         let extent = Extent::block(block);
-                        return Ok(self.ask(&to, &Work::Write { extent, fua: false }));
+                        let bytes = Bytes::OfAnswer { from, id };
+                        return Ok(self.ask(&to, &Work::Write { extent, fua: false }, &bytes));
                     }
                 } else {
                     waiting.remove(&from);
@@ -525,16 +430,18 @@ impl Takeover {
             .chain(self.raised.values())
             .any(|standing| standing.sealed == grant);
         let own = self.rules.breaks(Mutant::OwnEpochSeals) && self.log.owner.as_ref() == Some(&self.me);
+        // Every member of the first record has told that it knows no other, and who ever owned it had them all record his.
+        let first = self.log.owner.is_none() && self.log.record.epoch() == Epoch(0);
         let waited = now >= self.raised_at.after(TAKEOVER_WAIT_MS);
-        if !sealed && !waited && !own && !self.rules.breaks(Mutant::NoWait) {
+        if !sealed && !waited && !own && !first && !self.rules.breaks(Mutant::NoWait) {
             return;
         }
         let stores = self
             .raised
             .iter()
             .map(|(node, standing)| (node.clone(), standing.store));
-        let first = RequestId(self.next.0 + 1);
-        let owner = Owner::open(self.me.clone(), self.rules, to.clone(), stores.collect(), first);
+        let next = RequestId(self.next.0 + 1);
+        let owner = Owner::open(self.me.clone(), self.rules, to.clone(), stores.collect(), next);
         self.phase = Phase::Over;
         out.push(Output::Opened(Box::new(owner)));
     }

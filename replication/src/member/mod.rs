@@ -7,14 +7,17 @@
 //! It is not the disk: whoever drives it carries out [`Output::Perform`] and [`Output::Persist`] and reports their end. A
 //! member that starts again after a crash is made anew from what the disk holds.
 
+mod words;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use hearth_protocol::{BlockIndex, Epoch, Incarnation, LeaseId, NodeId};
 use serde::{Deserialize, Serialize};
 
+pub use self::words::{Input, Output};
 use crate::mutants::{Mutant, Rules};
-use crate::request::{Answer, Nodes, Refusal, Request, RequestId, Stamp, Standing, Work};
+use crate::request::{Answer, Bytes, Nodes, Refusal, Request, RequestId, Stamp, Standing, Work};
 use hearth_protocol::record::{Age, Record};
 
 /// Blocks that were written and may not be everywhere, each with the life of the store in which that was marked first.
@@ -27,115 +30,6 @@ pub struct Durable {
     pub record: Option<Arc<Record>>,
     /// What the owner on this node sealed.
     pub sealed: Option<(Epoch, LeaseId)>,
-}
-
-/// What happens to a member.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Input {
-    /// An owner asks for something.
-    Request {
-        /// Its node.
-        from: NodeId,
-        /// What.
-        request: Request,
-    },
-    /// An admitted request ended on the disk.
-    Finished {
-        /// The asking node.
-        from: NodeId,
-        /// Its request.
-        id: RequestId,
-        /// Whether it worked. What failed is never tried again (rule 5).
-        ok: bool,
-    },
-    /// A record that counts in the log is to be recorded.
-    Raise {
-        /// Who asks.
-        from: NodeId,
-        /// The record.
-        record: Arc<Record>,
-        /// The record that it replaces in the log.
-        over: Stamp,
-    },
-    /// The owner on this node has drained and seals its epoch.
-    Seal {
-        /// What it seals.
-        grant: (Epoch, LeaseId),
-    },
-    /// [`Output::Persist`] is on stable storage, or failed.
-    Persisted {
-        /// Whether it worked.
-        ok: bool,
-    },
-    /// A node that wants to become the owner asks where this one stands.
-    Ask {
-        /// Who asks.
-        from: NodeId,
-    },
-    /// The set of this record, which counts and is in force, does not have this node.
-    Drop {
-        /// The record's stamp.
-        stamp: Stamp,
-    },
-}
-
-/// What a member wants done.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Output {
-    /// Carry this out on the disk, then report [`Input::Finished`].
-    Perform {
-        /// The asking node.
-        from: NodeId,
-        /// Its request.
-        id: RequestId,
-        /// What.
-        work: Work,
-        /// Mark the written blocks durably before the first of them changes.
-        mark: bool,
-    },
-    /// Make this durable, then report [`Input::Persisted`].
-    Persist(Durable),
-    /// These blocks are everywhere and durable here: their marks may go whenever that is cheap.
-    Unmark(BTreeSet<BlockIndex>),
-    /// Answer a request.
-    Answer {
-        /// Whom.
-        to: NodeId,
-        /// Which.
-        id: RequestId,
-        /// How.
-        answer: Answer,
-    },
-    /// The record counts here.
-    Raised {
-        /// Who asked for it.
-        to: NodeId,
-        /// Where this node stands behind the fence.
-        standing: Standing,
-    },
-    /// The record does not count here.
-    NotRaised {
-        /// Who asked for it.
-        to: NodeId,
-        /// Which record.
-        stamp: Stamp,
-        /// Why.
-        refusal: Refusal,
-    },
-    /// Where this node stands.
-    Told {
-        /// Who asked.
-        to: NodeId,
-        /// The answer.
-        standing: Standing,
-    },
-    /// Requests of an older epoch are admitted no more: tell the owner on this node before anything else. It may hold bytes
-    /// in RAM and answers of other members, and neither passes this gate again.
-    Fenced(Epoch),
-    /// Delete record, marks and blocks in one piece: others hold all of it.
-    Forget,
-    /// The seal of the owner on this node is durable; `false`: it is not, and a newer record or a failed disk is why.
-    Sealed(bool),
 }
 
 /// What a member is busy with.
@@ -153,6 +47,16 @@ enum Phase {
     Failed,
 }
 
+/// A request under way.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+struct Admitted {
+    stamp: Stamp,
+    /// A flush has here what it must leave marked.
+    work: Work,
+    /// Marks of an earlier life that a flush makes anew.
+    anew: BTreeSet<BlockIndex>,
+}
+
 /// See the module.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Member {
@@ -160,11 +64,13 @@ pub struct Member {
     rules: Rules,
     store: Incarnation,
     durable: Durable,
+    /// What the durable record replaced, while this node joins by it.
+    before: Option<Arc<Record>>,
     marks: Marks,
     /// The last write to each marked block. Those of an earlier life count as the last of all under the record of then.
     last: BTreeMap<BlockIndex, (Stamp, RequestId)>,
-    /// Requests under way. A flush has here what it must leave marked.
-    admitted: BTreeMap<(NodeId, RequestId), (Stamp, Work)>,
+    /// Requests under way.
+    admitted: BTreeMap<(NodeId, RequestId), Admitted>,
     phase: Phase,
 }
 
@@ -181,6 +87,7 @@ impl Member {
             rules,
             store,
             durable,
+            before: None,
             marks,
             last,
             admitted: BTreeMap::new(),
@@ -202,6 +109,7 @@ impl Member {
     pub fn standing(&self) -> Standing {
         Standing {
             record: self.durable.record.clone(),
+            before: self.before.clone(),
             store: self.store,
             doubt: self.marks.keys().copied().collect(),
             lost: self.marks.values().any(|store| *store != self.store),
@@ -282,8 +190,9 @@ impl Member {
             Input::Raise { from, record, over } => self.raise(from, record, over),
             Input::Seal { grant } => self.seal(grant),
             Input::Persisted { ok } => self.persisted(ok),
-            Input::Ask { from } => vec![Output::Told {
+            Input::Ask { from, lease } => vec![Output::Told {
                 to: from,
+                lease,
                 standing: self.standing(),
             }],
             Input::Drop { stamp } => self.drop_copy(stamp),
@@ -299,6 +208,7 @@ impl Member {
             return Vec::new();
         }
         self.durable = Durable::default();
+        self.before = None;
         self.marks.clear();
         self.last.clear();
         vec![Output::Forget]
@@ -310,7 +220,9 @@ impl Member {
             vec![Output::Answer {
                 to: from.clone(),
                 id,
+                stamp,
                 answer,
+                bytes: Bytes::None,
             }]
         };
         if let Err(refusal) = self.admits(&request) {
@@ -318,6 +230,7 @@ impl Member {
         }
         let mut work = request.work;
         let mut mark = false;
+        let mut anew = BTreeSet::new();
         match &mut work {
             Work::Renew { sent } => return answered(Answer::Granted { sent: *sent }),
             Work::Read(_) => {}
@@ -327,8 +240,8 @@ impl Member {
                     self.marks.entry(block).or_insert(self.store);
                     let last = self.last.entry(block).or_insert((stamp, id));
                     *last = (stamp, if last.0 == stamp { last.1.max(id) } else { id });
-                    for (_, other) in self.admitted.values_mut() {
-                        if let Work::Flush { keep } = other {
+                    for other in self.admitted.values_mut() {
+                        if let Work::Flush { keep } = &mut other.work {
                             keep.insert(block);
                         }
                     }
@@ -338,31 +251,58 @@ impl Member {
                 if self.rules.breaks(Mutant::UnmarkedAlone) {
                     keep.clear();
                 }
-                for (_, other) in self.admitted.values() {
-                    if let Work::Write { extent, .. } = other {
+                for other in self.admitted.values() {
+                    if let Work::Write { extent, .. } = &other.work {
                         keep.extend(extent.blocks());
                     }
                 }
+                let earlier = self.marks.iter().filter(|(_, store)| **store != self.store);
+                let over = earlier.map(|(block, _)| *block).filter(|block| !keep.contains(block));
+                anew = over.filter(|block| self.is_before(*block, stamp, id)).collect();
             }
         }
-        self.admitted.insert((from.clone(), id), (stamp, work.clone()));
-        vec![Output::Perform { from, id, work, mark }]
+        let admitted = Admitted {
+            stamp,
+            work: work.clone(),
+            anew: anew.clone(),
+        };
+        self.admitted.insert((from.clone(), id), admitted);
+        vec![Output::Perform {
+            from,
+            id,
+            work,
+            mark,
+            anew,
+        }]
+    }
+
+    /// Whether the last write to a block was sent before a flush. One that was sent behind the flush may have come before
+    /// it, and others may not have it yet.
+    fn is_before(&self, block: BlockIndex, stamp: Stamp, id: RequestId) -> bool {
+        match self.last.get(&block) {
+            Some((under, last)) => *under != stamp || *last < id,
+            None => true,
+        }
     }
 
     fn finished(&mut self, from: NodeId, id: RequestId, ok: bool) -> Vec<Output> {
-        let Some((stamp, work)) = self.admitted.remove(&(from.clone(), id)) else {
+        let Some(Admitted { stamp, work, anew }) = self.admitted.remove(&(from.clone(), id)) else {
             return Vec::new();
         };
         let mut out = Vec::new();
+        let read = ok && matches!(work, Work::Read(_));
+        let bytes = match () {
+            () if read && from == self.me => Bytes::OfAnswer { from: from.clone(), id },
+            () if read => Bytes::OfWork { from: from.clone(), id },
+            () => Bytes::None,
+        };
         if !ok {
             out.extend(self.fail());
         } else if let Work::Flush { keep } = work {
-            // A write that was sent behind the flush may have come before it, and others may not have it yet.
-            let before = |block: &BlockIndex| match self.last.get(block) {
-                Some((under, last)) => *under != stamp || *last < id,
-                None => true,
-            };
-            let everywhere = |block: &&BlockIndex| !keep.contains(block) && before(block);
+            for block in anew {
+                self.marks.entry(block).and_modify(|store| *store = self.store);
+            }
+            let everywhere = |block: &&BlockIndex| !keep.contains(block) && self.is_before(**block, stamp, id);
             let gone: BTreeSet<_> = self.marks.keys().filter(everywhere).copied().collect();
             if !gone.is_empty() && self.phase != Phase::Failed {
                 self.marks.retain(|block, _| !gone.contains(block));
@@ -373,7 +313,9 @@ impl Member {
         out.push(Output::Answer {
             to: from,
             id,
+            stamp,
             answer: if ok { Answer::Done } else { Answer::Failed },
+            bytes,
         });
         out.extend(self.drained());
         out
@@ -489,7 +431,8 @@ impl Member {
         }
         match std::mem::replace(&mut self.phase, Phase::Serving) {
             Phase::Raising { to, askers, .. } => {
-                self.durable.record = Some(to);
+                let joins = to.runs().iter().any(|run| run.joiners.contains(&self.me));
+                self.before = self.durable.record.replace(to).filter(|_| joins);
                 let standing = self.standing();
                 let raised = askers.into_iter().map(|to| Output::Raised {
                     to,

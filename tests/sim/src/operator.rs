@@ -1,0 +1,376 @@
+//! The operator: what schedulers and people do in production, from what nodes report.
+//!
+//! It attaches an image elsewhere when nobody serves it, sometimes too early; gives blocks the copies they are to have,
+//! replaces failed disks, moves copies, hands over and detaches. When faults are over it only repairs.
+
+use hearth_protocol::record::{Extent, Nodes, Record};
+use hearth_protocol::{BlockIndex, NodeId};
+use hearth_replication::member::Durable;
+use hearth_replication::owner::Ask;
+use hearth_replication::session::Input;
+
+use crate::disk::{Disk, NOTHING};
+use crate::event::Event;
+use crate::node::Phase;
+use crate::world::World;
+
+/// How long a takeover or a hand-over may take before it is called off.
+const PATIENCE_US: u64 = 12_000_000;
+
+/// How long an image may be served by nobody before disks that failed are put back as they are.
+const DESPAIR_US: u64 = 25_000_000;
+
+/// What it remembers of an image.
+#[derive(Debug, Default)]
+pub struct Operator {
+    /// Since when nobody serves it.
+    unserved_us: Option<u64>,
+    /// A hand-over: to whom, and when it is to begin.
+    migration: Option<(usize, u64)>,
+    /// The last look of a healed world: everything was read, and all copies are to be equal once that is answered.
+    pub read_back: bool,
+}
+
+impl World {
+    /// What a node reports; nothing if it is down, stopped, or cannot reach the log or most others.
+    fn phase(&self, node: usize, image: usize) -> Option<(Phase, u64)> {
+        let here = &self.nodes[node];
+        let others = (0..self.nodes.len()).filter(|other| *other != node);
+        let cut = others.filter(|other| self.net.is_cut(node, *other)).count();
+        let reports = !here.log_cut && 2 * cut < self.nodes.len();
+        let shell = &here.running().filter(|_| reports)?.shells[image];
+        Some((shell.phase, self.now_us - shell.since_us))
+    }
+
+    fn in_phase(&self, image: usize, wanted: &[Phase]) -> Vec<usize> {
+        let is = |node: &usize| {
+            self.phase(*node, image)
+                .is_some_and(|(phase, _)| wanted.contains(&phase))
+        };
+        (0..self.nodes.len()).filter(is).collect()
+    }
+
+    /// Looks at an image.
+    pub fn operate(&mut self, image: usize) -> Result<(), String> {
+        let us = self.chance.within(100_000, 700_000);
+        self.after(us, Event::Operator { image });
+        self.replace_disks(image)?;
+        let open = self.in_phase(image, &[Phase::Open]);
+        let Some(owner) = self.newest(image, &open) else {
+            return self.attach(image);
+        };
+        self.images[image].operator.unserved_us = None;
+        for node in 0..self.nodes.len() {
+            let Some((phase, since)) = self.phase(node, image).filter(|_| node != owner) else {
+                continue;
+            };
+            let over = match phase {
+                Phase::Stalled => self.healed || self.chance.happens(300),
+                Phase::Taking | Phase::Incoming => since > PATIENCE_US,
+                Phase::Open => self.healed,
+                Phase::Detached | Phase::Ended => false,
+            };
+            if over {
+                self.step(node, image, Input::Seal { to: None }, None)?;
+            }
+        }
+        if let Some((to, at)) = self.images[image].operator.migration
+            && at <= self.now_us
+        {
+            self.images[image].operator.migration = None;
+            if self.phase(to, image).is_some_and(|(phase, _)| phase == Phase::Incoming) {
+                let to = Some(self.nodes[to].id.clone());
+                return self.step(owner, image, Input::Seal { to }, None);
+            }
+        }
+        if !self.healed && self.chance.happens(self.plan.moves) {
+            return self.moves(image, owner);
+        }
+        self.repair(image, owner)
+    }
+
+    /// Of the nodes that serve, the one with the newest epoch.
+    fn newest(&self, image: usize, open: &[usize]) -> Option<usize> {
+        let epoch = |node: &usize| {
+            let daemon = self.nodes[*node].daemon.as_ref()?;
+            daemon.shells[image].by.as_ref().map(|by| by.epoch)
+        };
+        open.iter().copied().max_by_key(epoch)
+    }
+
+    /// Nobody serves it.
+    fn attach(&mut self, image: usize) -> Result<(), String> {
+        let now_us = self.now_us;
+        let since = *self.images[image].operator.unserved_us.get_or_insert(now_us);
+        if now_us - since > DESPAIR_US {
+            self.images[image].operator.unserved_us = None;
+            self.put_back(image)?;
+        }
+        for node in self.in_phase(image, &[Phase::Taking, Phase::Incoming]) {
+            if self.phase(node, image).is_some_and(|(_, since)| since > PATIENCE_US) {
+                self.step(node, image, Input::Seal { to: None }, None)?;
+            }
+        }
+        let busy = !self.in_phase(image, &[Phase::Taking, Phase::Incoming]).is_empty();
+        if busy && (self.healed || !self.chance.happens(30)) {
+            return Ok(());
+        }
+        let members = self.log.now[image].record.members();
+        let running: Vec<usize> = (0..self.nodes.len())
+            .filter(|node| self.nodes[*node].running().is_some())
+            .collect();
+        let holding: Vec<usize> = running
+            .iter()
+            .copied()
+            .filter(|node| members.contains(&self.nodes[*node].id))
+            .collect();
+        let stalled = self.in_phase(image, &[Phase::Stalled]);
+        let from = match self.chance.below(10) {
+            0..4 if !stalled.is_empty() => stalled,
+            0..8 if !holding.is_empty() => holding,
+            _ => running,
+        };
+        let Some(node) = self.chance.pick(&from) else {
+            return Ok(());
+        };
+        self.takes(node, image)
+    }
+
+    fn takes(&mut self, node: usize, image: usize) -> Result<(), String> {
+        let now_us = self.now_us;
+        let lease = self.lease();
+        let Some(shell) = self.shell(node, image) else {
+            return Ok(());
+        };
+        if matches!(shell.phase, Phase::Open | Phase::Taking) {
+            return Ok(());
+        }
+        shell.guest_goes_on = false;
+        shell.enter(Phase::Taking, now_us);
+        self.step(node, image, Input::Take { lease }, None)
+    }
+
+    /// Every copy of some blocks failed: the disks are put back with what is on them.
+    fn put_back(&mut self, image: usize) -> Result<(), String> {
+        for node in 0..self.nodes.len() {
+            let failed = self.nodes[node].disks[image].as_mut().is_some_and(|disk| {
+                let failed = disk.failed;
+                disk.failed = false;
+                disk.flipped.clear();
+                failed
+            });
+            if failed {
+                self.counters.count("failed disk put back as it is");
+            }
+            if failed && self.nodes[node].daemon.is_some() {
+                self.dies(node)?;
+                self.after(100_000, Event::Starts { node });
+            }
+        }
+        Ok(())
+    }
+
+    /// A failed disk that is in no set any more is replaced by an empty one, here by none.
+    fn replace_disks(&mut self, image: usize) -> Result<(), String> {
+        let everyone = self.log.now[image].record.everyone();
+        for node in 0..self.nodes.len() {
+            let here = &self.nodes[node];
+            let replaceable = |disk: &Disk| disk.failed && disk.is_quiet();
+            if here.running().is_some()
+                && !everyone.contains(&here.id)
+                && here.disks[image].as_ref().is_some_and(replaceable)
+                && self.chance.happens(300)
+            {
+                self.prepare(node, image)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn prepare(&mut self, node: usize, image: usize) -> Result<(), String> {
+        let disk = Disk::new(self.plan.blocks, NOTHING, Durable::default());
+        let replica = disk.replica(self.nodes[node].store());
+        self.nodes[node].disks[image] = Some(disk);
+        self.step(node, image, Input::Prepare(replica), None)
+    }
+
+    /// Something is moved without need.
+    fn moves(&mut self, image: usize, owner: usize) -> Result<(), String> {
+        let other = self.chance.index(self.nodes.len());
+        let record = self.log.now[image].record.clone();
+        match self.chance.below(10) {
+            0..3 => {
+                let members: Vec<NodeId> = record.members().into_iter().collect();
+                let Some(leaver) = self.chance.pick(&members) else {
+                    return Ok(());
+                };
+                self.step(owner, image, Input::Leave(leaver), None)
+            }
+            3..6 => {
+                let first = self.chance.below(self.plan.blocks);
+                let last = self.chance.within(first, self.plan.blocks - 1);
+                let extent = Extent {
+                    first: BlockIndex(first),
+                    last: BlockIndex(last),
+                };
+                self.join(image, owner, other, extent)
+            }
+            6..8 if other != owner && self.images[image].operator.migration.is_none() => {
+                let Some((Phase::Detached | Phase::Ended | Phase::Stalled, _)) = self.phase(other, image) else {
+                    return Ok(());
+                };
+                let lease = self.lease();
+                let now_us = self.now_us;
+                let us = self.chance.within(10_000, 2_000_000);
+                self.images[image].operator.migration = Some((other, now_us + us));
+                if let Some(shell) = self.shell(other, image) {
+                    shell.guest_goes_on = true;
+                    shell.enter(Phase::Incoming, now_us);
+                }
+                self.step(other, image, Input::Incoming { lease }, None)
+            }
+            8 => self.step(owner, image, Input::Seal { to: None }, None),
+            _ if self.nodes[other].running().is_some() => self.takes(other, image),
+            _ => Ok(()),
+        }
+    }
+
+    /// Blocks with too few copies get another one.
+    fn repair(&mut self, image: usize, owner: usize) -> Result<(), String> {
+        let record = self.log.now[image].record.clone();
+        let Some((extent, holders)) = self.thin(&record) else {
+            return Ok(());
+        };
+        let others: Vec<usize> = (0..self.nodes.len())
+            .filter(|node| self.nodes[*node].running().is_some() && !holders.contains(&self.nodes[*node].id))
+            .collect();
+        let Some(node) = self.chance.pick(&others) else {
+            return Ok(());
+        };
+        let extent = if self.chance.happens(300) { self.whole() } else { extent };
+        self.join(image, owner, node, extent)
+    }
+
+    /// A run with too few copies, and who holds it.
+    fn thin(&self, record: &Record) -> Option<(Extent, Nodes)> {
+        let runs = record.runs();
+        let at = runs.iter().position(|run| run.members.len() < self.plan.copies)?;
+        let end = runs.get(at + 1).map_or(self.plan.blocks, |next| next.first.0) - 1;
+        let extent = Extent {
+            first: runs[at].first,
+            last: BlockIndex(end),
+        };
+        Some((extent, runs[at].members.clone()))
+    }
+
+    fn join(&mut self, image: usize, owner: usize, node: usize, extent: Extent) -> Result<(), String> {
+        let here = &self.nodes[node];
+        if here.running().is_none() || here.disks[image].as_ref().is_some_and(|disk| disk.failed) {
+            return Ok(());
+        }
+        let id = here.id.clone();
+        if here.disks[image].is_none() {
+            self.prepare(node, image)?;
+        }
+        let blocks = self.chance.within(1, 8);
+        let Some(shell) = self.shell(owner, image) else {
+            return Ok(());
+        };
+        let free = shell.session.owner().is_some_and(|owner| owner.join().is_none());
+        if free {
+            shell.joining = Some((id.clone(), extent));
+        }
+        let join = Input::Join {
+            node: id,
+            extent,
+            end: BlockIndex(self.plan.blocks - 1),
+            blocks,
+        };
+        self.step(owner, image, join, None)
+    }
+
+    /// What is not well in a healed world, for a report.
+    pub fn unwell(&self) -> String {
+        (0..self.images.len())
+            .filter_map(|image| Some(format!("image {image} {}; ", self.complaint(image)?)))
+            .collect()
+    }
+
+    fn complaint(&self, image: usize) -> Option<String> {
+        let record = &self.log.now[image].record;
+        let open = self.in_phase(image, &[Phase::Open]);
+        let served = |node: &usize| {
+            let shell = self.nodes[*node].running().map(|daemon| &daemon.shells[image]);
+            shell.is_some_and(|shell| shell.session.is_open() && shell.session.record() == Some(record))
+        };
+        let phases: Vec<_> = (0..self.nodes.len()).map(|node| self.phase(node, image)).collect();
+        if open.len() != 1 || !open.iter().all(served) {
+            return Some(format!(
+                "is not served by one node under {}: {phases:?}",
+                crate::text::text(record)
+            ));
+        }
+        if self.thin(record).is_some() || record.runs().iter().any(|run| !run.joiners.is_empty()) {
+            return Some(format!(
+                "has too few copies or an unfinished one: {}",
+                crate::text::text(record)
+            ));
+        }
+        let held = |node: &crate::node::Node| {
+            node.daemon
+                .iter()
+                .map(|daemon| daemon.shells[image].held.len())
+                .sum::<usize>()
+        };
+        let held: usize = self.nodes.iter().map(held).sum();
+        let waiting = self.images[image].reference.waiting();
+        if held + waiting > 0 {
+            return Some(format!("{held} held and {waiting} sent operations are not answered"));
+        }
+        None
+    }
+
+    /// Whether everything is well: then every block is read, everything flushed, and all copies are compared.
+    ///
+    /// # Errors
+    /// Copies differ.
+    pub fn is_settled(&mut self) -> Result<bool, String> {
+        for image in 0..self.images.len() {
+            if self.complaint(image).is_some() {
+                return Ok(false);
+            }
+            if !self.images[image].operator.read_back {
+                self.images[image].operator.read_back = true;
+                let Some(node) = self.in_phase(image, &[Phase::Open]).first().copied() else {
+                    return Ok(false);
+                };
+                for block in 0..self.plan.blocks {
+                    self.asks(node, image, Ask::Read(Extent::block(BlockIndex(block))))?;
+                }
+                self.asks(node, image, Ask::Flush)?;
+                return Ok(false);
+            }
+        }
+        for image in 0..self.images.len() {
+            let record = self.log.now[image].record.clone();
+            for block in 0..self.plan.blocks {
+                let values: Vec<_> = record
+                    .members_of(Extent::block(BlockIndex(block)))
+                    .iter()
+                    .map(|id| {
+                        self.nodes[self.number(id)].disks[image]
+                            .as_ref()
+                            .map(|disk| disk.stable(block))
+                    })
+                    .collect();
+                if values.windows(2).any(|two| two[0] != two[1]) || values.iter().any(|value| value.is_none()) {
+                    return Err(format!(
+                        "i{image}: copies of block {block} differ: {values:?} of {}",
+                        crate::text::text(&record)
+                    ));
+                }
+            }
+        }
+        Ok(true)
+    }
+}
