@@ -86,6 +86,18 @@ switches! {
     POWER_LOSS_UNSEEN, "power-loss-unseen";
     /// Bytes of writes that a power loss undid stay in the data file.
     UNSCRUBBED, "unscrubbed";
+    /// A replica's mark is believed before it was synced (rule 4).
+    MARK_UNSYNCED, "mark-unsynced";
+    /// A region is unmarked although one of its blocks is marked (rule 4).
+    REGION_UNMARKED_EARLY, "region-unmarked-early";
+    /// A region with marked blocks gets the store's new life with its next write (rule 4).
+    MARK_RENEWED, "mark-renewed";
+    /// A replica whose disk failed takes writes again after a restart (rule 5).
+    FAILED_REPLICA_REOPENED, "failed-replica-reopened";
+    /// Reads of an image with replicas are answered from RAM by whoever ever owned it (rule 3).
+    RAM_UNLEASED, "ram-unleased";
+    /// A member writes blocks that it did not mark (rule 4).
+    WRITE_UNMARKED, "write-unmarked";
     /// A node follows a stream that does not hold what it has read before.
     ROLLBACK_UNSEEN, "rollback-unseen";
     /// NBD requests over the payload limit are carried out.

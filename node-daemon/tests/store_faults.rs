@@ -17,6 +17,7 @@ use hearth_node::store::fault::{Arm, Failure, Faults, Site, Verb, Verdict};
 use hearth_node::store::{StoreError, os};
 use hearth_node::volume::Volume;
 use nbd_support::{EXPORT, Served, have};
+use store_support::replicate::replicate;
 use store_support::{LibNbd, Refusal, Request, Sectors, ask, attach, die, fast_dir, long, open, read_all};
 
 const BLOCK: u64 = 8 << 10;
@@ -362,31 +363,35 @@ fn administer(site: Site, failure: Failure, skip: u64, for_good: bool) -> bool {
 #[test]
 fn every_site_fails_in_turn() {
     let (played, mut met) = play_all(&mut Client::Volume);
-    let mut administered = 0;
+    type Play = fn(Site, Failure, u64, bool) -> bool;
+    let (mut administered, mut replicated) = (0, 0);
     for &site in Site::ALL {
         for failure in Failure::ALL.iter().filter(|f| f.fits(site.verb())) {
             for for_good in [false, true] {
-                for skip in 0.. {
-                    if !administer(site, *failure, skip, for_good) {
-                        break;
+                for (played, play) in [(&mut administered, administer as Play), (&mut replicated, replicate)] {
+                    for skip in 0.. {
+                        if !play(site, *failure, skip, for_good) {
+                            break;
+                        }
+                        met.insert(site);
+                        *played += 1;
                     }
-                    met.insert(site);
-                    administered += 1;
                 }
             }
         }
     }
-    println!("{played} faults met by requests, {administered} by administration");
+    println!("{played} faults met by requests, {administered} by administration, {replicated} by a replica");
     let missing: Vec<_> = Site::ALL
         .iter()
         .filter(|site| site.verb() != Verb::Moment && !met.contains(site))
-        // Only met after another fault: see `store::layer`'s own tests, and `store_crash.rs`.
-        .filter(|site| ![Site::JournalCut, Site::DoubtCreate, Site::DoubtWrite, Site::DoubtRemove].contains(site))
+        // Only met after another fault: see `store::layer`'s own tests, `store_marks.rs` and `store_crash.rs`.
+        .filter(|site| ![Site::JournalCut, Site::MarksCut].contains(site))
+        .filter(|site| ![Site::DoubtCreate, Site::DoubtWrite, Site::DoubtRemove].contains(site))
         .collect();
     assert!(missing.is_empty(), "no fault was met at {missing:?}");
     assert!(
-        played > 300 && administered > 200,
-        "{played} and {administered} are too few"
+        played > 300 && administered > 200 && replicated > 200,
+        "{played}, {administered} and {replicated} are too few"
     );
 }
 

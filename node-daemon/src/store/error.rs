@@ -85,6 +85,26 @@ pub enum StoreError {
         /// Its clones' names, some of them.
         clones: String,
     },
+    /// The image is one of several replicas, and what was asked for is done to all of them or to none.
+    #[error(
+        "image {0} has replicas on several nodes: it is served, changed and deleted by way of its members, not in this \
+         store alone"
+    )]
+    Replicated(String),
+    /// The image is served by this node alone.
+    #[error("image {0} is here without replicas: it has no members whose record could be kept")]
+    NotReplicated(String),
+    /// A replica whose disk failed.
+    #[error(
+        "the replica of image {image} on this node failed ({why}): take this node out of the image's locations, and add \
+         it again once its disk is sound"
+    )]
+    ReplicaFailed {
+        /// The image.
+        image: String,
+        /// What happened.
+        why: String,
+    },
     /// A size, block size or depth outside what images can have.
     #[error("{0}")]
     Unfit(String),
@@ -145,12 +165,15 @@ impl StoreError {
             StoreError::Attached(_)
             | StoreError::HasClones { .. }
             | StoreError::InUse(_)
+            | StoreError::Replicated(_)
+            | StoreError::NotReplicated(_)
             | StoreError::Shrinks { .. } => FailureKind::Refused,
             StoreError::Unfit(_) | StoreError::NotRaw { .. } => FailureKind::Usage,
             StoreError::Newer { .. } => FailureKind::NotSupported,
             StoreError::Io { .. }
             | StoreError::Unsynced { .. }
             | StoreError::Damaged { .. }
+            | StoreError::ReplicaFailed { .. }
             | StoreError::NoSpace(_) => FailureKind::Failed,
         }
     }

@@ -134,6 +134,22 @@ sites! {
     ImageMetaRename, "image-meta-rename", Name;
     /// Removing an image's metadata file: the image is deleted.
     ImageMetaRemove, "image-meta-remove", Name;
+    /// Creation of a replica's file of marks under its temporary name.
+    MarksCreate, "marks-create", Name;
+    /// Writing a replica's file of marks.
+    MarksWrite, "marks-write", Write;
+    /// Sync of a replica's new file of marks.
+    MarksSync, "marks-sync", Sync;
+    /// Giving a replica's file of marks its final name.
+    MarksRename, "marks-rename", Name;
+    /// Reserving space for marks.
+    MarksReserve, "marks-reserve", Space;
+    /// Appending marks.
+    MarksAppend, "marks-append", Write;
+    /// Sync of appended marks.
+    MarksAppendSync, "marks-append-sync", Sync;
+    /// Cutting off what a failed append of marks may have left.
+    MarksCut, "marks-cut", Space;
     /// Sync of an image's directory.
     ImageDirSync, "image-dir-sync", Sync;
     /// Sync of the directory of images.

@@ -9,6 +9,7 @@ use hearth_protocol::units::is_block_size;
 use hearth_protocol::{Epoch, ImageId, ImageName, Incarnation, LayerId, LeaseId, NodeId, SetVersion, SnapshotName};
 use serde::{Deserialize, Serialize};
 
+use super::Store;
 use super::doubt::{self, Closed};
 use super::error::StoreError;
 use super::fault::Site;
@@ -17,7 +18,6 @@ use super::layer::Layer;
 use super::layer_meta::LayerMeta;
 use super::os::{self, FileSites};
 use super::sealed_file::{self, Kind};
-use super::{Opened, Store};
 
 /// The kind of an image's metadata file.
 pub const IMAGE_META: Kind = Kind {
@@ -142,10 +142,6 @@ impl ImageMeta {
                 size,
             }),
         }
-    }
-
-    pub(super) fn read(path: &Path) -> Result<Self, StoreError> {
-        Self::decode(path, &sealed_file::read(path, IMAGE_META)?)
     }
 
     /// Reads the body of an image's metadata file. `path` only names it in errors.
@@ -304,7 +300,11 @@ impl Store {
 
     /// Creates an empty layer under a new id, durable with its directory entry.
     pub(super) fn create_layer(&self, size: u64, block_size: u64) -> Result<Layer, StoreError> {
-        let id = LayerId(fresh()?);
+        self.create_layer_as(LayerId(fresh()?), size, block_size)
+    }
+
+    /// As [`Self::create_layer`], under a given id.
+    pub(super) fn create_layer_as(&self, id: LayerId, size: u64, block_size: u64) -> Result<Layer, StoreError> {
         let dir = self.layer_dir(id);
         let meta = LayerMeta { id, size, block_size };
         let create = || {
@@ -362,6 +362,7 @@ impl Store {
         f: impl FnOnce(&Self) -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {
         let meta = self.image(id)?;
+        self.refuse_replica(&meta)?;
         if !self.state().attached.insert(id) {
             return Err(StoreError::Attached(meta.name.to_string()));
         }
@@ -412,7 +413,7 @@ impl Store {
         }
         meta.stack.insert(0, top.id());
         meta.size = size.unwrap_or(meta.size);
-        if let Err(err) = self.put_image_file(&meta) {
+        if let Err(err) = self.put_image_file(&meta, None) {
             let _ = self.remove_layer(top.id());
             return Err(err);
         }
@@ -443,8 +444,9 @@ impl Store {
     /// Checks that the image can take one more layer, under that snapshot name.
     ///
     /// # Errors
-    /// [`StoreError::Exists`], [`StoreError::Unfit`].
+    /// [`StoreError::Replicated`], [`StoreError::Exists`], [`StoreError::Unfit`].
     pub(crate) fn check_snapshot(&self, meta: &ImageMeta, name: Option<&SnapshotName>) -> Result<(), StoreError> {
+        self.refuse_replica(meta)?;
         if let Some(name) = name
             && meta.snapshots.iter().any(|s| &s.name == name)
         {
@@ -454,54 +456,6 @@ impl Store {
             });
         }
         check_depth(&meta.name, meta.stack.len() + 1)
-    }
-
-    /// Deletes an image that is not attached and has no clones, with the layers that only it uses. Returns those.
-    ///
-    /// # Errors
-    /// [`StoreError::Attached`], [`StoreError::HasClones`], [`StoreError`].
-    pub fn delete(&self, id: ImageId) -> Result<Vec<LayerId>, StoreError> {
-        let (meta, unused) = {
-            let mut state = self.state();
-            let meta = state.images.get(&id).cloned().ok_or_else(|| StoreError::no_image(id))?;
-            if state.attached.contains(&id) {
-                return Err(StoreError::Attached(meta.name.to_string()));
-            }
-            let is_clone = |i: &&ImageMeta| {
-                i.id != id && (i.parent.as_ref().is_some_and(|p| p.image == id) || i.stack.contains(&meta.top()))
-            };
-            let clones: Vec<_> = state
-                .images
-                .values()
-                .filter(is_clone)
-                .map(|i| i.name.to_string())
-                .collect();
-            if !clones.is_empty() {
-                let mut names = clones[..clones.len().min(5)].join(", ");
-                if clones.len() > 5 {
-                    names.push_str(", …");
-                }
-                return Err(StoreError::HasClones {
-                    image: meta.name.to_string(),
-                    clones: names,
-                });
-            }
-            let path = self.image_dir(id).join("meta");
-            os::remove_file(Site::ImageMetaRemove, &path, self.faults()).map_err(StoreError::at("remove", &path))?;
-            state.images.remove(&id);
-            // What a damaged image uses is not known: nothing of it goes.
-            let unknown = !state.damaged.is_empty();
-            let used = |layer: &LayerId| unknown || state.images.values().any(|i| i.stack.contains(layer));
-            let unused: Vec<_> = meta.stack.iter().copied().filter(|l| !used(l)).collect();
-            (meta, unused)
-        };
-        let dir = self.image_dir(meta.id);
-        sealed_file::sync_dir(Site::ImageDirSync, &dir, self.faults())?;
-        os::remove_dir_all(Site::ImageDirRemove, &dir, self.faults()).map_err(StoreError::at("remove", &dir))?;
-        for layer in &unused {
-            self.remove_layer(*layer)?;
-        }
-        Ok(unused)
     }
 
     /// Opens a detached image's stack to look at, not to serve: top first.
@@ -526,13 +480,4 @@ fn check_depth(name: &ImageName, layers: usize) -> Result<(), StoreError> {
         )));
     }
     Ok(())
-}
-
-impl Opened {
-    /// The whole stack, top first.
-    pub fn stack(&self) -> Vec<super::LayerRef> {
-        let mut stack = vec![super::LayerRef::Local(self.top.clone())];
-        stack.extend(self.below.iter().cloned());
-        stack
-    }
 }

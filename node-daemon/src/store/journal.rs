@@ -211,14 +211,18 @@ pub fn encode(kind: u8, generation: u32, first: u64, count: u64, at: u64) -> [u8
     out
 }
 
-/// `None` where the record is torn, stale or was never written.
-fn decode(raw: &[u8; RECORD], generation: u32, at: u64) -> Option<Record> {
+/// Kind, first and count of a record; `None` where it is torn, stale or was never written.
+pub(super) fn decode_raw(raw: &[u8; RECORD], generation: u32, at: u64) -> Option<(u8, u64, u64)> {
     let number = |at: usize| u64::from_le_bytes(raw[at..at + 8].try_into().expect("8 bytes"));
     if raw[4..8] != generation.to_le_bytes() || raw[24..] != check(&raw[..24], at) {
         return None;
     }
-    let (first, count) = (number(8), number(16));
-    match raw[0] {
+    Some((raw[0], number(8), number(16)))
+}
+
+fn decode(raw: &[u8; RECORD], generation: u32, at: u64) -> Option<Record> {
+    let (kind, first, count) = decode_raw(raw, generation, at)?;
+    match kind {
         KIND_DATA => Some(Record::Blocks {
             first,
             count,

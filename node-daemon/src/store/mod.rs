@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! lock                       held while a daemon has the store open
-//! images/<image-id>/meta     name, size, stack, record, storage incarnation, clean mark
+//! images/<image-id>/meta     name, size, stack, record, storage incarnation, clean mark; of a replica, what its member keeps
+//! images/<image-id>/marks    of a replica, regions that were written and may not be everywhere
 //! layers/<layer-id>/meta     size and block size
 //! layers/<layer-id>/data     the blocks, sparse, read and written past the page cache
 //! layers/<layer-id>/bitmap   which blocks the layer holds; names the journal that continues it
@@ -25,7 +26,12 @@ pub mod incarnation;
 mod journal;
 mod layer;
 mod layer_meta;
+mod marks;
+mod marks_file;
+mod open;
 pub mod os;
+mod remove;
+mod replica;
 pub mod sealed_file;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -33,7 +39,7 @@ use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
-use hearth_protocol::{Epoch, ImageId, ImageName, Incarnation, LayerId, LeaseId, SetVersion};
+use hearth_protocol::{ImageId, ImageName, Incarnation, LayerId};
 
 pub use blockmap::{BlockMap, BlockState};
 pub use doubt::Closed;
@@ -43,11 +49,13 @@ pub use image::{IMAGE_META, ImageMeta, LocationRun, Parent, Record, Snapshot};
 pub use journal::{Record as JournalRecord, Trust, encode as encode_record, records};
 pub use layer::{Layer, Recovery};
 pub use layer_meta::{BITMAP, LAYER_META, LayerMeta, apply, decode_bitmap};
+pub use marks::Marks;
+pub use marks_file::{Change, REGION_BYTES, changes as mark_changes};
+pub use open::Opened;
+pub use replica::{NewReplica, OpenedReplica, Replica};
 
 use fault::{Faults, Site};
 use os::StoreFile;
-
-use crate::mutants;
 
 /// How to open a store.
 #[derive(Debug, Clone, Default)]
@@ -70,12 +78,25 @@ pub struct Store {
 #[derive(Default)]
 struct State {
     images: BTreeMap<ImageId, ImageMeta>,
+    /// What the members of those images keep that are replicas.
+    replicas: BTreeMap<ImageId, Replica>,
+    /// Held over each replacement of an image's metadata file, so that no older state overtakes a newer one.
+    writing: HashMap<ImageId, Arc<Mutex<()>>>,
     /// Images whose metadata file is damaged.
     damaged: BTreeSet<ImageId>,
     attached: HashSet<ImageId>,
     /// Names of imports that run.
     reserved: HashSet<ImageName>,
     open: HashMap<LayerId, Weak<Layer>>,
+}
+
+impl State {
+    fn insert(&mut self, meta: ImageMeta, replica: Option<Replica>) {
+        if let Some(replica) = replica {
+            self.replicas.insert(meta.id, replica);
+        }
+        self.images.insert(meta.id, meta);
+    }
 }
 
 /// One place in an image's stack.
@@ -95,18 +116,6 @@ impl LayerRef {
             LayerRef::Remote(id) => *id,
         }
     }
-}
-
-/// An image opened for serving.
-pub struct Opened {
-    /// Its metadata, as now on disk.
-    pub meta: ImageMeta,
-    /// The layer that takes writes.
-    pub top: Arc<Layer>,
-    /// What lies below, upper first.
-    pub below: Vec<LayerRef>,
-    /// What a crash left to do, `None` after a clean detach.
-    pub recovery: Option<Recovery>,
 }
 
 impl Store {
@@ -163,9 +172,7 @@ impl Store {
                 continue;
             }
             match self.read_image(id) {
-                Ok(meta) => {
-                    state.images.insert(id, meta);
-                }
+                Ok((meta, replica)) => state.insert(meta, replica),
                 // The others are served all the same.
                 Err(err @ StoreError::Damaged { .. }) => {
                     tracing::error!(image = %id, "{err}");
@@ -177,16 +184,17 @@ impl Store {
         Ok(())
     }
 
-    fn read_image(&self, id: ImageId) -> Result<ImageMeta, StoreError> {
+    fn read_image(&self, id: ImageId) -> Result<(ImageMeta, Option<Replica>), StoreError> {
         let path = self.image_dir(id).join("meta");
-        let meta = ImageMeta::read(&path)?;
+        let body = sealed_file::read(&path, IMAGE_META)?;
+        let meta = ImageMeta::decode(&path, &body)?;
         if meta.id != id {
             return Err(StoreError::Damaged {
                 path,
                 why: format!("it belongs to image {}", meta.id),
             });
         }
-        Ok(meta)
+        Ok((meta, Replica::decode(&path, &body)?))
     }
 
     /// Images whose metadata file is damaged, with what is wrong. Each is looked at again: one that was restored
@@ -250,10 +258,10 @@ impl Store {
     pub fn image(&self, id: ImageId) -> Result<ImageMeta, StoreError> {
         let mut state = self.state();
         if state.damaged.contains(&id) {
-            let meta = self.read_image(id)?;
+            let (meta, replica) = self.read_image(id)?;
             tracing::info!(image = %meta.name, "a damaged image was restored");
             state.damaged.remove(&id);
-            state.images.insert(id, meta);
+            state.insert(meta, replica);
         }
         state.images.get(&id).cloned().ok_or_else(|| StoreError::no_image(id))
     }
@@ -337,178 +345,37 @@ impl Store {
         Ok(LayerRef::Local(layer))
     }
 
-    /// Opens an image for writing under an epoch and lease, after bringing its top layer back from a crash if needed.
-    ///
-    /// # Errors
-    /// [`StoreError::Attached`]; [`StoreError::Unfit`] if the record has a higher epoch, or this one under another
-    /// lease; [`StoreError`].
-    pub fn open_image(
-        &self,
-        id: ImageId,
-        epoch: Epoch,
-        lease: LeaseId,
-        set_version: SetVersion,
-    ) -> Result<Opened, StoreError> {
-        let mut meta = {
-            let meta = self.image(id)?;
-            let mut state = self.state();
-            let known = &meta.record;
-            if epoch < known.epoch || (epoch == known.epoch && known.lease.is_some_and(|l| l != lease)) {
-                return Err(StoreError::Unfit(format!(
-                    "image {} was opened under epoch {} already, so epoch {epoch} cannot open it: attach it anew",
-                    meta.name, known.epoch
-                )));
-            }
-            if !state.attached.insert(id) {
-                return Err(StoreError::Attached(meta.name.to_string()));
-            }
-            meta
-        };
-        let open = || {
-            let below = meta.stack[1..]
-                .iter()
-                .map(|id| self.layer_ref(*id))
-                .collect::<Result<Vec<_>, _>>()?;
-            if let (Some(closed), true) = (self.closed(&meta)?, meta.record.epoch == epoch) {
-                // The daemon died and serves again under the same lease: that repairs nothing.
-                let (layer, recovery) =
-                    Layer::open_closed(&self.layer_dir(meta.top()), self.kept(&meta), closed, &self.faults)?;
-                return Ok(Opened {
-                    top: self.remember(layer),
-                    meta,
-                    below,
-                    recovery: Some(recovery),
-                });
-            }
-            let (top, recovery) = self.open_top(&meta)?;
-            meta.record.epoch = epoch;
-            meta.record.lease = Some(lease);
-            meta.record.set_version = set_version;
-            meta.clean = false;
-            meta.closed = None;
-            meta.storage_incarnation = Some(self.incarnation);
-            self.put_image(&meta)?;
-            doubt::remove(&self.layer_dir(meta.top()), &self.faults)?;
-            Ok(Opened {
-                meta,
-                top,
-                below,
-                recovery,
-            })
-        };
-        open().inspect_err(|_| {
-            self.state().attached.remove(&id);
-        })
+    /// The lock that is held while an image's metadata file is replaced.
+    fn writing(&self, id: ImageId) -> Arc<Mutex<()>> {
+        self.state().writing.entry(id).or_default().clone()
     }
 
-    /// Why an image takes no more writes under the lease of its record, if so: by its metadata, or by the mark of a
-    /// sync that failed so shortly before the daemon's death that the metadata does not say so.
-    ///
-    /// # Errors
-    /// [`StoreError::Io`].
-    pub fn closed(&self, meta: &ImageMeta) -> Result<Option<Closed>, StoreError> {
-        if meta.clean || mutants::CLOSED_FORGOTTEN.is_on() {
-            return Ok(None);
-        }
-        match &meta.closed {
-            Some(closed) => Ok(Some(closed.clone())),
-            None => doubt::found(&self.layer_dir(meta.top())),
-        }
-    }
-
-    /// What is still there of writes that were not flushed, if the image is as its last attach left it.
-    fn kept(&self, meta: &ImageMeta) -> Trust {
-        if meta.storage_incarnation == Some(self.incarnation) || mutants::POWER_LOSS_UNSEEN.is_on() {
-            Trust::All
-        } else {
-            Trust::Committed
-        }
-    }
-
-    fn remember(&self, layer: Layer) -> Arc<Layer> {
-        let layer = Arc::new(layer);
-        self.state().open.insert(layer.id(), Arc::downgrade(&layer));
-        layer
-    }
-
-    /// Opens the top layer for writing; after a crash, recovers it first.
-    fn open_top(&self, meta: &ImageMeta) -> Result<(Arc<Layer>, Option<Recovery>), StoreError> {
-        let trust = match &self.closed(meta)? {
-            _ if meta.clean => None,
-            Some(closed) if closed.doubt => Some(Trust::Committed),
-            _ => Some(self.kept(meta)),
-        };
-        let opened = Layer::open_writable(&self.layer_dir(meta.top()), trust, &self.faults);
-        let (layer, recovery) = opened.inspect_err(|err| {
-            if let (StoreError::Unsynced { .. }, Some(_)) = (err, trust)
-                && let Err(again) = self.close_for_writes(
-                    meta.id,
-                    Closed {
-                        why: err.to_string(),
-                        doubt: true,
-                    },
-                )
-            {
-                tracing::error!(image = %meta.name, %again, "cannot record that a sync failed");
-            }
-        })?;
-        if let Some(trust) = trust {
-            tracing::warn!(
-                image = %meta.name,
-                ?trust,
-                replayed = recovery.replayed,
-                dropped = recovery.dropped,
-                scrubbed_bytes = recovery.scrubbed_bytes,
-                "the image was not detached in order; its top layer is recovered"
-            );
-        }
-        Ok((self.remember(layer), trust.map(|_| recovery)))
-    }
-
-    /// Ends serving. `clean` says that the top layer was sealed, so that the next attach has nothing to recover.
-    ///
-    /// # Errors
-    /// [`StoreError`]; the image is then not attached any more, and the next attach recovers it.
-    pub fn close_image(&self, id: ImageId, clean: bool) -> Result<(), StoreError> {
-        let mut meta = self.image(id)?;
-        self.state().open.remove(&meta.top());
-        let result = if clean {
-            meta.clean = true;
-            self.put_image(&meta)
-        } else {
-            Ok(())
-        };
-        self.state().attached.remove(&id);
-        result
-    }
-
-    /// Remembers why the image takes no more writes, over restarts of the daemon, until it is attached under another
-    /// lease. With doubt, that attach recovers it as after a power loss.
-    ///
-    /// # Errors
-    /// [`StoreError`].
-    pub fn close_for_writes(&self, id: ImageId, closed: Closed) -> Result<(), StoreError> {
-        let mut meta = self.image(id)?;
-        meta.closed = Some(closed);
-        self.put_image(&meta)
-    }
-
-    /// Writes the image's metadata durably and then remembers it.
+    /// Writes the image's metadata durably and then remembers it. What the member of a replica keeps stays as it is.
     fn put_image(&self, meta: &ImageMeta) -> Result<(), StoreError> {
-        self.put_image_file(meta)?;
+        let writing = self.writing(meta.id);
+        let _alone = writing.lock().expect("metadata lock");
+        self.put_image_locked(meta)
+    }
+
+    fn put_image_locked(&self, meta: &ImageMeta) -> Result<(), StoreError> {
+        self.put_image_file(meta, self.replica(meta.id).as_ref())?;
         self.sync_image_dir(meta.id)?;
         self.state().images.insert(meta.id, meta.clone());
         Ok(())
     }
 
     /// Replaces the image's metadata file. After an error the old one is still in place.
-    fn put_image_file(&self, meta: &ImageMeta) -> Result<(), StoreError> {
+    fn put_image_file(&self, meta: &ImageMeta, replica: Option<&Replica>) -> Result<(), StoreError> {
         let dir = self.image_dir(meta.id);
         if !dir.exists() {
             os::create_dir(Site::ImageDirCreate, &dir, &self.faults).map_err(StoreError::at("create", &dir))?;
             sealed_file::sync_dir(Site::ImagesDirSync, &self.root.join("images"), &self.faults)?;
         }
-        sealed_file::put(&dir.join("meta"), IMAGE_META, &meta.encode(), &self.faults)
+        let body = match replica {
+            None => meta.encode(),
+            Some(replica) => replica.encode(meta),
+        };
+        sealed_file::put(&dir.join("meta"), IMAGE_META, &body, &self.faults)
     }
 
     /// Makes the last replacement survive a power loss.

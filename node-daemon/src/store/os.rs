@@ -260,11 +260,11 @@ pub struct FileSites {
 }
 
 /// Replaces a small file whole: a reader, and whoever comes after a crash, finds the old or the new one. The new one
-/// survives a power loss after [`sync_dir`].
+/// survives a power loss after [`sync_dir`]. Returns it, open for writing.
 ///
 /// # Errors
 /// The operating system's; the old content is then still there.
-pub fn replace(sites: FileSites, path: &Path, parts: &[&[u8]], faults: &Faults) -> io::Result<()> {
+pub fn replace(sites: FileSites, path: &Path, parts: &[&[u8]], faults: &Faults) -> io::Result<StoreFile> {
     let temporary = path.with_extension("new");
     let write = || {
         let file = StoreFile::create(sites.create, &temporary, 0, faults)?;
@@ -275,7 +275,11 @@ pub fn replace(sites: FileSites, path: &Path, parts: &[&[u8]], faults: &Faults) 
         }
         file.sync(sites.sync)?;
         faults.at(sites.rename, &temporary, Action::Rename { to: path })?;
-        fs::rename(&temporary, path)
+        fs::rename(&temporary, path)?;
+        Ok(StoreFile {
+            path: path.to_owned(),
+            ..file
+        })
     };
     // What a failed sync left behind must not be the file that the next attempt syncs.
     write().inspect_err(|_| discard_file(&temporary, faults))

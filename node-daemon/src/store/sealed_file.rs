@@ -29,7 +29,9 @@ pub struct Kind {
 /// [`StoreError`]; the old content is then still there.
 pub fn put(path: &Path, kind: Kind, body: &[u8], faults: &Faults) -> Result<(), StoreError> {
     let header = header(kind, body);
-    os::replace(kind.sites, path, &[header.as_bytes(), body], faults).map_err(StoreError::at("replace", path))
+    os::replace(kind.sites, path, &[header.as_bytes(), body], faults)
+        .map(drop)
+        .map_err(StoreError::at("replace", path))
 }
 
 /// Reads the file and checks it.

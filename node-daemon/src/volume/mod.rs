@@ -18,16 +18,18 @@ mod trouble;
 mod whole;
 mod write;
 
+use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock, Weak};
 use std::time::Duration;
 
 use hearth_protocol::heat::LatencySummary;
-use hearth_protocol::{BlockIndex, Epoch, ImageId, LayerId, LeaseId, SetVersion, SnapshotName};
+use hearth_protocol::{BlockIndex, Epoch, ImageId, Incarnation, LayerId, LeaseId, SetVersion, SnapshotName};
+use hearth_replication::member::Durable;
 
 use crate::disk::{Disk, DiskError, Extent, ExtentKind, FileRead};
-use crate::store::{ImageMeta, Layer, LayerRef, Recovery, Store, StoreError, disk_io};
+use crate::store::{ImageMeta, Layer, LayerRef, Marks, Recovery, Store, StoreError, disk_io};
 use crate::tier::RamTier;
 
 pub use copy_out::copy_out;
@@ -46,7 +48,9 @@ pub struct Volume {
     tier: Arc<RamTier>,
     remote: Arc<dyn BlockSource>,
     image: ImageId,
-    epoch: Epoch,
+    epoch: CurrentEpoch,
+    /// Of a replica, its marks: they end when the volume does.
+    marks: Option<Arc<Marks>>,
     /// Grows, never shrinks, and after the stack did.
     size: AtomicU64,
     block_size: u64,
@@ -71,10 +75,46 @@ pub struct Volume {
     me: Weak<Volume>,
 }
 
+/// The epoch under which an image is served, which changes only for a replica.
+struct CurrentEpoch(AtomicU64);
+
+impl CurrentEpoch {
+    fn get(&self) -> Epoch {
+        Epoch(self.0.load(Ordering::Acquire))
+    }
+}
+
+impl PartialEq<CurrentEpoch> for Epoch {
+    fn eq(&self, other: &CurrentEpoch) -> bool {
+        *self == other.get()
+    }
+}
+
+impl fmt::Display for CurrentEpoch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.get().fmt(f)
+    }
+}
+
+/// A replica being served to its member.
+pub struct MemberVolume {
+    /// Its blocks. Every request to it has passed the member's gate, and every write its marks.
+    pub volume: Arc<Volume>,
+    /// Its intent marks. [`Volume::detach`] closes them.
+    pub marks: Arc<Marks>,
+    /// What the member kept.
+    pub durable: Durable,
+    /// Whether its disk failed, in this life or an earlier one: it takes no writes.
+    pub failed: bool,
+    /// The store's life now.
+    pub incarnation: Incarnation,
+}
+
 /// What the ways to open a volume differ in.
 struct Opening {
     image: ImageId,
     epoch: Epoch,
+    marks: Option<Arc<Marks>>,
     size: u64,
     block_size: u64,
     read_only: Option<&'static str>,
@@ -86,7 +126,7 @@ impl Volume {
     /// Starts serving an image under an epoch and lease, after recovering it from a crash if needed.
     ///
     /// # Errors
-    /// [`StoreError`]; the image is then not attached.
+    /// [`StoreError::Replicated`] for an image with members; [`StoreError`]. The image is then not attached.
     pub fn attach(
         store: Arc<Store>,
         tier: Arc<RamTier>,
@@ -99,6 +139,7 @@ impl Volume {
         let opening = Opening {
             image,
             epoch,
+            marks: None,
             size: opened.meta.size,
             block_size: opened.meta.block_size,
             read_only: None,
@@ -111,10 +152,52 @@ impl Volume {
         Ok(volume)
     }
 
+    /// Starts serving a replica to its member, after recovering it from a crash if needed. Its epoch is that of the
+    /// member's record, and follows it by [`Volume::set_epoch`].
+    ///
+    /// # Errors
+    /// [`StoreError`]; the image is then not attached.
+    pub fn attach_member(
+        store: Arc<Store>,
+        tier: Arc<RamTier>,
+        image: ImageId,
+        remote: Arc<dyn BlockSource>,
+    ) -> Result<MemberVolume, StoreError> {
+        let replica = store.open_replica(image)?;
+        let epoch = replica.durable.record.as_ref().map(|record| record.epoch());
+        let opening = Opening {
+            image,
+            epoch: epoch.unwrap_or_default(),
+            marks: Some(replica.marks.clone()),
+            size: replica.opened.meta.size,
+            block_size: replica.opened.meta.block_size,
+            read_only: None,
+            recovery: replica.opened.recovery,
+            layers: replica.opened.stack(),
+        };
+        let volume = Self::assemble(store, tier, remote, opening);
+        volume.tier.forget_layer(volume.stack().handle(0));
+        Ok(MemberVolume {
+            volume,
+            marks: replica.marks,
+            durable: replica.durable,
+            failed: replica.failed,
+            incarnation: replica.incarnation,
+        })
+    }
+
+    /// Goes on under another epoch. RAM copies of the top layer are valid for one epoch, and are dropped; what is being
+    /// read into RAM meanwhile may stay: it is what this replica has, since every write to it passes by here.
+    pub fn set_epoch(&self, epoch: Epoch) {
+        self.epoch.0.store(epoch.0, Ordering::Release);
+        self.tier.forget_layer(self.stack().handle(0));
+    }
+
     fn assemble(store: Arc<Store>, tier: Arc<RamTier>, remote: Arc<dyn BlockSource>, opening: Opening) -> Arc<Self> {
         Arc::new_cyclic(|me| Self {
             image: opening.image,
-            epoch: opening.epoch,
+            epoch: CurrentEpoch(AtomicU64::new(opening.epoch.0)),
+            marks: opening.marks,
             size: AtomicU64::new(opening.size),
             block_size: opening.block_size,
             read_only: opening.read_only,
@@ -159,6 +242,7 @@ impl Volume {
         let opening = Opening {
             image: meta.id,
             epoch: meta.record.epoch,
+            marks: None,
             size,
             block_size: meta.block_size,
             read_only: Some("it is a sealed layer"),
@@ -193,7 +277,7 @@ impl Volume {
 
     /// The epoch under which it is served.
     pub fn epoch(&self) -> Epoch {
-        self.epoch
+        self.epoch.get()
     }
 
     /// What a crash before this attach left to do; `None` after a clean detach.
@@ -310,13 +394,27 @@ impl Volume {
         if top.poisoned().is_some() {
             self.note_poison(top);
             self.tier.forget_layer(stack.handle(0));
+            self.end_marks();
             return Ok(self.store.close_image(self.image, false)?);
         }
         let sealed = top.seal().inspect_err(|_| self.note_poison(top));
         self.tier.forget_layer(stack.handle(0));
+        let unmarked = match (&self.marks, &sealed) {
+            (Some(marks), Ok(())) => marks.close(),
+            _ => Ok(()),
+        };
+        self.end_marks();
         let closed = self.store.close_image(self.image, sealed.is_ok());
         sealed?;
-        Ok(closed?)
+        closed?;
+        unmarked
+    }
+
+    /// Whoever still has the marks marks nothing more: the image may be opened anew.
+    fn end_marks(&self) {
+        if let Some(marks) = &self.marks {
+            marks.end();
+        }
     }
 
     fn check_open(&self) -> Result<(), DiskError> {
@@ -356,6 +454,9 @@ impl Drop for Volume {
     fn drop(&mut self) {
         let closed = self.closed.get_mut().expect("close lock");
         if !*closed {
+            if let Some(marks) = &self.marks {
+                marks.end();
+            }
             let _ = self.store.close_image(self.image, false);
         }
     }

@@ -4,6 +4,8 @@
 #![allow(dead_code)]
 
 pub mod powerloss;
+pub mod replica;
+pub mod replicate;
 
 use std::io::{BufRead, BufReader, Write};
 use std::ops::Range;
