@@ -2,7 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::ids::{CommandId, LayerId, NodeId};
+use crate::ids::{CommandId, ImageId, LayerId, NodeId};
+use crate::record::Extent;
 use crate::units::{BlockIndex, ByteLen, Epoch, HeatScore, Seq, SetVersion, Term, TickNo};
 
 /// One order to one node.
@@ -51,6 +52,24 @@ pub enum Order {
         /// Bytes that become free.
         bytes: ByteLen,
     },
+    /// Begin to give another node a replica of an image. It goes to the image's owner, and is done once the owner has
+    /// begun: the joiner then stands in the image's record, and in the end as a member.
+    Replicate {
+        /// The image's top layer when decided.
+        layer: LayerId,
+        /// Which image.
+        image: ImageId,
+        /// Its epoch when decided; an owner under another epoch refuses.
+        epoch: Epoch,
+        /// Location map version that the decision saw.
+        set_version: SetVersion,
+        /// The node that is to get the replica; a member of none of the blocks.
+        to: NodeId,
+        /// Which blocks; `None` for all of the image.
+        blocks: Option<Extent>,
+        /// Bytes to be copied, at most.
+        bytes: ByteLen,
+    },
 }
 
 impl Order {
@@ -59,21 +78,25 @@ impl Order {
         match self {
             Order::Promote { .. } => "promote",
             Order::Demote { .. } => "demote",
+            Order::Replicate { .. } => "replicate",
         }
     }
 
     /// The layer concerned.
     pub fn layer(&self) -> LayerId {
         match self {
-            Order::Promote { layer, .. } | Order::Demote { layer, .. } => *layer,
+            Order::Promote { layer, .. } | Order::Demote { layer, .. } | Order::Replicate { layer, .. } => *layer,
         }
     }
 
-    /// How many blocks it names.
+    /// How many blocks it names; 0 where it is about a whole image.
     pub fn block_count(&self) -> usize {
         match self {
             Order::Promote { blocks, .. } => blocks.len(),
             Order::Demote { blocks, .. } => blocks.len(),
+            Order::Replicate { blocks, .. } => blocks.map_or(0, |extent| {
+                usize::try_from(extent.last.0.saturating_sub(extent.first.0).saturating_add(1)).unwrap_or(usize::MAX)
+            }),
         }
     }
 }
@@ -125,9 +148,12 @@ pub struct Reason {
     /// What was not chosen and why, best first, at most [`crate::limits::ALTERNATIVES_MAX`]. Of several commands of
     /// one rule, node and tick the first carries it for all.
     pub lost: Vec<Alternative>,
+    /// Nodes that were not chosen and why, best first, at most [`crate::limits::ALTERNATIVES_MAX`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub lost_nodes: Vec<LostNode>,
 }
 
-/// Something that was considered and not chosen.
+/// A block that was considered and not chosen.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Alternative {
     /// Its layer.
@@ -140,10 +166,20 @@ pub struct Alternative {
     pub why: String,
 }
 
+/// A node that was considered and not chosen.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LostNode {
+    /// Which node.
+    pub node: NodeId,
+    /// Why it lost, such as `same_fault_domain`, `fuller` or `absent`.
+    pub why: String,
+}
+
 /// How a command ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Outcome {
-    /// Done, as far as `done` says: a promote may find some blocks written meanwhile.
+    /// Done, as far as `done` says: a promote may find some blocks written meanwhile. A replicate has begun; it names no
+    /// blocks here.
     Done {
         /// Blocks now in the ordered state, ascending. A block to promote that was there before counts as done.
         done: Vec<BlockIndex>,

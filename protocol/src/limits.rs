@@ -34,6 +34,13 @@ pub const HEAT_CELLS_IN_VIEW_MAX: usize = 60_000;
 /// Things wrong that one node tells of, worst first: with their words they fit one message.
 pub const NODE_HEALTH_MAX: usize = 200;
 
+/// Images with too few replicas that a cluster view tells of by name, worst first; it counts the rest. With their words
+/// they stay under a tenth of a message.
+pub const DEGRADED_IN_VIEW_MAX: usize = 200;
+
+/// Nodes that hold one image: every write goes to all of them.
+pub const REPLICAS_MAX: u64 = 8;
+
 /// Largest image, in bytes (16 TiB): 2^28 blocks of 64 KiB keeps a validity bitmap under 32 MiB.
 pub const IMAGE_BYTES_MAX: u64 = 16 << 40;
 

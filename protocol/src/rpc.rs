@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::heat::LatencySummary;
 use crate::ids::{ImageId, ImageName, LayerId, NodeId, SnapshotName};
 use crate::policy::TierPolicy;
+use crate::record::{Record, Run};
 use crate::units::{BlockIndex, ByteLen, Epoch, Seq};
 use crate::view::{ClusterView, HealthItem, ImageHeatView};
 
@@ -83,6 +84,19 @@ pub enum ExportKind {
     Device,
 }
 
+/// As what a node is to serve an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AttachHow {
+    /// Its owner; refused while another node is.
+    #[default]
+    Plain,
+    /// Its owner, also if the log says that another node is: that one is fenced off.
+    Takeover,
+    /// The destination of a live migration: another node owns it until that hands it over.
+    Incoming,
+}
+
 /// A request with the operator's words for it, which go into the log with every event that it causes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Asked<R> {
@@ -126,6 +140,9 @@ pub enum NodeRequest {
         size: ByteLen,
         /// Its block size; a power of two, 4 KiB to 4 MiB.
         block_size: ByteLen,
+        /// Nodes that hold it, this one among them; the scheduler chooses the others.
+        #[serde(default = "one")]
+        replicas: u64,
     },
     /// Creates an image from a raw file on the node; answers at once with a job.
     ImageImport {
@@ -163,6 +180,40 @@ pub enum NodeRequest {
         image: ImageName,
         /// How.
         export: ExportKind,
+        /// As what.
+        #[serde(default)]
+        how: AttachHow,
+    },
+    /// Hands an image over to the node that attached it as incoming, asked of its owner.
+    ImageHandOver {
+        /// Which image.
+        image: ImageName,
+        /// The destination.
+        to: NodeId,
+    },
+    /// Adds a node to those that hold an image, asked of its owner; answers at once with a job.
+    LocationAdd {
+        /// Which image.
+        image: ImageName,
+        /// The node.
+        node: NodeId,
+        /// First and last block; `None` for all.
+        #[serde(default)]
+        blocks: Option<(BlockIndex, BlockIndex)>,
+    },
+    /// Takes a node's copy of an image away, asked of its owner.
+    LocationRemove {
+        /// Which image.
+        image: ImageName,
+        /// The node.
+        node: NodeId,
+    },
+    /// One node asks another to make an empty replica.
+    ReplicaPrepare(ReplicaSpec),
+    /// One node asks another to give up a replica of an image that did not come to be.
+    ReplicaForget {
+        /// Which image.
+        image: ImageId,
     },
     /// Stops serving it.
     ImageDetach {
@@ -211,6 +262,27 @@ pub enum NodeRequest {
     /// What is wrong on the node, as it knows by itself. Also asked of all nodes at once
     /// ([`crate::subject::NODES_RPC`]).
     Health,
+}
+
+const fn one() -> u64 {
+    1
+}
+
+/// What a replica is made from: the same on every node that holds one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReplicaSpec {
+    /// The image.
+    pub image: ImageId,
+    /// Its name.
+    pub name: ImageName,
+    /// Its size.
+    pub size: ByteLen,
+    /// Its block size.
+    pub block_size: ByteLen,
+    /// Its only layer.
+    pub layer: LayerId,
+    /// The first record, for a new image; a node that joins later gets one when it is in the set.
+    pub record: Option<Record>,
 }
 
 /// Answers of a node.
@@ -263,6 +335,9 @@ pub struct ImageInfo {
     pub parent: Option<String>,
     /// The node.
     pub node: NodeId,
+    /// The nodes that hold it, if it has replicas, as this node's record says: runs of the location map.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub locations: Vec<Run>,
     /// How it is served, if it is.
     pub attached: Option<AttachInfo>,
     /// What is wrong with it and what to do, in words; absent while all is well.
@@ -281,6 +356,9 @@ pub struct AttachInfo {
     pub export: String,
     /// The kernel block device, if asked for.
     pub device: Option<String>,
+    /// Another node owns it still, and is to hand it over.
+    #[serde(default)]
+    pub incoming: bool,
     /// Whether guests on the device survive a restart of the daemon.
     pub device_survives_restart: bool,
     /// Read latency since attach, as the guest felt it.
@@ -360,6 +438,13 @@ pub enum SchedulerRequest {
         /// Which image.
         image: ImageId,
     },
+    /// Where the replicas of a new image go.
+    Place {
+        /// The node that holds it in any case.
+        near: NodeId,
+        /// How many nodes in all.
+        replicas: u64,
+    },
     /// Replaces the tier policy.
     PolicySet {
         /// The new policy.
@@ -394,6 +479,11 @@ pub enum SchedulerReply {
     View(Box<ClusterView>),
     /// See [`SchedulerRequest::ImageHeat`].
     ImageHeat(ImageHeatView),
+    /// See [`SchedulerRequest::Place`].
+    Placed {
+        /// The nodes, the one that was named first.
+        nodes: Vec<NodeId>,
+    },
     /// The log position of the change.
     Done {
         /// The log position.

@@ -8,6 +8,7 @@ use crate::heat::{HeatOrigin, LatencySummary, TierUse};
 use crate::ids::{ImageId, ImageName, NodeId, SchedulerId, SnapshotName};
 use crate::limits::{BLOCKS_IN_VIEW_MAX, HEAT_CELLS_IN_VIEW_MAX, REASONS_IN_VIEW_MAX};
 use crate::policy::TierPolicy;
+use crate::record::Nodes;
 use crate::units::{BlockIndex, ByteLen, Epoch, HeatScore, Seq, Term, TickNo, WallMs};
 
 /// The whole cluster at one log position.
@@ -122,6 +123,34 @@ pub struct ImageView {
     pub tracked_blocks: u64,
     /// Its blocks in the main region of its node.
     pub resident_blocks: u64,
+    /// Where its replicas are.
+    #[serde(default, skip_serializing_if = "ReplicasView::is_none")]
+    pub replicas: ReplicasView,
+}
+
+/// The replicas of one image; the default for an image that one node holds.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct ReplicasView {
+    /// How many there should be; 0 for an image without replicas.
+    pub wanted: u64,
+    /// How many the blocks with the fewest have.
+    pub in_sync: u64,
+    /// Nodes that hold some blocks at least.
+    pub members: Nodes,
+    /// Nodes that are being synced.
+    pub joiners: Nodes,
+}
+
+impl ReplicasView {
+    /// Whether the image has no replicas.
+    pub fn is_none(&self) -> bool {
+        self.wanted == 0
+    }
+
+    /// Whether some blocks have fewer than there should be.
+    pub fn is_degraded(&self) -> bool {
+        self.in_sync < self.wanted
+    }
 }
 
 /// One command and what became of it. Its lists are cut ([`DecisionView::new`]); `hearth why` and the log have them whole.
@@ -167,8 +196,10 @@ impl DecisionView {
         match &mut command.order {
             Order::Promote { blocks, .. } => cut(blocks),
             Order::Demote { blocks, .. } => cut(blocks),
+            Order::Replicate { .. } => {}
         }
         command.reason.lost.truncate(REASONS_IN_VIEW_MAX);
+        command.reason.lost_nodes.truncate(REASONS_IN_VIEW_MAX);
         let older = command.reason.rests_on.len().saturating_sub(REASONS_IN_VIEW_MAX);
         command.reason.rests_on.drain(..older);
         let mut done_skipped = (0, 0);
@@ -369,6 +400,7 @@ mod tests {
                 numbers: vec![("threshold_score".into(), 1 << 20); 10],
                 rests_on: seqs,
                 lost: Vec::new(),
+                lost_nodes: Vec::new(),
             },
         };
         let outcome = Outcome::Done {

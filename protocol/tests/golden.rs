@@ -8,13 +8,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use hearth_protocol::aggregate::Change;
-use hearth_protocol::command::{Alternative, Demotion, Order, Outcome, Promotion, Reason, Resident};
+use hearth_protocol::command::{Alternative, Demotion, LostNode, Order, Outcome, Promotion, Reason, Resident};
 use hearth_protocol::event::{HeatFolded, ImageAttached, ImageCreated, NodeJoined};
 use hearth_protocol::heat::{
     BlockHeat, DiskUse, HeatOrigin, HeatReport, ImageHeat, LatencySummary, LayerHeat, Omitted, TierUse, pack,
 };
 use hearth_protocol::policy::TierPolicy;
-use hearth_protocol::record::{Nodes, Record, Run, Stamp};
+use hearth_protocol::record::{Extent, Nodes, Record, Run, Stamp};
 use hearth_protocol::{
     BlockIndex, ByteLen, Command, CommandId, Envelope, Epoch, Event, HeatScore, ImageId, Incarnation, LayerId, LeaseId,
     Message, NodeId, Publisher, Seq, SetVersion, Term, TickNo, WallMs,
@@ -133,8 +133,35 @@ fn command(order: Order) -> Event {
                 score: HeatScore::whole(1),
                 why: "below_margin".into(),
             }],
+            lost_nodes: Vec::new(),
         },
     })
+}
+
+fn replicate(blocks: Option<Extent>) -> Event {
+    let Event::CommandGiven(mut command) = command(Order::Replicate {
+        layer: TOP,
+        image: IMAGE,
+        epoch: Epoch(2),
+        set_version: SetVersion(5),
+        to: "node-3".parse().unwrap(),
+        blocks,
+        bytes: ByteLen(1 << 30),
+    }) else {
+        unreachable!()
+    };
+    command.reason = Reason {
+        rule: "repair/replicate".into(),
+        policy_version: 1,
+        numbers: vec![("members".into(), 1), ("wanted".into(), 2)],
+        rests_on: vec![Seq(40)],
+        lost: Vec::new(),
+        lost_nodes: vec![LostNode {
+            node: "node-4".parse().unwrap(),
+            why: "same_fault_domain".into(),
+        }],
+    };
+    Event::CommandGiven(command)
 }
 
 /// One event of every kind, by file name; several where an enum inside has several shapes.
@@ -404,6 +431,14 @@ fn events() -> Vec<(&'static str, Event)> {
                 }],
                 bytes: ByteLen(64 << 10),
             }),
+        ),
+        ("command_given_replicate", replicate(None)),
+        (
+            "command_given_replicate_blocks",
+            replicate(Some(Extent {
+                first: BlockIndex(16),
+                last: BlockIndex(31),
+            })),
         ),
     ]
 }

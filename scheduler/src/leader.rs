@@ -369,6 +369,15 @@ impl Leader {
                         "list them with: hearth image list",
                     )
                 }),
+            SchedulerRequest::Place { near, replicas } => scheduler_core::place(state, &near, replicas)
+                .map(|nodes| SchedulerReply::Placed { nodes })
+                .map_err(|misfit| {
+                    Failure::new(
+                        FailureKind::Refused,
+                        misfit.to_string(),
+                        "see who is there: hearth node list",
+                    )
+                }),
             SchedulerRequest::PolicySet { policy, reason } => {
                 let asked = self.policy_set(policy, reason);
                 return self.record(asked, reply).await;

@@ -106,6 +106,7 @@ fn command(seq: u64) -> Command {
             numbers: Vec::new(),
             rests_on: Vec::new(),
             lost: Vec::new(),
+            lost_nodes: Vec::new(),
         },
     }
 }

@@ -4,9 +4,13 @@
 
 use hearth_protocol::aggregate::Change;
 use hearth_protocol::command::{Alternative, Outcome};
+use hearth_protocol::limits::TICK_MS;
 use hearth_protocol::record::Nodes;
-use hearth_protocol::view::{DecisionView, ImageView, NodeView};
-use hearth_protocol::{BlockIndex, Command, Event, HeatScore, ImageId, ImageName, LayerId, Order, Reason, Seq};
+use hearth_protocol::view::{DecisionView, ImageView, NodeView, ReplicasView};
+use hearth_protocol::{
+    BlockIndex, ByteLen, Command, Epoch, Event, HeatScore, ImageId, ImageName, LayerId, Order, Reason, Seq, SetVersion,
+    WallMs,
+};
 
 use crate::fmt;
 
@@ -30,13 +34,16 @@ pub fn whose(layer: LayerId, images: &[ImageName]) -> String {
 
 /// A number of a reason in its unit, which its name tells: scores are fixed point, `_bytes` are sizes, and so on.
 pub fn number(name: &str, value: u64) -> String {
+    if name.ends_with("_at_ms") {
+        return fmt::time(WallMs(value));
+    }
     let has = |part: &str| name == part || name.ends_with(&format!("_{part}")) || name.starts_with(&format!("{part}_"));
     if has("score") || has("scores") || name.ends_with("threshold") {
         fmt::score(HeatScore(value))
     } else if name.ends_with("bytes_per_s_max") || name.ends_with("bytes_per_s") {
-        format!("{}/s", fmt::bytes(hearth_protocol::ByteLen(value)))
+        format!("{}/s", fmt::bytes(ByteLen(value)))
     } else if name.contains("bytes") {
-        fmt::bytes(hearth_protocol::ByteLen(value))
+        fmt::bytes(ByteLen(value))
     } else if has("percent") {
         format!("{value}%")
     } else if has("permille") {
@@ -110,6 +117,26 @@ fn told(command: &Command, blocks: u64, images: &[ImageName]) -> String {
             }
             text
         }
+        Order::Replicate { to, blocks: part, .. } => {
+            let count = |name: &str| {
+                let found = command.reason.numbers.iter().find(|(known, _)| known == name);
+                found.map(|(_, value)| *value)
+            };
+            let mut text = match part {
+                None => format!("replicate {whose} to {to}"),
+                Some(_) => format!("replicate {blocks} of {whose} to {to}"),
+            };
+            if let (Some(members), Some(wanted)) = (count("members"), count("wanted")) {
+                text += &format!(": {members} of {wanted} replicas left");
+            }
+            if let Some(at) = count("degraded_at_ms").filter(|at| *at > 0) {
+                text += &format!(" since {}", fmt::clock(WallMs(at)));
+            }
+            if let Some(grace) = count("grace_ticks") {
+                text += &format!(", grace time {} over", fmt::seconds(grace * TICK_MS / 1_000));
+            }
+            text
+        }
     }
 }
 
@@ -142,6 +169,7 @@ fn counted(outcome: &Outcome, (done, skipped): (u64, u64)) -> String {
 /// What became of a decision, in a few words.
 pub fn ended(decision: &DecisionView) -> String {
     match &decision.ended {
+        Some((_, Outcome::Done { .. })) if matches!(decision.command.order, Order::Replicate { .. }) => "begun".into(),
         Some((_, result)) => counted(result, decision.done_skipped),
         None if decision.expired => "expired without an answer".into(),
         None => "running".into(),
@@ -198,6 +226,10 @@ pub fn reason(reason: &Reason) -> Vec<String> {
         let head = if i == 0 { "lost" } else { "" };
         lines.push(format!("{head:<9} {}", alternative(lost, None)));
     }
+    for (i, lost) in reason.lost_nodes.iter().enumerate() {
+        let head = if i == 0 && reason.lost.is_empty() { "lost" } else { "" };
+        lines.push(format!("{head:<9} node {}: {}", lost.node, lost.why.replace('_', " ")));
+    }
     lines
 }
 
@@ -236,6 +268,12 @@ pub fn decision(decision: &DecisionView) -> Vec<String> {
             c.expires
         ),
     ];
+    let mut fence = |epoch: &Epoch, set_version: &SetVersion, bytes: &ByteLen| {
+        lines.push(format!(
+            "fence     epoch {epoch}, set version {set_version}, at most {}",
+            fmt::bytes(*bytes)
+        ));
+    };
     let list: Vec<BlockIndex> = match &c.order {
         Order::Promote {
             blocks,
@@ -244,13 +282,19 @@ pub fn decision(decision: &DecisionView) -> Vec<String> {
             bytes,
             ..
         } => {
-            lines.push(format!(
-                "fence     epoch {epoch}, set version {set_version}, at most {}",
-                fmt::bytes(*bytes)
-            ));
+            fence(epoch, set_version, bytes);
             blocks.iter().map(|p| p.block).collect()
         }
         Order::Demote { blocks, .. } => blocks.iter().map(|d| d.block).collect(),
+        Order::Replicate {
+            epoch,
+            set_version,
+            bytes,
+            ..
+        } => {
+            fence(epoch, set_version, bytes);
+            Vec::new()
+        }
     };
     lines.push(format!("layer     {}", c.order.layer()));
     if !decision.images.is_empty() {
@@ -262,7 +306,13 @@ pub fn decision(decision: &DecisionView) -> Vec<String> {
         0 => String::new(),
         more => format!(" and {} more", fmt::count(more)),
     };
-    lines.push(format!("blocks    {}{more}", blocks(list)));
+    lines.push(match &c.order {
+        Order::Replicate { blocks: None, .. } => "blocks    all".into(),
+        Order::Replicate {
+            blocks: Some(extent), ..
+        } => format!("blocks    {}-{}", extent.first, extent.last),
+        Order::Promote { .. } | Order::Demote { .. } => format!("blocks    {}{more}", blocks(list)),
+    });
     lines.push(String::new());
     lines.extend(reason(&c.reason));
     lines.push(String::new());
@@ -366,7 +416,7 @@ pub fn image(i: &ImageView) -> Vec<String> {
                 snapshots.join(" ")
             }
         ),
-        String::new(),
+        replicas(&i.replicas),
         format!(
             "heat           {} blocks tracked, counted by {}",
             fmt::count(i.tracked_blocks),
@@ -375,9 +425,7 @@ pub fn image(i: &ImageView) -> Vec<String> {
         format!(
             "in RAM         {} blocks in the main region ({})",
             fmt::count(i.resident_blocks),
-            fmt::bytes(hearth_protocol::ByteLen(
-                i.resident_blocks.saturating_mul(i.block_size.0)
-            ))
+            fmt::bytes(ByteLen(i.resident_blocks.saturating_mul(i.block_size.0)))
         ),
         format!("reads          {}/s", fmt::count(i.reads_per_s)),
         format!("writes         {}/s", fmt::count(i.writes_per_s)),
@@ -390,10 +438,30 @@ pub fn image(i: &ImageView) -> Vec<String> {
     ]
 }
 
+/// Where an image's replicas are, in the line before its heat; an empty one without replicas.
+fn replicas(r: &ReplicasView) -> String {
+    if r.is_none() {
+        return String::new();
+    }
+    let mut text = format!(
+        "replicas       {} of {} in sync on {}",
+        r.in_sync,
+        r.wanted,
+        list(&r.members)
+    );
+    if !r.joiners.is_empty() {
+        text += &format!(", being synced on {}", list(&r.joiners));
+    }
+    text
+}
+
+fn list(nodes: &Nodes) -> String {
+    nodes.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+}
+
 /// What a change of an image's locations left behind.
 fn located(image: &str, change: &Change) -> String {
     let (to, stamp) = (&change.to, change.to.stamp());
-    let list = |nodes: &Nodes| nodes.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
     let runs = to.runs().iter().enumerate().map(|(at, run)| {
         let end = to.runs().get(at + 1).map(|next| next.first.0 - 1);
         let blocks = match (run.first.0, end) {
@@ -501,7 +569,7 @@ pub fn event(event: &Event, name: &dyn Fn(ImageId) -> Option<ImageName>) -> Stri
                 e.node,
                 plural(blocks as u64, "block"),
                 plural(e.images.len() as u64, "image"),
-                fmt::bytes(hearth_protocol::ByteLen(e.tier.front.0 + e.tier.main.0)),
+                fmt::bytes(ByteLen(e.tier.front.0 + e.tier.main.0)),
                 fmt::bytes(e.tier.capacity)
             );
             if e.gap > 0 {
@@ -540,6 +608,8 @@ pub fn event(event: &Event, name: &dyn Fn(ImageId) -> Option<ImageName>) -> Stri
 
 #[cfg(test)]
 mod tests {
+    use hearth_protocol::command::LostNode;
+
     use super::*;
 
     #[test]
@@ -566,6 +636,60 @@ mod tests {
         ] {
             assert_eq!(number(name, value), expect, "{name}");
         }
+    }
+
+    #[test]
+    fn a_replicate_says_what_was_left_since_when() {
+        let mut command = Command {
+            id: hearth_protocol::CommandId(1),
+            node: "node-1".parse().unwrap(),
+            term: hearth_protocol::Term(1),
+            tick: hearth_protocol::TickNo(40),
+            expires: hearth_protocol::TickNo(60),
+            order: Order::Replicate {
+                layer: LayerId(2),
+                image: ImageId(1),
+                epoch: Epoch(1),
+                set_version: SetVersion(3),
+                to: "node-3".parse().unwrap(),
+                blocks: None,
+                bytes: ByteLen(2 << 30),
+            },
+            reason: Reason {
+                rule: "repair/replicate".into(),
+                policy_version: 1,
+                numbers: [
+                    ("members", 1),
+                    ("wanted", 2),
+                    ("degraded_at_ms", 50_520_000),
+                    ("grace_ticks", 30),
+                ]
+                .map(|(name, value)| (name.into(), value))
+                .into(),
+                rests_on: vec![Seq(7)],
+                lost: Vec::new(),
+                lost_nodes: vec![LostNode {
+                    node: "node-4".parse().unwrap(),
+                    why: "same_fault_domain".into(),
+                }],
+            },
+        };
+        let images = ["appl/vm-1".parse().unwrap()];
+        let told = "1 of 2 replicas left since 14:02:00, grace time 30 s over";
+        let check = |command: &Command, expect: String| assert_eq!(super::command(command, &images), expect);
+        check(&command, format!("replicate appl/vm-1 to node-3: {told}"));
+        assert_eq!(
+            reason(&command.reason).last().unwrap(),
+            "lost      node node-4: same fault domain"
+        );
+        let Order::Replicate { blocks, .. } = &mut command.order else {
+            unreachable!()
+        };
+        *blocks = Some(hearth_protocol::record::Extent {
+            first: BlockIndex(16),
+            last: BlockIndex(31),
+        });
+        check(&command, format!("replicate 16 blocks of appl/vm-1 to node-3: {told}"));
     }
 
     #[test]

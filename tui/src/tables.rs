@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use hearth_protocol::command::Outcome;
-use hearth_protocol::view::{DecisionView, HealthItem, ImageView, NodeView};
-use hearth_protocol::{ByteLen, Order, Seq, WallMs};
+use hearth_protocol::view::{DecisionView, HealthItem, ImageView, NodeView, ReplicasView};
+use hearth_protocol::{ByteLen, HeatScore, Order, Seq, WallMs};
 
 use crate::fmt;
 use crate::narrate;
@@ -91,7 +91,9 @@ pub fn nodes(nodes: &[NodeView]) -> Table {
 
 /// Images.
 pub fn images(images: &[ImageView]) -> Table {
-    let columns = vec![
+    // A column of its own only where it says something.
+    let with_replicas = images.iter().any(|i| !i.replicas.is_none());
+    let mut columns = vec![
         Column::text("IMAGE").sort('N'),
         Column::text("NODE").sort('O'),
         Column::text("STATE").sort('S'),
@@ -108,6 +110,9 @@ pub fn images(images: &[ImageView]) -> Table {
         Column::text("HEAT").wide(),
         Column::number("EPOCH").wide(),
     ];
+    if with_replicas {
+        columns.insert(REPLICAS_AT, Column::number("REPLICAS").sort('E'));
+    }
     let rows = images
         .iter()
         .map(|i| {
@@ -119,7 +124,7 @@ pub fn images(images: &[ImageView]) -> Table {
                 }
             };
             let resident = ByteLen(i.resident_blocks.saturating_mul(i.block_size.0));
-            Row {
+            let mut row = Row {
                 id: RowId::Image(i.id),
                 cells: vec![
                     Cell::text(i.name.as_str()).tone(Tone::Accent),
@@ -149,10 +154,31 @@ pub fn images(images: &[ImageView]) -> Table {
                     Cell::text(i.origin.map_or("-", |o| o.as_str())),
                     Cell::number(i.epoch.0, i.epoch.to_string()),
                 ],
+            };
+            if with_replicas {
+                row.cells.insert(REPLICAS_AT, replicas_cell(&i.replicas));
             }
+            row
         })
         .collect();
     Table { columns, rows }
+}
+
+/// The column of the replicas, behind the state.
+const REPLICAS_AT: usize = 3;
+
+/// Sorts those that miss most first.
+fn replicas_cell(r: &ReplicasView) -> Cell {
+    if r.is_none() {
+        return Cell::number(0, "-").tone(Tone::Dim);
+    }
+    let missing = r.wanted.saturating_sub(r.in_sync);
+    let tone = match (missing, r.in_sync) {
+        (0, _) => Tone::Good,
+        (_, 0..=1) => Tone::Bad,
+        _ => Tone::Warn,
+    };
+    Cell::number(missing + 1, format!("{}/{}", r.in_sync, r.wanted)).tone(tone)
 }
 
 /// How good a hit ratio is.
@@ -186,8 +212,12 @@ pub fn decisions(decisions: &[Arc<DecisionView>]) -> Table {
             let score = match &c.order {
                 Order::Promote { blocks, .. } => blocks.iter().map(|p| p.score).max(),
                 Order::Demote { blocks, .. } => blocks.iter().map(|b| b.score).max(),
-            }
-            .unwrap_or_default();
+                Order::Replicate { .. } => None,
+            };
+            let blocks = match &c.order {
+                Order::Replicate { blocks: None, .. } => Cell::number(0, "all"),
+                order => Cell::number(order.block_count() as u64, fmt::count(order.block_count() as u64)),
+            };
             Row {
                 id: RowId::Decision(d.seq),
                 cells: vec![
@@ -196,8 +226,8 @@ pub fn decisions(decisions: &[Arc<DecisionView>]) -> Table {
                     order_cell(&c.order),
                     Cell::text(c.node.as_str()),
                     Cell::text(narrate::whose(c.order.layer(), &d.images)).tone(Tone::Accent),
-                    Cell::number(c.order.block_count() as u64, fmt::count(c.order.block_count() as u64)),
-                    Cell::number(score.0, fmt::score(score)),
+                    blocks,
+                    score.map_or_else(|| no_score(&c.order), |score| Cell::number(score.0, fmt::score(score))),
                     Cell::text(narrate::ended(d)).tone(ended_tone(d)),
                     Cell::text(c.reason.rule.clone()),
                     Cell::number(c.tick.0, c.tick.to_string()),
@@ -212,7 +242,16 @@ fn order_cell(order: &Order) -> Cell {
     Cell::text(order.verb()).tone(match order {
         Order::Promote { .. } => Tone::Ram,
         Order::Demote { .. } => Tone::Dim,
+        Order::Replicate { .. } => Tone::Warn,
     })
+}
+
+/// The score of an order that names no blocks: none at all if it rests on no heat.
+fn no_score(order: &Order) -> Cell {
+    match order {
+        Order::Replicate { .. } => Cell::number(0, "-").tone(Tone::Dim),
+        Order::Promote { .. } | Order::Demote { .. } => Cell::number(0, fmt::score(HeatScore(0))),
+    }
 }
 
 /// What the end of a decision means.

@@ -532,6 +532,7 @@ fn why(model: &mut Model) -> Option<Effect> {
             let block = match &decision.command.order {
                 Order::Promote { blocks, .. } => blocks.first()?.block,
                 Order::Demote { blocks, .. } => blocks.first()?.block,
+                Order::Replicate { blocks, .. } => blocks.map_or(BlockIndex(0), |extent| extent.first),
             };
             Some(Effect::Why { image, block, at })
         }

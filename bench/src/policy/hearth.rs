@@ -188,6 +188,12 @@ impl Node {
                     done.push(one.block);
                 }
             }
+            // One node has nowhere to put a replica; its images have none.
+            Order::Replicate { .. } => {
+                return Answer::Refused {
+                    why: "there is one node".into(),
+                };
+            }
         }
         done.sort();
         Answer::Done {

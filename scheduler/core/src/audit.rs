@@ -1,7 +1,11 @@
 //! Recounts what the state keeps as running totals and derived orders.
 
+use std::collections::BTreeMap;
+
+use hearth_protocol::record::Nodes;
+
 use crate::blocks::{NodeBlocks, Place};
-use crate::state::State;
+use crate::state::{Facts, State};
 
 impl State {
     /// Recounts every account and rebuilds every derived order, and says what disagrees. Costs a pass over all blocks;
@@ -20,8 +24,48 @@ impl State {
                 ));
             }
         }
-        Ok(())
+        audit_replicas(&self.data.facts)
     }
+}
+
+/// What repair knows of images is what their records say.
+fn audit_replicas(facts: &Facts) -> Result<(), String> {
+    let mut short = BTreeMap::new();
+    let mut joining = BTreeMap::new();
+    for (id, image) in &facts.catalog.images {
+        let known = facts.validity.image(*id).and_then(|known| known.locations.as_ref());
+        let (Some(locations), Some(replicas)) = (known, &image.replicas) else {
+            if known.is_some() || image.replicas.is_some() {
+                return Err(format!(
+                    "image {id}: its replicas are known to one of record and catalog"
+                ));
+            }
+            continue;
+        };
+        let runs = locations.record.runs();
+        let fewest = runs.iter().map(|run| run.members.len() as u64).min().unwrap_or(0);
+        let joiners: Nodes = runs.iter().flat_map(|run| run.joiners.clone()).collect();
+        check(&format!("image {id}: members"), fewest, replicas.fewest)?;
+        if replicas.members != locations.record.members() || replicas.joiners != joiners {
+            return Err(format!("image {id}: its nodes are not those of its record"));
+        }
+        if fewest < replicas.wanted {
+            short.insert(*id, fewest);
+        }
+        if !joiners.is_empty() {
+            joining.insert(*id, joiners);
+        }
+    }
+    let repairs = &facts.repairs;
+    let kept: BTreeMap<_, _> = repairs.short.iter().map(|(id, short)| (*id, short.fewest)).collect();
+    if kept != short || repairs.joining != joining {
+        return Err("the images that repair looks at are not the degraded ones and those with joiners".into());
+    }
+    let known = |id| facts.catalog.images.contains_key(id);
+    if !repairs.ordered.keys().chain(repairs.tried.keys()).all(known) {
+        return Err("repair remembers orders for images that are gone".into());
+    }
+    Ok(())
 }
 
 fn audit(blocks: &NodeBlocks) -> Result<(), String> {

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use hearth_protocol::aggregate::Change;
 use hearth_protocol::event::{ImageAttached, ImageCreated};
 use hearth_protocol::heat::{HeatOrigin, LatencySummary};
+use hearth_protocol::record::{Nodes, Record};
 use hearth_protocol::{ByteLen, Epoch, ImageId, ImageName, LayerId, NodeId, SetVersion, SnapshotName};
 use serde::{Deserialize, Serialize};
 
@@ -25,6 +26,35 @@ pub(crate) struct Image {
     pub epoch: Epoch,
     pub set_version: SetVersion,
     pub last: LastWindow,
+    /// Of an image with replicas.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replicas: Option<Replicas>,
+}
+
+/// Where an image's replicas are, as its record says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Replicas {
+    /// How many there should be: as many as the image was created with.
+    pub wanted: u64,
+    /// Members of the runs that have the fewest.
+    pub fewest: u64,
+    /// Members of any run.
+    pub members: Nodes,
+    /// Joiners of any run.
+    pub joiners: Nodes,
+}
+
+impl Replicas {
+    fn located(&mut self, record: &Record) {
+        self.fewest = record
+            .runs()
+            .iter()
+            .map(|run| run.members.len() as u64)
+            .min()
+            .unwrap_or(0);
+        self.members = record.members();
+        self.joiners = record.runs().iter().flat_map(|run| run.joiners.clone()).collect();
+    }
 }
 
 impl Image {
@@ -111,6 +141,12 @@ impl Catalog {
                 epoch: Epoch(0),
                 set_version: event.set_version,
                 last: LastWindow::default(),
+                replicas: (!event.members.is_empty()).then(|| Replicas {
+                    wanted: event.members.len() as u64,
+                    fewest: event.members.len() as u64,
+                    members: event.members.clone(),
+                    joiners: Nodes::new(),
+                }),
             },
         );
     }
@@ -131,6 +167,9 @@ impl Catalog {
         let (epoch, stamp) = (image.epoch, change.to.stamp());
         let top = image.layers.first().copied()?;
         image.set_version = stamp.set_version;
+        if let Some(replicas) = &mut image.replicas {
+            replicas.located(&change.to);
+        }
         if let Some(layer) = self.layers.get_mut(&top) {
             layer.holders = change.to.members();
         }

@@ -1,23 +1,25 @@
 //! What holds for any log whatever: nothing panics, repeats and void events change nothing but counters, every account
 //! recounts, budgets and capacities hold, and a replay ends at the same digests.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use hearth_protocol::command::{Alternative, Demotion, Order, Outcome, Promotion, Reason};
+use hearth_protocol::command::{Alternative, Demotion, LostNode, Order, Outcome, Promotion, Reason};
 use hearth_protocol::heat::{BlockHeat, PackedHeat, TierUse};
 use hearth_protocol::policy::TierPolicy;
+use hearth_protocol::record::{Extent, Run};
 use hearth_protocol::{
-    BlockIndex, ByteLen, Command, CommandId, Envelope, Epoch, Event, HeatScore, ImageId, Incarnation, LayerId, NodeId,
-    Publisher, Seq, SetVersion, Term, TickNo, WallMs,
+    BlockIndex, ByteLen, Command, CommandId, Envelope, Epoch, Event, HeatScore, ImageId, Incarnation, LayerId, LeaseId,
+    NodeId, Publisher, Seq, SetVersion, Term, TickNo, WallMs,
 };
 use proptest::collection::vec;
 use proptest::prelude::*;
 
+use crate::policy::repair::{GRACE_TICKS, GRACE_TICKS_LAST, IN_FLIGHT_MAX};
 use crate::replay::{Replayer, Until};
-use crate::state::{Judged, Odd, State};
+use crate::state::{Facts, Judged, Odd, State};
 
 #[path = "../tests/sim/mod.rs"]
-mod sim;
+pub(crate) mod sim;
 
 use sim::{BLOCK, Sim, node_id};
 
@@ -44,7 +46,30 @@ enum Op {
     Answer(usize, bool),
     Repeat(usize),
     Skip(u64),
+    Replicated(usize, u128, usize),
+    Record(usize, u128, usize, Edit),
+    Later(u64),
     Any(Publisher, u64, Box<Event>),
+}
+
+/// A change of an image's record, sound or not.
+#[derive(Debug, Clone, Copy)]
+enum Edit {
+    Take,
+    Lose,
+    Join,
+    JoinSome(u64),
+    Sync,
+}
+
+fn edit() -> impl Strategy<Value = Edit> {
+    prop_oneof![
+        2 => Just(Edit::Take),
+        3 => Just(Edit::Lose),
+        2 => Just(Edit::Join),
+        1 => (0..30u64).prop_map(Edit::JoinSome),
+        2 => Just(Edit::Sync),
+    ]
 }
 
 fn number() -> impl Strategy<Value = u64> {
@@ -122,6 +147,15 @@ fn order() -> impl Strategy<Value = Order> {
                 .collect(),
             bytes: ByteLen(0),
         }),
+        (1..5u128, number(), 0..NODES.len(), any::<bool>()).prop_map(|(image, epoch, to, part)| Order::Replicate {
+            layer: LayerId(image),
+            image: ImageId(image),
+            epoch: Epoch(epoch),
+            set_version: SetVersion(epoch),
+            to: node_id(NODES[to]),
+            blocks: part.then_some(sim::WHOLE),
+            bytes: ByteLen(epoch),
+        }),
     ]
 }
 
@@ -155,6 +189,13 @@ fn any_event() -> impl Strategy<Value = Event> {
                             layer: LayerId(1),
                             block: BlockIndex(1),
                             score: HeatScore(1),
+                            why: "ü".repeat(99),
+                        };
+                        6
+                    ],
+                    lost_nodes: vec![
+                        LostNode {
+                            node: node_id("n1"),
                             why: "ü".repeat(99),
                         };
                         6
@@ -222,6 +263,9 @@ fn op() -> impl Strategy<Value = Op> {
         4 => (any::<prop::sample::Index>(), any::<bool>()).prop_map(|(i, ok)| Op::Answer(i.index(64), ok)),
         2 => any::<prop::sample::Index>().prop_map(|i| Op::Repeat(i.index(1 << 20))),
         1 => (1..5u64).prop_map(Op::Skip),
+        2 => (node(), id(), node()).prop_map(|(n, i, other)| Op::Replicated(n, i, other)),
+        6 => (node(), id(), node(), edit()).prop_map(|(n, i, other, e)| Op::Record(n, i, other, e)),
+        3 => (1..700u64).prop_map(Op::Later),
         2 => (publisher(), number(), any_event()).prop_map(|(p, n, e)| Op::Any(p, n, Box::new(e))),
     ]
 }
@@ -272,6 +316,8 @@ fn run(sim: &mut Sim, given: &mut Vec<Command>, op: &Op) {
             let blocks: Vec<BlockIndex> = match &command.order {
                 Order::Promote { blocks, .. } => blocks.iter().map(|p| p.block).collect(),
                 Order::Demote { blocks, .. } => blocks.iter().map(|d| d.block).collect(),
+                // An answer that names blocks where none are asked for.
+                Order::Replicate { .. } => vec![BlockIndex(1), BlockIndex(2)],
             };
             let half = blocks.len().div_ceil(2);
             let outcome = if *ok {
@@ -293,6 +339,15 @@ fn run(sim: &mut Sim, given: &mut Vec<Command>, op: &Op) {
                     outcome,
                 },
             );
+        }
+        Op::Later(ticks) => {
+            sim.tick = TickNo(sim.tick.0 + ticks);
+            sim.tick_only(1_000);
+            for (node, name) in NODES.iter().enumerate() {
+                if joined(sim, node) {
+                    sim.alive(name);
+                }
+            }
         }
         Op::Repeat(index) if !sim.log.is_empty() => {
             let (_, message) = &sim.log[index % sim.log.len()];
@@ -343,7 +398,9 @@ fn node_op(sim: &mut Sim, op: &Op) {
         | Op::Heat(n, ..)
         | Op::Drop(n, ..)
         | Op::Capacity(n, ..)
-        | Op::Damaged(n, ..) => *n,
+        | Op::Damaged(n, ..)
+        | Op::Replicated(n, ..)
+        | Op::Record(n, ..) => *n,
         _ => return,
     };
     if !joined(sim, node) {
@@ -414,6 +471,32 @@ fn node_op(sim: &mut Sim, op: &Op) {
                 };
             });
         }
+        Op::Replicated(_, image, other) => {
+            sim.created_on(name, &[name, NODES[*other]], *image, 30);
+            if sim.record(*image).is_some() {
+                sim.take(name, &NODES, *image);
+            }
+        }
+        Op::Record(_, image, other, edit) => {
+            let Some(record) = sim.record(*image) else {
+                return;
+            };
+            let other = node_id(NODES[*other]);
+            let some = |first: u64| Extent {
+                first: BlockIndex(first),
+                ..sim::WHOLE
+            };
+            let edited = match edit {
+                Edit::Take => record.granted(LeaseId(u128::from(record.epoch().0) + 1), &record.members()),
+                Edit::Lose => record.without(&[other].into()),
+                Edit::Join => record.with_joiner(&other, sim::WHOLE),
+                Edit::JoinSome(first) => record.with_joiner(&other, some(*first)),
+                Edit::Sync => record.with_member(&other, sim::WHOLE),
+            };
+            if let Ok(edited) = edited {
+                sim.change(name, *image, |_| edited);
+            }
+        }
         Op::Damaged(_, layer, bytes) => {
             sim.heat_with(name, 1, *layer, &[], |h| {
                 h.images[0].layers[0].blocks = PackedHeat(bytes.clone());
@@ -441,8 +524,19 @@ fn check_decisions(state: &State) {
                 assert!(!promoted.contains_key(&command.node), "a demotion after a promotion");
                 *demoted.entry(&command.node).or_default() += bytes.0;
             }
+            Order::Replicate { image, to, .. } => check_replicate(facts, &command.node, *image, to),
         }
     }
+    let targets: Vec<&NodeId> = commands
+        .iter()
+        .filter_map(|c| match &c.order {
+            Order::Replicate { to, .. } => Some(to),
+            Order::Promote { .. } | Order::Demote { .. } => None,
+        })
+        .collect();
+    assert!(targets.len() <= IN_FLIGHT_MAX, "too many replicas at once");
+    let distinct: BTreeSet<_> = targets.iter().collect();
+    assert_eq!(distinct.len(), targets.len(), "two replicas for one node at once");
     for (node, bytes) in promoted {
         let on = &state.data.blocks[node];
         let per_tick = facts.policy.promote_bytes_per_s_max.saturating_mul(facts.tick_ms) / 1_000;
@@ -455,6 +549,29 @@ fn check_decisions(state: &State) {
         let out = demoted.get(node).copied().unwrap_or(0);
         assert!(used - out <= facts.nodes[node].main_capacity(), "over the capacity");
     }
+}
+
+/// What every order to replicate keeps to.
+fn check_replicate(facts: &Facts, owner: &NodeId, image: ImageId, to: &NodeId) {
+    let is_present = |node: &NodeId| facts.nodes.get(node).is_some_and(|known| facts.present(known));
+    let known = &facts.catalog.images[&image];
+    assert!(
+        known.attached && known.node == *owner && is_present(owner),
+        "nobody could copy it"
+    );
+    assert!(is_present(to), "a node that is not there gets a replica");
+    let record = &facts.validity.image(image).unwrap().locations.as_ref().unwrap().record;
+    let wanted = known.replicas.as_ref().unwrap().wanted;
+    let is_short = |run: &Run| (run.members.len() as u64) < wanted && !run.members.contains(to);
+    assert!(record.runs().iter().any(is_short), "a replica too many");
+    assert!(
+        record.runs().iter().all(|run| run.joiners.is_empty()),
+        "two joiners at once"
+    );
+    let short = &facts.repairs.short[&image];
+    let over = |ticks: u64, tick: TickNo| facts.tick.0 - tick.0 >= ticks;
+    let last = short.fewest == 1 && over(GRACE_TICKS_LAST, short.fell.tick);
+    assert!(last || over(GRACE_TICKS, short.since.tick), "within the grace time");
 }
 
 proptest! {

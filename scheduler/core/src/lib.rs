@@ -6,8 +6,9 @@
 //! beside this crate's manifest bans what would break that.
 //!
 //! Where things are: [`State`] and its fold in `state`, per-block heat and places in `blocks`, integer decay in
-//! `decay`, images and layers in `catalog`, commands in flight in `orders`, what moves
-//! and why in [`policy`], what people see in [`view()`], re-derivation in [`replay`], explanations in [`why`].
+//! `decay`, images and layers in `catalog`, commands in flight in `orders`, where new replicas go in `place`, what
+//! repair remembers in `repairs`, what moves and why in [`policy`], what people see in [`view()`], re-derivation in
+//! [`replay`], explanations in [`why`].
 
 #![deny(clippy::float_arithmetic)]
 
@@ -24,7 +25,9 @@ mod digest;
 mod laws;
 pub mod mutants;
 mod orders;
+mod place;
 pub mod policy;
+mod repairs;
 pub mod replay;
 mod state;
 mod view;
@@ -33,5 +36,6 @@ pub mod why;
 pub use blocks::REST_TICKS;
 pub use digest::{DigestBook, DigestCheck};
 pub use orders::COMMAND_TICKS;
+pub use place::{Misfit, place};
 pub use state::{Applied, DIGEST_EVERY_TICKS, Judged, State, TRACKED_BLOCKS_MAX, TRACKED_BLOCKS_PER_NODE_MAX};
 pub use view::{image_heat, view};

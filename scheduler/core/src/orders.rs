@@ -2,9 +2,9 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use hearth_protocol::command::{Alternative, Command, Order, Outcome};
+use hearth_protocol::command::{Command, Order, Outcome};
 use hearth_protocol::limits::DECISIONS_IN_VIEW_MAX;
-use hearth_protocol::{BlockIndex, ByteLen, CommandId, LayerId, NodeId, Seq, TickNo, WallMs};
+use hearth_protocol::{BlockIndex, ByteLen, CommandId, ImageId, LayerId, NodeId, Seq, Term, TickNo, WallMs};
 use serde::{Deserialize, Serialize};
 
 /// Ticks that a command has to be answered in: several times what a full in-flight budget takes on a slow disk.
@@ -28,6 +28,24 @@ pub(crate) struct Given {
     pub expires: TickNo,
     /// It expired, or its node started anew, before an answer came.
     pub expired: bool,
+    /// The image that it gives a replica of; it moves no blocks of the main region.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replicates: Option<ImageId>,
+}
+
+/// The id of a command: a hash of what makes it different from every other one.
+pub(crate) fn command_id(label: &str, term: Term, tick: TickNo, parts: &[&[u8]]) -> CommandId {
+    let mut hasher = blake3::Hasher::new();
+    hasher
+        .update(label.as_bytes())
+        .update(&term.0.to_be_bytes())
+        .update(&tick.0.to_be_bytes());
+    for part in parts {
+        hasher.update(part);
+    }
+    let hash = hasher.finalize();
+    let (id, _) = hash.as_bytes().split_first_chunk::<16>().expect("a hash has 32 bytes");
+    CommandId(u128::from_be_bytes(*id))
 }
 
 /// A command as people see it, cut to [`SHOWN_MAX`] blocks.
@@ -64,9 +82,10 @@ impl Orders {
         if self.given.contains_key(&command.id) {
             return false;
         }
-        let (promote, blocks) = match &command.order {
-            Order::Promote { blocks, .. } => (true, blocks.iter().map(|p| p.block).collect()),
-            Order::Demote { blocks, .. } => (false, blocks.iter().map(|d| d.block).collect()),
+        let (promote, blocks, replicates) = match &command.order {
+            Order::Promote { blocks, .. } => (true, blocks.iter().map(|p| p.block).collect(), None),
+            Order::Demote { blocks, .. } => (false, blocks.iter().map(|d| d.block).collect(), None),
+            Order::Replicate { image, .. } => (false, Vec::new(), Some(*image)),
         };
         self.given.insert(
             command.id,
@@ -78,6 +97,7 @@ impl Orders {
                 blocks,
                 expires: command.expires,
                 expired: false,
+                replicates,
             },
         );
         self.due
@@ -181,16 +201,18 @@ fn cut(command: &Command) -> Command {
     match &mut command.order {
         Order::Promote { blocks, .. } => ends(blocks),
         Order::Demote { blocks, .. } => ends(blocks),
+        Order::Replicate { .. } => {}
     }
     let rests_on = &mut command.reason.rests_on;
     rests_on.drain(..rests_on.len().saturating_sub(SHOWN_MAX));
     command.reason.lost.truncate(SHOWN_MAX);
+    command.reason.lost_nodes.truncate(SHOWN_MAX);
     command.reason.rule = command.reason.rule.chars().take(64).collect();
-    command
-        .reason
-        .lost
-        .iter_mut()
-        .for_each(|lost: &mut Alternative| lost.why = lost.why.chars().take(64).collect());
+    let blocks = command.reason.lost.iter_mut().map(|lost| &mut lost.why);
+    let nodes = command.reason.lost_nodes.iter_mut().map(|lost| &mut lost.why);
+    for why in blocks.chain(nodes) {
+        *why = why.chars().take(64).collect();
+    }
     command
 }
 

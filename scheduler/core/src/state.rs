@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use hearth_protocol::command::{Command, Outcome};
+use hearth_protocol::command::{Command, Order, Outcome};
 use hearth_protocol::event::{HeatFolded, NodeJoined};
 use hearth_protocol::heat::{LatencySummary, TierUse};
 use hearth_protocol::limits::{ABSENT_AFTER_TICKS, TICK_MS};
@@ -14,8 +14,8 @@ use hearth_protocol::publishers::{Arrival, Publishers};
 use hearth_protocol::validity::{Validity, Verdict};
 use hearth_protocol::view::Totals;
 use hearth_protocol::{
-    BlockIndex, ByteLen, Envelope, Event, HeatScore, ImageId, ImageName, Incarnation, LayerId, NodeId, SchedulerId,
-    Seq, Term, TickNo, WallMs,
+    BlockIndex, ByteLen, CommandId, Envelope, Event, HeatScore, ImageId, ImageName, Incarnation, LayerId, NodeId,
+    SchedulerId, Seq, Term, TickNo, WallMs,
 };
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -23,7 +23,8 @@ use crate::blocks::{HeatAt, NodeBlocks, Place};
 use crate::catalog::{Catalog, LastWindow};
 use crate::decay::{DecayClock, Weight, shifted};
 use crate::mutants;
-use crate::orders::Orders;
+use crate::orders::{Given, Orders};
+use crate::repairs::{At, Repairs};
 
 /// Blocks tracked in the whole cluster, some 1.1 GiB at most; each node has an equal share of it.
 pub const TRACKED_BLOCKS_MAX: u64 = 1 << 24;
@@ -131,6 +132,8 @@ pub(crate) struct Facts {
     /// blake3 chain over all valid commands.
     #[serde(with = "serde_bytes")]
     pub decisions: [u8; 32],
+    #[serde(default, skip_serializing_if = "Repairs::is_none")]
+    pub repairs: Repairs,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -168,6 +171,7 @@ impl Default for State {
                     odd: Odd::default(),
                     commanded_last: None,
                     decisions: [0; 32],
+                    repairs: Repairs::default(),
                 },
                 blocks: BTreeMap::new(),
             },
@@ -264,8 +268,22 @@ impl State {
                 }
             }
             Event::LocationsChanged { image, change } => {
+                let at = At {
+                    seq,
+                    tick: facts.tick,
+                    time: facts.time,
+                };
+                let before = facts.catalog.images.get(image).map(|i| (i.epoch, i.replicas.clone()));
                 if let (Some(top), Some(on)) = (facts.catalog.located(*image, change), blocks.get_mut(&change.by)) {
                     on.layer_out(top);
+                }
+                if let (Some((epoch, Some(before))), Some(after)) = (before, facts.catalog.images.get(image)) {
+                    if epoch != after.epoch {
+                        facts.repairs.owner_changed(*image);
+                    }
+                    if let Some(replicas) = &after.replicas {
+                        facts.repairs.located(*image, &before, replicas, at);
+                    }
                 }
             }
             Event::ImageDetached { image, .. } => facts.catalog.detached(*image),
@@ -284,6 +302,7 @@ impl State {
             Event::ImageExported { .. } => {}
             Event::SnapshotDeleted { image, name } => facts.catalog.snapshot_deleted(*image, name),
             Event::ImageDeleted { image } => {
+                facts.repairs.deleted(*image);
                 for layer in facts.catalog.deleted(*image) {
                     blocks.values_mut().for_each(|b| b.forget_layer(layer));
                 }
@@ -302,14 +321,16 @@ impl State {
                     .get(node)
                     .is_some_and(|n| n.joined.incarnation == envelope.incarnation);
                 match facts.orders.finish(seq, *command, node, outcome) {
-                    Some(given) => self.finished(&given, outcome, live),
+                    Some(given) => self.finished(*command, &given, outcome, live),
                     None => facts.odd.foreign_answers += 1,
                 }
             }
-            Event::TermStarted { .. }
-            | Event::DigestRecorded { .. }
-            | Event::LogRecovered { .. }
-            | Event::LossAccepted { .. } => {}
+            Event::TermStarted { .. } => {
+                if facts.catalog.images.values().any(|image| image.replicas.is_some()) {
+                    facts.repairs.led_since = facts.tick;
+                }
+            }
+            Event::DigestRecorded { .. } | Event::LogRecovered { .. } | Event::LossAccepted { .. } => {}
             Event::Ticked { tick, time, .. } => self.ticked(*tick, *time),
             Event::HeatFolded(heat) => self.heat_folded(seq, heat),
             Event::PolicySet { version, policy, .. } => self.policy_set(*version, policy),
@@ -502,8 +523,14 @@ impl State {
             .map(|b| b.block_bytes)
             .or_else(|| facts.catalog.layers.get(&layer).map(|l| l.block_size.0));
         facts.decisions = crate::digest::chain_decision(&facts.decisions, command);
-        facts.commanded_last = Some(command.node.clone());
         let new = facts.orders.give(seq, facts.time, command, block_bytes.unwrap_or(0));
+        if let Order::Replicate { image, to, .. } = &command.order {
+            if new && facts.catalog.images.contains_key(image) {
+                facts.repairs.given(*image, command, to, facts.tick);
+            }
+            return;
+        }
+        facts.commanded_last = Some(command.node.clone());
         let Some(block_bytes) = block_bytes.filter(|_| new && facts.nodes.contains_key(&command.node)) else {
             return;
         };
@@ -524,8 +551,12 @@ impl State {
         }
     }
 
-    fn finished(&mut self, given: &crate::orders::Given, outcome: &Outcome, live: bool) {
+    fn finished(&mut self, id: CommandId, given: &Given, outcome: &Outcome, live: bool) {
         let Data { facts, blocks } = &mut self.data;
+        if let Some(image) = given.replicates {
+            facts.repairs.finished(image, id, outcome, facts.tick);
+            return;
+        }
         if let Outcome::Done { done, skipped, .. } = outcome {
             let totals = &mut facts.totals;
             let moved = if given.promote {
@@ -595,9 +626,10 @@ impl State {
         self.data.facts.decisions
     }
 
-    /// The commands that the policy wants now. Called after a valid tick; the order is fixed.
+    /// The commands that the policies want now. Called after a valid tick; the order is fixed.
     pub fn decide(&self) -> Vec<Command> {
-        let commands = crate::policy::tier::decide(&self.data);
+        let mut commands = crate::policy::tier::decide(&self.data);
+        commands.extend(crate::policy::repair::decide(&self.data.facts));
         if mutants::is_on("hash-order") {
             return mutants::in_hash_order(commands);
         }

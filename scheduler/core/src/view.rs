@@ -3,12 +3,17 @@
 use std::collections::BTreeMap;
 
 use hearth_protocol::chain::hex;
-use hearth_protocol::limits::{ABSENT_AFTER_TICKS, TICK_MS};
-use hearth_protocol::view::{ClusterView, DecisionView, HealthItem, HeatCell, ImageHeatView, ImageView, NodeView};
+use hearth_protocol::limits::{ABSENT_AFTER_TICKS, DEGRADED_IN_VIEW_MAX, TICK_MS};
+use hearth_protocol::record::Nodes;
+use hearth_protocol::view::{
+    ClusterView, DecisionView, HealthItem, HeatCell, ImageHeatView, ImageView, NodeView, ReplicasView,
+};
 use hearth_protocol::{BlockIndex, ByteLen, HeatScore, ImageId};
 
 use crate::blocks::Place;
-use crate::catalog::Image;
+use crate::catalog::{Image, Replicas};
+use crate::policy::repair::{Standing, has_place, standing};
+use crate::repairs::Short;
 use crate::state::{Facts, State};
 
 /// Ticks for which a loss of samples stays a health item.
@@ -144,6 +149,15 @@ fn image_view(state: &State, id: ImageId, image: &Image) -> ImageView {
         write_latency: if fresh { last.write_latency } else { Default::default() },
         tracked_blocks,
         resident_blocks,
+        replicas: image
+            .replicas
+            .as_ref()
+            .map_or_else(ReplicasView::default, |replicas| ReplicasView {
+                wanted: replicas.wanted,
+                in_sync: replicas.fewest,
+                members: replicas.members.clone(),
+                joiners: replicas.joiners.clone(),
+            }),
     }
 }
 
@@ -180,6 +194,70 @@ pub fn image_heat(state: &State, image: ImageId) -> Option<ImageHeatView> {
         omitted: 0,
     };
     Some(view.cut())
+}
+
+/// Images with fewer replicas than wanted, those with the fewest first.
+fn degraded(facts: &Facts, add: &mut impl FnMut(&str, bool, String, String)) {
+    let short = facts.repairs.short.iter().filter_map(|(id, short)| {
+        let image = facts.catalog.images.get(id)?;
+        Some((short.fewest, &image.name, *id, short, image, image.replicas.as_ref()?))
+    });
+    let mut short: Vec<_> = short.collect();
+    short.sort_by_key(|(fewest, name, ..)| (*fewest, *name));
+    for (fewest, name, id, short, image, replicas) in short.iter().take(DEGRADED_IN_VIEW_MAX) {
+        let risk = if *fewest == 1 {
+            "; the next failure can lose it"
+        } else {
+            ""
+        };
+        let (wanted, since) = (replicas.wanted, short.since.tick);
+        add(
+            "DEGRADED",
+            *fewest == 1,
+            format!("image {name} has {fewest} of {wanted} replicas since tick {since}{risk}"),
+            degraded_fix(facts, *id, image, replicas, short),
+        );
+    }
+    let more = short.len().saturating_sub(DEGRADED_IN_VIEW_MAX);
+    if more > 0 {
+        add(
+            "DEGRADED",
+            false,
+            format!("{more} more images have fewer replicas than wanted"),
+            "hearth image list shows them all".into(),
+        );
+    }
+}
+
+fn degraded_fix(facts: &Facts, id: ImageId, image: &Image, replicas: &Replicas, short: &Short) -> String {
+    let name = &image.name;
+    let list = |nodes: &Nodes| nodes.iter().map(ToString::to_string).collect::<Vec<_>>().join(" and ");
+    match standing(facts, id, image, short) {
+        Standing::Joining => format!("nothing: {} is being synced", list(&replicas.joiners)),
+        Standing::Ordered(to) => format!("nothing: {} was told to begin a replica on {to}", image.node),
+        Standing::Detached => {
+            format!("hearth image attach {name}: a replica is made only while the image is served")
+        }
+        Standing::OwnerAbsent => format!(
+            "start hearth-node on {}, which owns the image, or hearth image attach {name} --takeover on another node",
+            image.node
+        ),
+        Standing::Due | Standing::Grace(_) if !has_place(facts, image) => match short.lost.is_empty() {
+            true => "add a node: none of those that are present is free to take a replica".into(),
+            false => format!(
+                "start hearth-node on {}, or add a node: none is free to take a replica",
+                list(&short.lost)
+            ),
+        },
+        Standing::Grace(ticks) if short.lost.is_empty() => {
+            format!("nothing: a replica on another node begins in {ticks} ticks")
+        }
+        Standing::Grace(ticks) => format!(
+            "start hearth-node on {}; else a replica on another node begins in {ticks} ticks",
+            list(&short.lost)
+        ),
+        Standing::Due => "nothing: a replica begins once others are done, or nodes that were tried have rested".into(),
+    }
 }
 
 /// What is wrong, errors before warnings, then by code and text.
@@ -240,6 +318,7 @@ fn health(facts: &Facts) -> Vec<HealthItem> {
             );
         }
     }
+    degraded(facts, &mut add);
     if facts.odd.damaged_packs > 0 {
         add(
             "HEAT_DAMAGED",

@@ -7,8 +7,9 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use hearth_protocol::command::{Alternative, Order, Outcome, Resident};
+use hearth_protocol::command::{Alternative, LostNode, Order, Outcome, Resident};
 use hearth_protocol::event::HeatFolded;
+use hearth_protocol::record::Extent;
 use hearth_protocol::{
     BlockIndex, Command, CommandId, Event, HeatScore, ImageId, ImageName, LayerId, NodeId, Seq, TickNo, WallMs,
 };
@@ -78,12 +79,15 @@ pub struct DecisionEvidence {
     pub command: CommandId,
     /// The node.
     pub node: NodeId,
-    /// `promote` or `demote`.
+    /// `promote`, `demote` or `replicate`.
     pub verb: String,
     /// The layer.
     pub layer: LayerId,
-    /// The block's score when decided.
+    /// The block's score when decided; 0 for a replicate, which rests on no heat.
     pub score: HeatScore,
+    /// The node that a replicate gives a replica.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub to: Option<NodeId>,
     /// The resident it displaced, if the region was full.
     pub displaces: Option<Resident>,
     /// The newest heat event it rests on, for a promotion.
@@ -98,6 +102,9 @@ pub struct DecisionEvidence {
     pub rests_on: Vec<Seq>,
     /// What the decision of that tick did not choose.
     pub lost: Vec<Alternative>,
+    /// Nodes that the decision did not choose.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub lost_nodes: Vec<LostNode>,
     /// How it ended for this block.
     pub result: Option<ResultEvidence>,
 }
@@ -331,6 +338,13 @@ impl Why {
                 .iter()
                 .find(|d| d.block == self.block)
                 .map(|d| (d.score, None, None)),
+            Order::Replicate { blocks, .. } => blocks
+                .is_none_or(|extent| extent.overlaps(Extent::block(self.block)))
+                .then_some((HeatScore(0), None, None)),
+        };
+        let to = match &command.order {
+            Order::Replicate { to, .. } => Some(to.clone()),
+            Order::Promote { .. } | Order::Demote { .. } => None,
         };
         if let Some((score, displaces, heat_seq)) = named.filter(|_| in_layer) {
             let evidence = DecisionEvidence {
@@ -342,6 +356,7 @@ impl Why {
                 verb: command.order.verb().into(),
                 layer: command.order.layer(),
                 score,
+                to,
                 displaces,
                 heat_seq,
                 rule: command.reason.rule.clone(),
@@ -356,6 +371,7 @@ impl Why {
                     }
                     _ => Vec::new(),
                 },
+                lost_nodes: command.reason.lost_nodes.clone(),
                 result: None,
             };
             push(&mut self.decisions, evidence, DECISIONS_KEPT_MAX);
@@ -381,6 +397,8 @@ impl Why {
             return;
         };
         let (how, why, took_us) = match outcome {
+            // It has begun; the record says how it goes on.
+            Outcome::Done { took_us, .. } if decision.to.is_some() => ("done", String::new(), *took_us),
             Outcome::Done {
                 done, skipped, took_us, ..
             } => match skipped.iter().find(|(b, _)| *b == block) {
@@ -475,7 +493,7 @@ fn place_word(place: Place) -> &'static str {
 /// One sentence: where the block is, and the nearest cause.
 fn verdict(report: &WhyReport, state: &State) -> String {
     let threshold = report.threshold.bursts_text();
-    let newest = report.decisions.last();
+    let newest = report.decisions.iter().rev().find(|d| d.to.is_none());
     if let Some(place) = report
         .places
         .iter()

@@ -5,10 +5,14 @@
 
 mod sim;
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use hearth_protocol::aggregate::{Aggregate, Change};
+use hearth_protocol::command::Order;
 use hearth_protocol::event::{HeatFolded, ImageAttached, ImageCreated, NodeJoined};
 use hearth_protocol::heat::{BlockHeat, HeatOrigin, ImageHeat, LatencySummary, LayerHeat, Omitted, TierUse, pack};
+use hearth_protocol::record::{Nodes, Record, Stamp};
 use hearth_protocol::{
     BlockIndex, ByteLen, Command, Envelope, Epoch, Event, ImageId, Incarnation, LayerId, LeaseId, NodeId, Publisher,
     Seq, SetVersion, Term, TickNo, WallMs,
@@ -43,6 +47,28 @@ impl Cluster {
         on_cpu() - from
     }
 
+    /// An owner changes an image's record.
+    fn change(&mut self, owner: &NodeId, image: u128, from: SetVersion, to: &Arc<Record>) {
+        let (epoch, lease) = match from {
+            SetVersion(1) => (Epoch(0), LeaseId(0)),
+            _ => (Epoch(1), LeaseId(1)),
+        };
+        let change = Change {
+            by: owner.clone(),
+            from: Stamp {
+                epoch,
+                lease,
+                set_version: from,
+            },
+            to: to.clone(),
+        };
+        let event = Event::LocationsChanged {
+            image: ImageId(image),
+            change,
+        };
+        self.publish(&Publisher::Node(owner.clone()), &event);
+    }
+
     /// xorshift64: the same numbers on every run.
     fn random(&mut self) -> u64 {
         self.random ^= self.random << 13;
@@ -69,7 +95,8 @@ fn name(node: u64) -> NodeId {
     node_id(&format!("node-{node:04}"))
 }
 
-fn build(nodes: u64, images_per_node: u64) -> Cluster {
+/// With `replicas`, every image has a second member on the next node.
+fn build(nodes: u64, images_per_node: u64, replicas: bool) -> Cluster {
     let mut cluster = Cluster {
         state: State::default(),
         seq: 0,
@@ -96,7 +123,7 @@ fn build(nodes: u64, images_per_node: u64) -> Cluster {
                 previous: None,
                 ram: ByteLen(10_000 * BLOCK),
                 main: ByteLen(8_000 * BLOCK),
-                fault_domain: String::new(),
+                fault_domain: format!("rack-{}", n / 20),
                 peer_address: String::new(),
                 layers: Vec::new(),
                 heat_source: "export".into(),
@@ -115,9 +142,15 @@ fn build(nodes: u64, images_per_node: u64) -> Cluster {
                     parent: None,
                     node: id.clone(),
                     set_version: SetVersion(1),
-                    members: Default::default(),
+                    members: if replicas { members(n, nodes) } else { Nodes::new() },
                 }),
             );
+            if replicas {
+                let record = Aggregate::new(SetVersion(1), members(n, nodes)).unwrap().record;
+                let record = record.granted(LeaseId(1), &members(n, nodes)).unwrap();
+                cluster.change(&id, number, SetVersion(1), &Arc::new(record));
+                continue;
+            }
             cluster.publish(
                 &publisher,
                 &Event::ImageAttached(ImageAttached {
@@ -132,6 +165,11 @@ fn build(nodes: u64, images_per_node: u64) -> Cluster {
         }
     }
     cluster
+}
+
+/// The nodes that hold the images of the `n`-th.
+fn members(n: u64, nodes: u64) -> Nodes {
+    [name(n), name((n + 1) % nodes)].into()
 }
 
 /// One window of one node: `per_image` skewed blocks of each of its images.
@@ -199,10 +237,11 @@ fn records_of(event: &Event) -> u64 {
 }
 
 fn finish(cluster: &mut Cluster, command: &Command) {
-    use hearth_protocol::command::{Order, Outcome};
+    use hearth_protocol::command::Outcome;
     let mut done: Vec<BlockIndex> = match &command.order {
         Order::Promote { blocks, .. } => blocks.iter().map(|p| p.block).collect(),
         Order::Demote { blocks, .. } => blocks.iter().map(|d| d.block).collect(),
+        Order::Replicate { .. } => Vec::new(),
     };
     done.sort();
     cluster.publish(
@@ -221,7 +260,7 @@ fn finish(cluster: &mut Cluster, command: &Command) {
 }
 
 fn run(nodes: u64, images_per_node: u64, per_image: u64, ticks: u64) -> (Duration, f64) {
-    let mut cluster = build(nodes, images_per_node);
+    let mut cluster = build(nodes, images_per_node, false);
     let (mut folded, mut fold_time) = (0, Duration::ZERO);
     let (mut worst, mut commands_total, mut blocks_total) = (Duration::ZERO, 0, 0);
     let (mut tick_worst, mut last) = (Duration::ZERO, Duration::ZERO);
@@ -281,4 +320,74 @@ fn a_thousand_nodes_are_decided_within_the_tick() {
 fn a_small_cluster_is_decided_in_no_time() {
     let (decide, _) = run(4, 10, 100, 10);
     assert!(decide < Duration::from_secs(2), "decide took {decide:?}");
+}
+
+/// A whole rack is lost: every image of which one member is left is degraded at once.
+fn lose_a_rack(nodes: u64, images_per_node: u64) -> (Duration, u64) {
+    let mut cluster = build(nodes, images_per_node, true);
+    let lost = 10..30;
+    let mut degraded = 0;
+    for n in (0..nodes).filter(|n| !lost.contains(n) && lost.contains(&((n + 1) % nodes))) {
+        for i in 0..images_per_node {
+            let number = u128::from(n * images_per_node + i + 1);
+            let record = Aggregate::new(SetVersion(1), members(n, nodes)).unwrap().record;
+            let record = record.granted(LeaseId(1), &members(n, nodes)).unwrap();
+            let left = record.without(&[name((n + 1) % nodes)].into()).unwrap();
+            cluster.change(&name(n), number, SetVersion(2), &Arc::new(left));
+            degraded += 1;
+        }
+    }
+    // Their owners are gone: they wait in the index, and cost a look each.
+    for n in lost.clone() {
+        for i in 0..images_per_node {
+            let number = u128::from(n * images_per_node + i + 1);
+            let record = Aggregate::new(SetVersion(1), members(n, nodes)).unwrap().record;
+            let record = record.granted(LeaseId(1), &members(n, nodes)).unwrap();
+            let left = record.without(&[name((n + 1) % nodes)].into()).unwrap();
+            cluster.change(&name(n), number, SetVersion(2), &Arc::new(left));
+            degraded += 1;
+        }
+    }
+    let (mut worst, mut ordered) = (Duration::ZERO, 0);
+    for tick in 1..=40 {
+        for node in (0..nodes).filter(|n| !lost.contains(n)) {
+            let event = window(&mut cluster, node, 0, 0, tick);
+            cluster.publish(&leader(), &event);
+        }
+        let ticked = Event::Ticked {
+            term: Term(1),
+            tick: TickNo(tick),
+            time: WallMs(1_000 * tick),
+        };
+        cluster.publish(&leader(), &ticked);
+        let from = on_cpu();
+        let commands = cluster.state.decide();
+        worst = worst.max(on_cpu() - from);
+        for command in &commands {
+            assert!(matches!(command.order, Order::Replicate { .. }));
+            ordered += 1;
+            cluster.publish(&leader(), &Event::CommandGiven(command.clone()));
+        }
+    }
+    cluster.state.audit().unwrap();
+    println!(
+        "{nodes} nodes, {} images with two replicas, {degraded} degraded: decide {worst:?} at worst, {ordered} orders",
+        nodes * images_per_node
+    );
+    (worst, ordered)
+}
+
+#[test]
+#[ignore = "measures: run it with --release, --ignored and --nocapture"]
+fn a_lost_rack_is_decided_within_the_tick() {
+    let (decide, ordered) = lose_a_rack(1_000, 50);
+    assert!(decide < Duration::from_secs(2), "decide took {decide:?}");
+    assert!(ordered > 0);
+}
+
+#[test]
+fn a_small_clusters_lost_rack_is_decided_in_no_time() {
+    let (decide, ordered) = lose_a_rack(60, 5);
+    assert!(decide < Duration::from_secs(2), "decide took {decide:?}");
+    assert!(ordered > 0);
 }

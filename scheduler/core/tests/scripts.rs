@@ -50,6 +50,10 @@ fn show(command: &Command, out: &mut String) {
                 .map(|d| format!("{}:{}", d.block, d.score.bursts_text()))
                 .collect(),
         ),
+        Order::Replicate { to, .. } => (
+            format!("replicate layer {layer} on {} to {to}", command.node),
+            Vec::new(),
+        ),
     };
     writeln!(out, "  {what}: {}", blocks.join(", ")).unwrap();
     let reason = &command.reason;

@@ -199,6 +199,7 @@ fn sentence(model: &Model, d: &DecisionView, area: Rect, buffer: &mut Buffer) ->
     let (arrow, tone) = match d.command.order {
         Order::Promote { .. } => ("▲", Tone::Ram),
         Order::Demote { .. } => ("▼", Tone::Dim),
+        Order::Replicate { .. } => ("+", Tone::Warn),
     };
     let ended = narrate::ended(d);
     let head = format!(" {} ", fmt::clock(d.time));

@@ -67,6 +67,7 @@ fn image(n: usize, s: u64) -> ImageView {
         write_latency: latency(reads / 9, 210, 1_900),
         tracked_blocks: s.min(40) * 90 + 100 * n as u64,
         resident_blocks: if attached { warmth(s) * 700 / 1000 } else { 0 },
+        replicas: Default::default(),
     }
 }
 
@@ -183,6 +184,7 @@ fn decision(tick: u64, s: u64) -> DecisionView {
                     score: HeatScore(120_000),
                     why: "below_margin".into(),
                 }],
+                lost_nodes: vec![],
             },
         },
         vec![IMAGES[n].0.parse().unwrap()],

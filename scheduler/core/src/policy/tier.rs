@@ -18,13 +18,11 @@ use std::ops::Bound;
 
 use hearth_protocol::command::{Alternative, Demotion, Order, Promotion, Reason, Resident};
 use hearth_protocol::limits::{ALTERNATIVES_MAX, BLOCKS_PER_COMMAND_MAX};
-use hearth_protocol::{
-    BlockIndex, ByteLen, Command, CommandId, Epoch, HeatScore, LayerId, NodeId, Seq, SetVersion, TickNo,
-};
+use hearth_protocol::{BlockIndex, ByteLen, Command, Epoch, HeatScore, LayerId, NodeId, Seq, SetVersion, TickNo};
 
 use crate::blocks::{LayerBlocks, NodeBlocks};
 use crate::decay::Weight;
-use crate::orders::COMMAND_TICKS;
+use crate::orders::{COMMAND_TICKS, command_id};
 use crate::state::{Data, Facts, Node};
 
 /// Residents demoted per node and tick because they went cold or into doubt: four commands' worth, so that a policy
@@ -451,17 +449,9 @@ impl<'a> Plan<'a> {
         let surplus = rests_on.len().saturating_sub(RESTS_ON_MAX);
         let (term, tick) = (self.facts.validity.term(), self.facts.tick);
         let ordinal = self.commands.len() as u64;
-        let mut hasher = blake3::Hasher::new();
-        hasher
-            .update(b"hearth command")
-            .update(&term.0.to_be_bytes())
-            .update(&tick.0.to_be_bytes())
-            .update(&ordinal.to_be_bytes())
-            .update(self.id.as_str().as_bytes());
-        let hash = hasher.finalize();
-        let (id, _) = hash.as_bytes().split_first_chunk::<16>().expect("a hash has 32 bytes");
+        let parts: [&[u8]; 2] = [&ordinal.to_be_bytes(), self.id.as_str().as_bytes()];
         self.commands.push(Command {
-            id: CommandId(u128::from_be_bytes(*id)),
+            id: command_id("hearth command", term, tick, &parts),
             node: self.id.clone(),
             term,
             tick,
@@ -473,6 +463,7 @@ impl<'a> Plan<'a> {
                 numbers: numbers.iter().map(|(name, value)| ((*name).into(), *value)).collect(),
                 rests_on: rests_on.into_iter().skip(surplus).collect(),
                 lost: lost.to_vec(),
+                lost_nodes: Vec::new(),
             },
         });
     }

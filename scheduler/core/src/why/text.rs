@@ -50,14 +50,13 @@ impl WhyReport {
             text += &format!("rests on seq {}\n", seqs.join(", "));
         }
         text += &format!(
-            "command  seq {} {} {} on {} at tick {}, score {}",
-            decision.seq,
-            decision.verb,
-            decision.command,
-            decision.node,
-            decision.tick,
-            decision.score.bursts_text()
+            "command  seq {} {} {} on {} at tick {}, ",
+            decision.seq, decision.verb, decision.command, decision.node, decision.tick
         );
+        text += &match &decision.to {
+            None => format!("score {}", decision.score.bursts_text()),
+            Some(to) => format!("a replica for {to}"),
+        };
         if let Some(victim) = &decision.displaces {
             text += &format!(
                 ", in place of block {} of layer {} with score {}",
@@ -75,6 +74,9 @@ impl WhyReport {
                 lost.score.bursts_text(),
                 lost.why
             );
+        }
+        for lost in &decision.lost_nodes {
+            text += &format!("  instead of node {}: {}\n", lost.node, lost.why);
         }
         text
     }

@@ -3,18 +3,26 @@
 #![allow(dead_code, reason = "each test binary uses its own part of this")]
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
+use hearth_protocol::aggregate::{Aggregate, Change};
 use hearth_protocol::command::{Order, Outcome};
 use hearth_protocol::event::{HeatFolded, ImageAttached, ImageCreated, NodeJoined};
 use hearth_protocol::heat::{BlockHeat, HeatOrigin, ImageHeat, LatencySummary, LayerHeat, Omitted, TierUse, pack};
 use hearth_protocol::policy::TierPolicy;
+use hearth_protocol::record::{Extent, Record};
 use hearth_protocol::{
     BlockIndex, ByteLen, Command, Envelope, Epoch, Event, ImageId, Incarnation, LayerId, LeaseId, Message, NodeId,
     Publisher, SchedulerId, Seq, SetVersion, Term, TickNo, WallMs, subject,
 };
-use scheduler_core::{Applied, State};
+use scheduler_core::{Applied, Judged, State};
 
 pub const BLOCK: u64 = 64 << 10;
+/// All blocks of any image.
+pub const WHOLE: Extent = Extent {
+    first: BlockIndex(0),
+    last: BlockIndex(u64::MAX),
+};
 pub const LEADER: &str = "sched-1";
 
 pub fn node_id(name: &str) -> NodeId {
@@ -53,9 +61,14 @@ pub struct FakeNode {
 /// See the module.
 pub struct Sim {
     pub log: Vec<(Seq, Message)>,
+    /// The last log position.
+    pub seq: Seq,
+    /// Off for a simulated day.
+    pub keeps_log: bool,
     pub state: State,
     pub applied: Vec<Applied>,
     pub nodes: BTreeMap<NodeId, FakeNode>,
+    records: BTreeMap<ImageId, Aggregate>,
     numbers: BTreeMap<(Publisher, Incarnation), u64>,
     pub term: Term,
     pub tick: TickNo,
@@ -70,9 +83,12 @@ impl Default for Sim {
     fn default() -> Self {
         let mut sim = Self {
             log: Vec::new(),
+            seq: Seq(0),
+            keeps_log: true,
             state: State::default(),
             applied: Vec::new(),
             nodes: BTreeMap::new(),
+            records: BTreeMap::new(),
             numbers: BTreeMap::new(),
             term: Term(1),
             tick: TickNo(0),
@@ -109,11 +125,36 @@ impl Sim {
     }
 
     pub fn append(&mut self, envelope: &Envelope, event: &Event) -> Applied {
-        let seq = Seq(self.log.len() as u64 + 1);
-        self.log.push((seq, Message::encode(envelope, event)));
+        self.seq = self.seq.next();
+        let seq = self.seq;
+        if self.keeps_log {
+            self.log.push((seq, Message::encode(envelope, event)));
+        }
         let applied = self.state.apply(seq, envelope, event);
+        if applied.judged == Judged::Valid {
+            self.keep_record(event);
+        }
         self.applied.push(applied);
         applied
+    }
+
+    fn keep_record(&mut self, event: &Event) {
+        match event {
+            Event::ImageCreated(created) => {
+                if let Ok(new) = Aggregate::new(created.set_version, created.members.clone()) {
+                    self.records.insert(created.image, new);
+                }
+            }
+            Event::LocationsChanged { image, change } => {
+                let known = self
+                    .records
+                    .get_mut(image)
+                    .expect("a valid change is of a known record");
+                known.judge(change).expect("a valid change");
+            }
+            Event::ImageDeleted { image } => drop(self.records.remove(image)),
+            _ => {}
+        }
     }
 
     /// The leader uses up a number that never arrives.
@@ -135,6 +176,11 @@ impl Sim {
 
     /// A node starts, with room for `main_blocks` blocks of 64 KiB in its main region.
     pub fn join(&mut self, node: &str, main_blocks: u64) {
+        self.join_in("rack-1", node, main_blocks);
+    }
+
+    /// See [`Sim::join`]; in a fault domain.
+    pub fn join_in(&mut self, fault_domain: &str, node: &str, main_blocks: u64) {
         let id = node_id(node);
         let known = self.nodes.entry(id.clone()).or_default();
         known.incarnation += 1;
@@ -150,7 +196,7 @@ impl Sim {
                 previous: None,
                 ram: ByteLen(main_blocks * BLOCK * 5 / 4),
                 main: ByteLen(main_blocks * BLOCK),
-                fault_domain: "rack-1".into(),
+                fault_domain: fault_domain.into(),
                 peer_address: "tcp:127.0.0.1:10809".into(),
                 layers: Vec::new(),
                 heat_source: "export".into(),
@@ -193,6 +239,73 @@ impl Sim {
                 device: false,
             }),
         );
+    }
+
+    /// An image with replicas, attached by the first of the nodes.
+    pub fn replicated(&mut self, nodes: &[&str], number: u128, blocks: u64) {
+        self.created_on(nodes[0], nodes, number, blocks);
+        self.take(nodes[0], nodes, number);
+    }
+
+    pub fn created_on(&mut self, node: &str, members: &[&str], number: u128, blocks: u64) -> Applied {
+        self.node(
+            node,
+            Event::ImageCreated(ImageCreated {
+                image: ImageId(number),
+                name: format!("appl/vm-{number}").parse().expect("an image name"),
+                size: ByteLen(blocks * BLOCK),
+                block_size: ByteLen(BLOCK),
+                layers: vec![LayerId(number)],
+                parent: None,
+                node: node_id(node),
+                set_version: SetVersion(1),
+                members: members.iter().map(|node| node_id(node)).collect(),
+            }),
+        )
+    }
+
+    /// A node becomes the owner of an image, with some of its members.
+    pub fn take(&mut self, node: &str, members: &[&str], number: u128) -> Applied {
+        let members = members.iter().map(|node| node_id(node)).collect();
+        self.change(node, number, |record| {
+            let lease = LeaseId(u128::from(record.epoch().0) + 1);
+            record.granted(lease, &members).expect("a member stays")
+        })
+    }
+
+    /// A node leaves an image's set, as its owner says.
+    pub fn loses(&mut self, owner: &str, number: u128, node: &str) -> Applied {
+        let gone = [node_id(node)].into();
+        self.change(owner, number, |record| record.without(&gone).expect("a member stays"))
+    }
+
+    /// A joiner is in sync.
+    pub fn synced(&mut self, owner: &str, number: u128, node: &str) -> Applied {
+        let node = node_id(node);
+        self.change(owner, number, |record| {
+            record.with_member(&node, WHOLE).expect("one more member")
+        })
+    }
+
+    /// An image's record as the log has it.
+    pub fn record(&self, number: u128) -> Option<Arc<Record>> {
+        self.records.get(&ImageId(number)).map(|known| known.record.clone())
+    }
+
+    /// A node publishes a change of an image's record.
+    pub fn change(&mut self, by: &str, number: u128, change: impl FnOnce(&Record) -> Record) -> Applied {
+        let record = self.record(number).expect("an image with replicas");
+        self.node(
+            by,
+            Event::LocationsChanged {
+                image: ImageId(number),
+                change: Change {
+                    by: node_id(by),
+                    from: record.stamp(),
+                    to: Arc::new(change(&record)),
+                },
+            },
+        )
     }
 
     /// Folds one window of one image and layer.
@@ -289,7 +402,7 @@ impl Sim {
     /// The node executes a command and says so.
     pub fn obey(&mut self, command: &Command) {
         let node = self.nodes.get_mut(&command.node).expect("a node that joined");
-        let (mut done, bytes) = match &command.order {
+        let (done, bytes) = match &command.order {
             Order::Promote {
                 layer, blocks, bytes, ..
             } => {
@@ -308,7 +421,19 @@ impl Sim {
                 }
                 (blocks.iter().map(|b| b.block).collect(), *bytes)
             }
+            Order::Replicate { image, to, blocks, .. } => {
+                // The owner has begun: the joiner stands in the record before the answer.
+                let (image, to, blocks) = (*image, to.clone(), blocks.unwrap_or(WHOLE));
+                self.change(&command.node.to_string(), image.0, |record| {
+                    record.with_joiner(&to, blocks).expect("one more joiner")
+                });
+                (Vec::new(), ByteLen(0))
+            }
         };
+        self.done(command, done, bytes);
+    }
+
+    fn done(&mut self, command: &Command, mut done: Vec<BlockIndex>, bytes: ByteLen) {
         done.sort();
         let name = command.node.to_string();
         self.node(
