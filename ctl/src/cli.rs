@@ -4,7 +4,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use hearth_protocol::{ByteLen, ImageName, NodeId, units};
+use hearth_protocol::limits::REPLICAS_MAX;
+use hearth_protocol::{BlockIndex, ByteLen, ImageName, NodeId, units};
 
 use crate::moment::Moment;
 use crate::names::{BlockOf, ImageAt, MaybeAt, Setting};
@@ -64,6 +65,9 @@ pub enum Noun {
     /// Virtual disks
     #[command(subcommand, visible_alias = "img")]
     Image(Image),
+    /// The nodes that hold an image
+    #[command(subcommand, visible_alias = "loc")]
+    Location(Location),
     /// The machines that serve them
     #[command(subcommand)]
     Node(Node),
@@ -139,6 +143,15 @@ fn block_size(text: &str) -> Result<ByteLen, String> {
     }
 }
 
+fn blocks(text: &str) -> Result<(BlockIndex, BlockIndex), String> {
+    let number = |text: &str| text.trim().parse().map(BlockIndex);
+    let parts = text.split_once('-').unwrap_or((text, text));
+    match (number(parts.0), number(parts.1)) {
+        (Ok(first), Ok(last)) if first <= last => Ok((first, last)),
+        _ => Err("use the first and the last block, such as 0-1023".into()),
+    }
+}
+
 fn image_size(text: &str) -> Result<ByteLen, String> {
     let len: ByteLen = text
         .parse()
@@ -149,6 +162,48 @@ fn image_size(text: &str) -> Result<ByteLen, String> {
     } else {
         Err(format!("use a multiple of 4KiB up to {}", ByteLen(max).iec()))
     }
+}
+
+/// Operations on the locations of an image with replicas
+#[derive(Debug, Subcommand)]
+pub enum Location {
+    /// Which nodes hold which blocks, and who is being synced
+    #[command(visible_alias = "ls")]
+    List {
+        /// The image
+        image: ImageName,
+        #[command(flatten)]
+        on: OnNode,
+    },
+    /// Has one more node hold the image: it is synced while the guest goes on, and counts when it has everything
+    Add {
+        /// The image
+        image: ImageName,
+        /// The node to add
+        location: NodeId,
+        /// Only these blocks, such as 0-1023
+        #[arg(long, value_parser = blocks, value_name = "FIRST-LAST")]
+        blocks: Option<(BlockIndex, BlockIndex)>,
+        /// Does not wait for the end
+        #[arg(long)]
+        detach: bool,
+        #[command(flatten)]
+        on: OnNode,
+        #[command(flatten)]
+        change: Change,
+    },
+    /// Deletes a node's copy; refused if it is the last one of any block
+    #[command(visible_alias = "rm")]
+    Remove {
+        /// The image
+        image: ImageName,
+        /// The node to remove
+        location: NodeId,
+        #[command(flatten)]
+        on: OnNode,
+        #[command(flatten)]
+        change: Change,
+    },
 }
 
 /// Operations on images
@@ -168,6 +223,9 @@ pub enum Image {
         /// Its block size
         #[arg(long, default_value = "64KiB", value_parser = block_size, value_name = "SIZE")]
         block_size: ByteLen,
+        /// Nodes that hold it; writes go to all of them
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=REPLICAS_MAX), value_name = "N")]
+        replicas: u64,
         #[command(flatten)]
         on: OnNode,
         #[command(flatten)]
@@ -297,6 +355,12 @@ systems in it are grown in the guest."
         /// The same as --export device
         #[arg(long, conflicts_with = "export")]
         device: bool,
+        /// Takes an image with replicas over from a node that the log says owns it: that node is fenced off
+        #[arg(long, requires = "node")]
+        takeover: bool,
+        /// As the destination of a live migration: reads go through to the owner, writes wait until it has handed over
+        #[arg(long, requires = "node", conflicts_with = "takeover")]
+        incoming: bool,
         #[command(flatten)]
         on: OnNode,
         #[command(flatten)]
@@ -307,6 +371,23 @@ systems in it are grown in the guest."
         /// The images
         #[arg(required = true, value_name = "IMAGE")]
         images: Vec<ImageName>,
+        #[command(flatten)]
+        on: OnNode,
+        #[command(flatten)]
+        change: Change,
+    },
+    /// Hands an image over to the node that attached it --incoming
+    #[command(
+        after_help = "For a live migration: attach the image --incoming on the destination, start QEMU there with \
+-incoming, migrate with the capability pause-before-switchover, and hand over when the source is in the state \
+pre-switchover; then let it go on with migrate-continue."
+    )]
+    HandOver {
+        /// The image
+        image: ImageName,
+        /// The destination
+        #[arg(long, value_name = "NODE")]
+        to: NodeId,
         #[command(flatten)]
         on: OnNode,
         #[command(flatten)]

@@ -5,6 +5,7 @@ mod events;
 mod image;
 mod import;
 mod job;
+mod location;
 mod log;
 mod meta;
 mod node;
@@ -57,6 +58,7 @@ pub async fn run(cli: Cli) -> Outcome {
     };
     match cli.noun {
         Noun::Image(verb) => image::run(&context, verb).await,
+        Noun::Location(verb) => location::run(&context, verb).await,
         Noun::Node(verb) => node::run(&context, verb).await,
         Noun::Job(verb) => job::run(&context, verb).await,
         Noun::Status(options) => status::status(&context, &options).await,

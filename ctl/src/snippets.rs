@@ -125,6 +125,7 @@ mod tests {
             socket: "/run/hearth/nbd.sock".into(),
             export: "appl/vm-1".into(),
             device: device.map(Into::into),
+            incoming: false,
             device_survives_restart: false,
             read_latency: Default::default(),
         }

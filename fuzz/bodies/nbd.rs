@@ -44,7 +44,7 @@ pub fn run(data: &[u8]) {
         at += used;
         match step {
             Step::Again => {}
-            Step::Ended => return,
+            Step::Ended | Step::Peer(_) => return,
             Step::Transmit(chosen) => break *chosen,
             Step::More if arrived == client.len() => return,
             Step::More => arrived = (arrived + step_bytes).min(client.len()),

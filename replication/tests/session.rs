@@ -397,6 +397,8 @@ fn a_hand_over_holds_writes_and_is_said_until_the_log_shows_it() {
         owner: node("a"),
     };
     assert_eq!(bench.wanted(), [(node("b"), through)]);
+    bench.ask("b", 4, Ask::Flush);
+    assert_eq!(answers(&bench.wanted()), ["4"], "nothing was written here");
     bench.ask("b", 2, write(0));
     bench.cut = nodes("b");
     bench.step("a", Input::Seal { to: Some(node("b")) });

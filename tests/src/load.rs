@@ -16,12 +16,15 @@ const RECONNECT_DELAY_S: u32 = 120;
 /// Bytes of one request.
 const REQUEST_BYTES: u64 = 64 << 10;
 
+/// What a load wrote last to each 64 KiB, byte for byte.
+pub type Pattern = Vec<u8>;
+
 /// A running load; ends when stopped or dropped.
 #[derive(Debug)]
 pub struct Load {
     stop: Arc<AtomicBool>,
     done: Arc<AtomicU64>,
-    thread: Option<JoinHandle<Result<()>>>,
+    thread: Option<JoinHandle<Result<Pattern>>>,
     failed: Option<String>,
 }
 
@@ -55,7 +58,8 @@ impl Load {
                 }
                 done_by.fetch_add(1, Ordering::SeqCst);
             }
-            client.quit()
+            client.quit()?;
+            Ok(pattern)
         });
         Ok(Self {
             stop,
@@ -85,13 +89,10 @@ impl Load {
     ///
     /// # Errors
     /// Any request failed, or read other bytes than were written last.
-    pub fn stop(mut self) -> Result<u64> {
+    pub fn stop(mut self) -> Result<Pattern> {
         self.stop.store(true, Ordering::SeqCst);
-        if let Some(thread) = self.thread.take() {
-            ended(thread)?;
-        }
         self.check()?;
-        Ok(self.done())
+        self.thread.take().map_or_else(|| bail!("the load has ended"), ended)
     }
 }
 
@@ -102,7 +103,20 @@ impl Drop for Load {
     }
 }
 
-fn ended(thread: JoinHandle<Result<()>>) -> Result<()> {
+/// Reads everything that a load wrote, from whichever export has it now.
+///
+/// # Errors
+/// A read failed, or found other bytes.
+pub fn verify(socket: &Path, export: &str, pattern: &Pattern) -> Result<()> {
+    let mut client = QemuIo::open(socket, export)?;
+    for (slot, known) in pattern.iter().enumerate() {
+        let at = slot as u64 * REQUEST_BYTES;
+        client.run(&format!("read -P {known} {at} {REQUEST_BYTES}"))?;
+    }
+    client.quit()
+}
+
+fn ended(thread: JoinHandle<Result<Pattern>>) -> Result<Pattern> {
     thread.join().unwrap_or_else(|_| bail!("the load's thread panicked"))
 }
 

@@ -235,7 +235,7 @@ fn each_outside_thing_has_its_crates() -> Result<()> {
 #[test]
 fn the_data_path_never_calls_nats() -> Result<()> {
     for (path, text) in sources()? {
-        let data_path = ["volume", "tier", "store", "peer", "export"]
+        let data_path = ["volume", "tier", "store", "peer", "replica", "export"]
             .iter()
             .any(|part| path.starts_with(format!("node-daemon/src/{part}")));
         ensure!(

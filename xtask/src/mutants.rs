@@ -88,6 +88,26 @@ const MUTANTS: &[Mutant] = &[
         test: ["hearth-node", "power_loss", ""],
     },
     Mutant {
+        name: "mark-unsynced",
+        rule: "a mark is durable before its block changes",
+        test: ["hearth-node", "store_replica_power", "a_replica_keeps"],
+    },
+    Mutant {
+        name: "region-unmarked-early",
+        rule: "a region stays marked while one of its blocks is",
+        test: ["hearth-node", "store_marks", "regions_are_unmarked"],
+    },
+    Mutant {
+        name: "mark-renewed",
+        rule: "a mark keeps the life under which it was set first",
+        test: ["hearth-node", "store_marks", "a_mark_keeps_the_life"],
+    },
+    Mutant {
+        name: "failed-replica-reopened",
+        rule: "a replica whose disk failed stays closed",
+        test: ["hearth-node", "store_replica", "whose_disk_failed"],
+    },
+    Mutant {
         name: "fill-unchecked",
         rule: "a fill is dropped if a write began meanwhile",
         test: ["hearth-node", "volume_fill_race", ""],
@@ -146,6 +166,16 @@ const MUTANTS: &[Mutant] = &[
         name: "ack-before-set-durable",
         rule: "a write is acknowledged when the smaller set is committed and durable",
         test: ["hearth-replication", "model", "explorations::shrink_takeover"],
+    },
+    Mutant {
+        name: "ram-unleased",
+        rule: "who does not own an image answers nothing, not even from RAM",
+        test: ["hearth-node", "replica_pair", "who_is_fenced_off"],
+    },
+    Mutant {
+        name: "write-unmarked",
+        rule: "a member marks blocks before it writes them",
+        test: ["hearth-node", "replica_pair", "what_was_written_and_not_flushed"],
     },
     Mutant {
         name: "equal-epoch-accepted",
@@ -246,6 +276,16 @@ const MUTANTS: &[Mutant] = &[
         name: "equal-unflushed",
         rule: "what was made equal is flushed before an image opens",
         test: ["hearth-replication", "model", "explorations::site_loss"],
+    },
+    Mutant {
+        name: "writes-unmissed",
+        rule: "a member that joins again is copied what was written while it was away",
+        test: ["hearth-replication", "model", "explorations::rejoin_alone"],
+    },
+    Mutant {
+        name: "marked-uncopied",
+        rule: "a member that joins again is copied what it has marked itself",
+        test: ["hearth-replication", "model", "explorations::rejoin_power"],
     },
 ];
 

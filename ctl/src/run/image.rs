@@ -2,7 +2,9 @@
 
 use std::io::{self, IsTerminal, Write};
 
-use hearth_protocol::rpc::{ExportKind, Failure, FailureKind, ImageFormat, ImageInfo, MapRun, NodeReply, NodeRequest};
+use hearth_protocol::rpc::{
+    AttachHow, ExportKind, Failure, FailureKind, ImageFormat, ImageInfo, MapRun, NodeReply, NodeRequest,
+};
 use hearth_protocol::view::ImageView;
 use hearth_protocol::{ImageName, NodeId};
 use hearth_tui::table::{Cell, Column, Row, RowId, Table};
@@ -24,6 +26,7 @@ pub async fn run(context: &Context, verb: Image) -> Outcome {
             size_at,
             size,
             block_size,
+            replicas,
             on,
             change,
         } => {
@@ -31,14 +34,19 @@ pub async fn run(context: &Context, verb: Image) -> Outcome {
             let size = size_at.or(size).unwrap_or_default();
             let node = cluster.some_node(on.node).await?;
             let what = format!(
-                "create {image} on {node}: {} in blocks of {}",
+                "create {image} on {node}: {} in blocks of {}{}",
                 fmt::bytes(size),
-                fmt::bytes(block_size)
+                fmt::bytes(block_size),
+                match replicas {
+                    1 => String::new(),
+                    n => format!(", {n} replicas"),
+                }
             );
             let request = NodeRequest::ImageCreate {
                 name: image,
                 size,
                 block_size,
+                replicas,
             };
             act(context, &cluster, change, &what, "created", &node, request).await
         }
@@ -159,6 +167,8 @@ pub async fn run(context: &Context, verb: Image) -> Outcome {
             images,
             export,
             device,
+            takeover,
+            incoming,
             on,
             change,
         } => {
@@ -167,11 +177,20 @@ pub async fn run(context: &Context, verb: Image) -> Outcome {
             } else {
                 (ExportKind::Socket, "NBD")
             };
+            let role = match (takeover, incoming) {
+                (true, _) => AttachHow::Takeover,
+                (_, true) => AttachHow::Incoming,
+                _ => AttachHow::Plain,
+            };
             let asks = asks(&cluster, images, on.node, |image, node| {
                 let image = image.clone();
                 (
                     format!("attach {image} on {node} over {how}"),
-                    NodeRequest::ImageAttach { image, export },
+                    NodeRequest::ImageAttach {
+                        image,
+                        export,
+                        how: role,
+                    },
                 )
             });
             act_each(context, &cluster, change, "attached", asks.await?).await
@@ -182,6 +201,12 @@ pub async fn run(context: &Context, verb: Image) -> Outcome {
                 (format!("detach {image} on {node}"), NodeRequest::ImageDetach { image })
             });
             act_each(context, &cluster, change, "detached", asks.await?).await
+        }
+        Image::HandOver { image, to, on, change } => {
+            let node = cluster.node_of(&image, on.node).await?;
+            let what = format!("hand {image} over from {node} to {to}");
+            let request = NodeRequest::ImageHandOver { image, to };
+            act(context, &cluster, change, &what, "handed over", &node, request).await
         }
         Image::Map { image, on } => {
             let node = cluster.node_of(&image, on.node).await?;
@@ -330,10 +355,17 @@ pub(super) fn info_text(info: &ImageInfo) -> String {
         let names: Vec<_> = info.snapshots.iter().map(|s| s.as_str()).collect();
         lines.push(format!("snapshots      {}", names.join(" ")));
     }
+    for (at, run) in info.locations.iter().enumerate() {
+        let label = if at == 0 { "replicas" } else { "" };
+        lines.push(format!("{label:<14} {}", super::location::run_text(info, at, run)));
+    }
     match &info.attached {
         None => lines.push("attached       no".into()),
         Some(a) => {
-            lines.push(format!("attached       epoch {}", a.epoch));
+            lines.push(match a.incoming {
+                true => "attached       as incoming: another node is to hand it over".into(),
+                false => format!("attached       epoch {}", a.epoch),
+            });
             lines.push(format!("NBD            socket {}, export {}", a.socket, a.export));
             lines.push(format!("NBD URI        {}", uri(&a.socket, &a.export)));
             if let Some(device) = &a.device {
@@ -460,6 +492,7 @@ mod tests {
             snapshots: vec![],
             parent: None,
             node: "n1".parse().unwrap(),
+            locations: vec![],
             attached: None,
             trouble: None,
         };

@@ -2,20 +2,22 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hearth_protocol::command::Outcome;
-use hearth_protocol::{Command, CommandId, Event};
+use hearth_protocol::{ByteLen, Command, CommandId, Event, Order};
 use tokio::sync::Notify;
 
 use super::link::Link;
 use super::node::Node;
+use super::requests::Requests;
 
 /// Pause before an outcome that could not be published is tried again.
 const RETRY: Duration = Duration::from_secs(1);
 
 /// Executes open commands for ever. `wake` says that the log told something new.
-pub async fn run(node: Arc<Node>, link: Link, wake: Arc<Notify>) {
+pub async fn run(requests: Requests, wake: Arc<Notify>) {
+    let (node, link) = (&requests.node, &requests.link);
     // Executed by this process and answered, though the answer may not have been read back yet.
     let mut answered: BTreeSet<CommandId> = BTreeSet::new();
     loop {
@@ -32,8 +34,8 @@ pub async fn run(node: Arc<Node>, link: Link, wake: Arc<Notify>) {
             answered.retain(|id| open.contains(id));
             if let Some((command, tick)) = next {
                 let id = command.id;
-                let outcome = execute(&node, command, tick).await;
-                publish(&node, &link, id, outcome).await;
+                let outcome = execute(&requests, command, tick).await;
+                publish(node, link, id, outcome).await;
                 answered.insert(id);
                 continue;
             }
@@ -42,14 +44,33 @@ pub async fn run(node: Arc<Node>, link: Link, wake: Arc<Notify>) {
     }
 }
 
-async fn execute(node: &Arc<Node>, command: Command, tick: hearth_protocol::TickNo) -> Outcome {
+async fn execute(requests: &Requests, command: Command, tick: hearth_protocol::TickNo) -> Outcome {
     if tick > command.expires {
         return Outcome::Refused {
             why: format!("it expired at tick {}, now is tick {tick}", command.expires),
         };
     }
     tracing::debug!(command = %command.id, verb = command.order.verb(), blocks = command.order.block_count(), "executing");
-    let node = Arc::clone(node);
+    if let Order::Replicate {
+        image,
+        epoch,
+        to,
+        blocks,
+        ..
+    } = command.order
+    {
+        let started = Instant::now();
+        return match requests.replicate(image, epoch, to, blocks).await {
+            Ok(()) => Outcome::Done {
+                done: Vec::new(),
+                skipped: Vec::new(),
+                bytes: ByteLen(0),
+                took_us: u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX),
+            },
+            Err(failure) => Outcome::Refused { why: failure.message },
+        };
+    }
+    let node = Arc::clone(&requests.node);
     tokio::task::spawn_blocking(move || node.execute(&command.order))
         .await
         .unwrap_or_else(|error| Outcome::Refused {

@@ -240,6 +240,11 @@ impl ClusterFacts {
             .map(|f| &f.created.name)
     }
 
+    /// Where nodes listen for others.
+    pub fn addresses(&self) -> &BTreeMap<NodeId, String> {
+        &self.addresses
+    }
+
     /// Where other nodes that hold a sealed layer can be reached, ascending by node.
     pub fn addresses_of(&self, layer: LayerId, own: &NodeId) -> Vec<String> {
         let Some(nodes) = self.holders.get(&layer) else {
@@ -261,6 +266,7 @@ fn image_of(event: &Event) -> Option<ImageId> {
         | Event::SnapshotTaken { image, .. }
         | Event::SnapshotDeleted { image, .. }
         | Event::ImageResized { image, .. }
+        | Event::LocationsChanged { image, .. }
         | Event::ImageExported { image, .. }
         | Event::ImageDeleted { image } => Some(*image),
         _ => None,
@@ -400,6 +406,7 @@ mod tests {
                     numbers: vec![],
                     rests_on: vec![],
                     lost: vec![],
+                    lost_nodes: vec![],
                 },
             })
         };

@@ -62,6 +62,7 @@ impl Requests {
                 snapshots: known.snapshots.iter().map(|(name, _)| name.clone()).collect(),
                 parent: None,
                 node: self.node.config.id.clone(),
+                locations: Vec::new(),
                 attached: None,
                 trouble: in_words(&[ailment]),
             })

@@ -7,6 +7,7 @@ use std::sync::{Arc, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
 use hearth_bus::{Bus, BusError, LogPublisher, PublishError, Reader};
+use hearth_protocol::aggregate::Change;
 use hearth_protocol::rpc::{Failure, FailureKind};
 use hearth_protocol::validity::Verdict;
 use hearth_protocol::{Event, ImageId, Incarnation, NodeId, Publisher, Seq, subject};
@@ -100,10 +101,14 @@ impl Anew {
 }
 
 /// What a batch of the log was about.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Batch {
     /// Images, layers or nodes came, went or moved: not so for the ticks and orders of every second.
     pub places: bool,
+    /// Changes of images' records, valid or not, in the log's order.
+    pub changes: Vec<(ImageId, Change)>,
+    /// The log is another one than the batch before.
+    pub anew: bool,
 }
 
 fn is_about_places(event: &Event) -> bool {
@@ -251,7 +256,11 @@ impl Link {
                     Ok(Some(released)) if released => {
                         let read = anew.take().expect("just read");
                         self.begin_anew(read, follower);
-                        return Ok(Some(Batch { places: true }));
+                        return Ok(Some(Batch {
+                            places: true,
+                            anew: true,
+                            ..Batch::default()
+                        }));
                     }
                     Ok(Some(_)) => {}
                     // Another stream again, or none: from its beginning.
@@ -291,6 +300,9 @@ impl Link {
                     Ok(decoded) => {
                         batch.places |= is_about_places(&decoded.event);
                         facts.apply(&self.own, message.seq, &decoded.envelope, &decoded.event);
+                        if let Event::LocationsChanged { image, change } = decoded.event {
+                            batch.changes.push((image, change));
+                        }
                     }
                     Err(error) => tracing::warn!(seq = %message.seq, %error, "a message in the log counts for nothing"),
                 }

@@ -12,6 +12,7 @@ use hearth_probes::{EbpfOptions, EbpfSource};
 use hearth_protocol::command::Outcome;
 use hearth_protocol::rpc::{ExportKind, Failure, FailureKind};
 use hearth_protocol::{BlockIndex, ByteLen, Epoch, ImageId, Incarnation, LayerId, LeaseId, Order, SetVersion};
+use tokio::sync::broadcast;
 
 use super::gone::Gone;
 use super::peers::Peers;
@@ -21,7 +22,9 @@ use crate::disk::Disk;
 use crate::export::device::{DeviceExports, DeviceOptions};
 use crate::export::fdstore::FdStore;
 use crate::export::nbd::NbdHandle;
-use crate::peer::{PeerLimits, PeerPool};
+use crate::peer::{Links, PeerLimits, PeerPool};
+use crate::replica::image::Around;
+use crate::replica::{Opening, Pool, Replica, Replicas, ReplicatedDisk};
 use crate::store::fault::Faults;
 use crate::store::{Store, StoreError, StoreOptions};
 use crate::tier::{RamTier, TierOptions};
@@ -51,11 +54,16 @@ pub struct Node {
     pub probes: Result<EbpfSource, String>,
     /// Reads of layers that this node does not hold.
     pub remote: Arc<PeerPool>,
+    /// The images with replicas.
+    pub replicas: Arc<Replicas>,
     /// Held over every change of what is served: images that are to be served and cannot be, with the reason.
     waiting: Mutex<BTreeMap<ImageId, (Kept, String)>>,
 }
 
-/// The one run of an image's location map: this node is its only member until images are replicated.
+/// Notices of images with replicas that wait to be read; who reads too late asks the image itself.
+const NOTICES_MAX: usize = 1_024;
+
+/// The location map of an image that this node alone holds never changes.
 pub const SET_VERSION: SetVersion = SetVersion(1);
 
 impl Node {
@@ -103,7 +111,7 @@ impl Node {
         if let Err(why) = &devices {
             tracing::warn!("no kernel devices, images are served over NBD only: {why}");
         }
-        let peers = Arc::new(Peers::open(config.store_dir.join("peers"), faults.clone())?);
+        let peers = Arc::new(Peers::open(&config.store_dir, &faults)?);
         let gone = Gone::open(config.store_dir.join("deleted-images"), faults.clone())?;
         let remote = {
             let peers = Arc::clone(&peers);
@@ -118,11 +126,29 @@ impl Node {
                 Some(disk as Arc<dyn Disk>)
             }
         };
+        let links = {
+            let peers = Arc::clone(&peers);
+            Links::new(config.id.clone(), move |node| peers.address_of(node))
+        };
         let served = Arc::new(ServedImages::new(
             config.store_dir.join("served"),
             Box::new(sealed),
+            Arc::clone(&links),
             faults,
         ));
+        let (notices, _) = broadcast::channel(NOTICES_MAX);
+        let around = Around {
+            me: config.id.clone(),
+            store: Arc::clone(&store),
+            links,
+            pool: Arc::new(Pool::start(config.io_threads)?),
+            notices,
+        };
+        let opening = Opening {
+            tier: Arc::clone(&tier),
+            remote: remote.clone(),
+        };
+        let replicas = Replicas::open(around, opening)?;
         Ok(Arc::new(Self {
             config,
             incarnation: hearth_bus::new_incarnation(),
@@ -135,6 +161,7 @@ impl Node {
             counters: ExportSource::new(),
             probes,
             remote,
+            replicas,
             waiting: Mutex::default(),
         }))
     }
@@ -153,6 +180,11 @@ impl Node {
         self.change().get(&image).map(|(_, why)| why.clone())
     }
 
+    /// What is to be served and is not.
+    pub fn waiting(&self) -> Vec<Kept> {
+        self.change().values().map(|(kept, _)| kept.clone()).collect()
+    }
+
     /// Serves again what the last process served, under the same epochs and leases: nobody else can hold them, because
     /// this node is the only member. Images that fail are said and tried again by [`Node::resume_waiting`].
     ///
@@ -160,7 +192,12 @@ impl Node {
     /// When the list of them cannot be read.
     pub fn resume(&self) -> anyhow::Result<()> {
         for kept in self.served.kept()? {
-            match self.serve(kept.clone()) {
+            if self.replicas.get(kept.image).is_some() {
+                let why = "its next epoch comes from the log, which is read first";
+                self.change().insert(kept.image, (kept, why.into()));
+                continue;
+            }
+            match self.serve(kept.clone(), None) {
                 Ok(served) => tracing::info!(image = %served.name, epoch = %kept.epoch, "serving again"),
                 Err(error) => {
                     tracing::error!(image = %kept.image, %error, "cannot serve an image again; trying on");
@@ -191,7 +228,9 @@ impl Node {
         if waiting.is_empty() {
             return;
         }
-        waiting.retain(|image, (kept, why)| match self.serve(kept.clone()) {
+        waiting.retain(|image, (kept, why)| match self.serve(kept.clone(), None) {
+            // Of an image with replicas it is the agent that tries.
+            _ if self.replicas.get(*image).is_some() => true,
             Ok(served) => {
                 tracing::info!(image = %served.name, epoch = %kept.epoch, "serving again");
                 false
@@ -224,7 +263,7 @@ impl Node {
             lease,
             export,
         };
-        let served = self.serve(kept)?;
+        let served = self.serve(kept, None)?;
         waiting.remove(&image);
         if let Err(error) = self.keep(&waiting) {
             let _ = self.end(image, &served);
@@ -233,16 +272,56 @@ impl Node {
         Ok(served)
     }
 
-    fn serve(&self, kept: Kept) -> Result<Served, Failure> {
+    /// Starts serving an image that another node owns and is to hand over. A restart of this daemon ends that.
+    ///
+    /// # Errors
+    /// What stood in the way; the image is then not served.
+    pub fn attach_incoming(
+        &self,
+        replica: &Arc<Replica>,
+        lease: LeaseId,
+        export: ExportKind,
+    ) -> Result<Served, Failure> {
+        let _waiting = self.change();
+        let epoch = replica.look(|session| session.aggregate().record.epoch());
+        let kept = Kept {
+            image: replica.image(),
+            epoch,
+            lease,
+            export,
+        };
+        self.serve(kept, Some(copied(replica)?))
+    }
+
+    /// This node owns an image that it serves, under another lease than when its service began.
+    ///
+    /// # Errors
+    /// That cannot be remembered over a restart.
+    pub fn opened(&self, image: ImageId, epoch: Epoch, lease: LeaseId) -> Result<(), Failure> {
+        let waiting = self.change();
+        self.served.set_lease(image, epoch, lease);
+        self.keep(&waiting)
+            .map_err(|error| failed(format!("remembering that image {image} is served: {error}")))
+    }
+
+    /// `incoming` is what is served of an image that another node owns.
+    fn serve(&self, kept: Kept, incoming: Option<Parts>) -> Result<Served, Failure> {
         let Kept {
             image,
             epoch,
             lease,
             export,
         } = kept;
-        let (store, tier) = (Arc::clone(&self.store), Arc::clone(&self.tier));
-        let volume = Volume::attach(store, tier, image, epoch, lease, self.remote.clone())
-            .map_err(|error| store_failure(&error))?;
+        let (volume, disk) = match (self.replicas.get(image), &incoming) {
+            (_, Some(parts)) => parts.clone(),
+            (Some(replica), None) => owned(&replica, epoch, lease)?,
+            (None, None) => {
+                let (store, tier) = (Arc::clone(&self.store), Arc::clone(&self.tier));
+                let volume = Volume::attach(store, tier, image, epoch, lease, self.remote.clone())
+                    .map_err(|error| store_failure(&error))?;
+                (volume.clone(), volume as Arc<dyn Disk>)
+            }
+        };
         let meta = self.store.image(image).map_err(|error| store_failure(&error))?;
         let counter = ExportCounter::new(image, ByteLen(meta.block_size));
         self.counters.register(Arc::clone(&counter));
@@ -251,9 +330,11 @@ impl Node {
             lease,
             epoch,
             volume,
+            disk,
             counter,
             export,
             device: None,
+            incoming: incoming.is_some(),
         };
         self.served.insert(image, served.clone());
         if export == ExportKind::Device {
@@ -283,7 +364,7 @@ impl Node {
             )
         })?;
         let device = devices
-            .attach(&served.name, served.volume.clone())
+            .attach(&served.name, served.disk.clone())
             .map_err(|error| failed(format!("making the kernel device of {}: {error}", served.name)))?;
         if let Ok(probes) = &self.probes
             && let Err(error) = probes.attach_device(device.major, device.minor, image, ByteLen(block_size))
@@ -348,10 +429,13 @@ impl Node {
     fn end(&self, image: ImageId, served: &Served) -> Result<(), Failure> {
         self.served.remove(image);
         self.counters.unregister(image);
-        served
-            .volume
-            .detach()
-            .map_err(|error| failed(format!("closing {}: {error}", served.name)))
+        match self.replicas.get(image) {
+            Some(replica) => seal(&replica),
+            None => served
+                .volume
+                .detach()
+                .map_err(|error| failed(format!("closing {}: {error}", served.name))),
+        }
     }
 
     /// Forgets an image that is to be served and is not; says under which epoch it was to be.
@@ -369,7 +453,8 @@ impl Node {
     }
 
     fn keep(&self, waiting: &BTreeMap<ImageId, (Kept, String)>) -> std::io::Result<()> {
-        let served = self.served.all().into_iter().map(|(image, s)| Kept {
+        let owned = |served: &(ImageId, Served)| !served.1.incoming;
+        let served = self.served.all().into_iter().filter(owned).map(|(image, s)| Kept {
             image,
             epoch: s.epoch,
             lease: s.lease,
@@ -404,6 +489,12 @@ impl Node {
                 let blocks: Vec<BlockIndex> = blocks.iter().map(|d| d.block).collect();
                 let demoted = volume.demote(*layer, &blocks);
                 (demoted.done, demoted.skipped, demoted.bytes)
+            }
+            // Needs the log: see `super::commands`.
+            Order::Replicate { .. } => {
+                return Outcome::Refused {
+                    why: "this order is carried out by the agent".into(),
+                };
             }
         };
         let mut done = done;
@@ -441,6 +532,44 @@ impl Node {
             .inspect_err(|error| tracing::warn!(%error, "cannot drain the probes; the counts stay for the next time"))
             .ok()
     }
+}
+
+/// An image with replicas that this node owns under this lease.
+fn owned(replica: &Arc<Replica>, epoch: Epoch, lease: LeaseId) -> Result<Parts, Failure> {
+    let name = &replica.shape().name;
+    let grant = replica.look(|session| session.owner().map(|owner| owner.record().grant()));
+    if grant != Some((epoch, lease)) {
+        return Err(failed(format!(
+            "{name} is to be owned again under a new epoch, which needs the log"
+        )));
+    }
+    copied(replica)
+}
+
+/// This node's blocks of an image, and what is behind its exports.
+type Parts = (Arc<Volume>, Arc<dyn Disk>);
+
+/// Those of an image with replicas of which this node holds a copy.
+fn copied(replica: &Arc<Replica>) -> Result<Parts, Failure> {
+    match replica.copy() {
+        Some(copy) => Ok((copy.volume, Arc::new(ReplicatedDisk::new(Arc::clone(replica))))),
+        None => {
+            let name = &replica.shape().name;
+            Err(Failure::new(
+                FailureKind::NotSupported,
+                format!("this node holds no copy of {name}"),
+                format!("have it hold one first: hearth location add {name} NODE"),
+            ))
+        }
+    }
+}
+
+/// Ends this node's ownership of an image with replicas.
+pub(super) fn seal(replica: &Replica) -> Result<(), Failure> {
+    let name = &replica.shape().name;
+    replica
+        .seal()
+        .map_err(|why| failed(format!("{name} is not served any more, but {why}")))
 }
 
 /// A failure without a special exit code.

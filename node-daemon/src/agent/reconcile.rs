@@ -9,6 +9,7 @@ use std::collections::BTreeSet;
 use hearth_protocol::rpc::Failure;
 use hearth_protocol::{ByteLen, Event, ImageId, ImageName, LayerId, Seq, SnapshotName};
 
+use super::locations::never_owned;
 use super::node::{failed, store_failure};
 use super::requests::{Requests, created};
 use super::resize;
@@ -27,12 +28,40 @@ pub async fn reconcile(requests: &Requests) {
         }
     }
     for meta in requests.node.store.images() {
+        if requests.replica(meta.id).is_some() {
+            reconcile_replica(requests, &meta).await;
+            continue;
+        }
         reconcile_image(requests, &meta).await;
         match requests.tell(&meta).await {
             Ok(0) => {}
             Ok(told) => tracing::info!(image = %meta.name, told, "told changes that the log did not know"),
             Err(error) => tracing::error!(image = %meta.name, %error, "store and log differ about an image"),
         }
+    }
+}
+
+/// A copy of an image that the log does not know: its creation did not get so far, or the image was deleted meanwhile. If
+/// the log lost the image itself, its copies stay.
+async fn reconcile_replica(requests: &Requests, meta: &ImageMeta) {
+    let (known, deleted) = {
+        let facts = requests.link.facts();
+        (facts.image(meta.id).is_some(), facts.aggregate(meta.id) > Seq(0))
+    };
+    let Some(replica) = requests.replica(meta.id).filter(|_| !known) else {
+        return;
+    };
+    if !deleted && !replica.look(never_owned) {
+        tracing::error!(image = %meta.name, "the log does not know an image of which this node holds a copy; it is kept");
+        return;
+    }
+    requests.node.replicas.remove(meta.id);
+    let removed = requests
+        .blocking(move |_| replica.forget().map_err(|error| store_failure(&error)))
+        .await;
+    match removed {
+        Ok(()) => tracing::info!(image = %meta.name, "removed a copy of an image that is not there"),
+        Err(error) => tracing::error!(image = %meta.name, %error, "a copy of an image that is not there stays behind"),
     }
 }
 
@@ -115,7 +144,8 @@ impl Requests {
         let facts = self.link.facts();
         facts
             .images()
-            .filter(|(id, image)| image.created.node == self.node.config.id && !here.contains(id))
+            .filter(|(id, image)| image.created.members.is_empty() && !here.contains(id))
+            .filter(|(_, image)| image.created.node == self.node.config.id)
             .map(|(id, image)| (id, image.created.name.clone()))
             .collect()
     }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use hearth_protocol::event::{ImageAttached, ImageCreated};
 use hearth_protocol::limits::REASON_BYTES_MAX;
 use hearth_protocol::rpc::{
-    Answer, Asked, AttachInfo, ExportKind, Failure, FailureKind, ImageInfo, NodeInfo, NodeReply, NodeRequest,
+    Answer, Asked, AttachHow, AttachInfo, ExportKind, Failure, FailureKind, ImageInfo, NodeInfo, NodeReply, NodeRequest,
 };
 use hearth_protocol::{ByteLen, Epoch, Event, ImageName, LayerId, LeaseId, SnapshotName};
 
@@ -58,12 +58,28 @@ impl Requests {
             self.link.takes_changes()?;
         }
         match asked.request {
-            NodeRequest::ImageCreate { name, size, block_size } => self.create(name, size, block_size).await,
+            NodeRequest::ImageCreate {
+                name,
+                size,
+                block_size,
+                replicas: 0 | 1,
+            } => self.create(name, size, block_size).await,
+            NodeRequest::ImageCreate {
+                name,
+                size,
+                block_size,
+                replicas,
+            } => self.create_replicas(name, size, block_size, replicas).await,
             NodeRequest::ImageImport { name, path, block_size } => self.import(name, path, block_size),
             NodeRequest::ImageClone { source, snapshot, name } => self.clone_image(source, snapshot, name).await,
             NodeRequest::ImageSnapshot { image, name } => self.snapshot(image, name).await,
             NodeRequest::ImageDelete { image } => self.delete(image).await,
-            NodeRequest::ImageAttach { image, export } => self.attach(image, export).await,
+            NodeRequest::ImageAttach { image, export, how } => self.attach(image, export, how).await,
+            NodeRequest::ImageHandOver { image, to } => self.hand_over(image, to).await,
+            NodeRequest::LocationAdd { image, node, blocks } => self.add_location(image, node, blocks).await,
+            NodeRequest::LocationRemove { image, node } => self.remove_location(image, node).await,
+            NodeRequest::ReplicaPrepare(spec) => self.prepare_replica(spec).await,
+            NodeRequest::ReplicaForget { image } => self.forget_replica(image).await,
             NodeRequest::ImageDetach { image } => self.detach(image).await,
             NodeRequest::ImageResize { image, size } => self.resize(image, size).await,
             NodeRequest::ImageExport {
@@ -134,7 +150,7 @@ impl Requests {
     }
 
     /// Refuses a name that the cluster knows already, before any work is done for it.
-    fn name_is_free(&self, name: &ImageName) -> Result<(), Failure> {
+    pub(super) fn name_is_free(&self, name: &ImageName) -> Result<(), Failure> {
         self.link.ready()?;
         match self.link.facts().image_named(name) {
             None => Ok(()),
@@ -273,6 +289,7 @@ impl Requests {
 
     async fn snapshot(self, image: ImageName, name: SnapshotName) -> Answer<NodeReply> {
         let meta = self.find(&image)?;
+        self.only_alone(&meta, "snapshotted")?;
         self.link.ready()?;
         let (id, taken) = (meta.id, name.clone());
         let meta = self
@@ -308,6 +325,9 @@ impl Requests {
     async fn delete(self, image: ImageName) -> Answer<NodeReply> {
         let meta = self.find(&image)?;
         self.link.ready()?;
+        if let Some(replica) = self.replica(meta.id) {
+            return self.delete_replicas(&replica).await;
+        }
         if self.node.served.get(meta.id).is_some() || self.node.waiting_why(meta.id).is_some() {
             let mut failure = store_failure(&StoreError::Attached(image.to_string()));
             failure.hint = format!("hearth image detach {image}");
@@ -344,7 +364,7 @@ impl Requests {
         Ok(NodeReply::Done { seq: Some(seq) })
     }
 
-    async fn attach(self, image: ImageName, export: ExportKind) -> Answer<NodeReply> {
+    async fn attach(self, image: ImageName, export: ExportKind, how: AttachHow) -> Answer<NodeReply> {
         let meta = self.find(&image)?;
         self.link.ready()?;
         if self.node.served.get(meta.id).is_some() {
@@ -359,6 +379,21 @@ impl Requests {
                 FailureKind::NotSupported,
                 format!("no kernel devices on this node: {why}"),
                 "attach with --export socket",
+            ));
+        }
+        if let Some(replica) = self.replica(meta.id) {
+            return match how {
+                AttachHow::Incoming => self.attach_incoming(replica, export).await,
+                AttachHow::Plain | AttachHow::Takeover => {
+                    self.attach_replicas(replica, export, how == AttachHow::Takeover).await
+                }
+            };
+        }
+        if how != AttachHow::Plain {
+            return Err(Failure::new(
+                FailureKind::NotSupported,
+                format!("{image} has no replicas: no other node holds what it could hand over"),
+                "images get replicas when they are created: hearth image create --replicas 2",
             ));
         }
         let last = self
@@ -407,6 +442,12 @@ impl Requests {
                 }
             }
         };
+        let owner = self.owner_of(meta.id);
+        if self.replica(meta.id).is_some() && owner.as_ref() != Some(&self.node.config.id) {
+            // It was handed over or taken over, or never handed over to this node: the log need not be told.
+            result?;
+            return Ok(NodeReply::Done { seq: None });
+        }
         let event = Event::ImageDetached { image: meta.id, epoch };
         let seq = self.link.publish_image(meta.id, &event).await?;
         result?;
@@ -454,6 +495,10 @@ impl Requests {
             snapshots: meta.snapshots.iter().map(|s| s.name.clone()).collect(),
             parent: meta.parent.as_ref().map(|p| format!("{}@{}", p.name, p.snapshot)),
             node: self.node.config.id.clone(),
+            locations: self.replica(meta.id).map_or_else(Vec::new, |replica| {
+                let record = replica.look(|session| session.record().cloned());
+                record.map_or_else(Vec::new, |record| record.runs().to_vec())
+            }),
             attached: self.node.served.get(meta.id).map(|served| self.attach_info(&served)),
             trouble: in_words(&self.ailments(&meta)),
         }
@@ -465,6 +510,7 @@ impl Requests {
             socket: self.node.config.socket.display().to_string(),
             export: served.name.to_string(),
             device: served.device.as_ref().map(|d| d.path.display().to_string()),
+            incoming: served.incoming,
             device_survives_restart: served.device.as_ref().is_some_and(|d| d.survives_restart),
             read_latency: served.volume.read_latency(),
         }
@@ -496,6 +542,11 @@ fn changes_images(request: &NodeRequest) -> bool {
         | NodeRequest::ImageDelete { .. }
         | NodeRequest::ImageAttach { .. }
         | NodeRequest::ImageDetach { .. }
+        | NodeRequest::ImageHandOver { .. }
+        | NodeRequest::LocationAdd { .. }
+        | NodeRequest::LocationRemove { .. }
+        | NodeRequest::ReplicaPrepare(_)
+        | NodeRequest::ReplicaForget { .. }
         | NodeRequest::ImageResize { .. } => true,
         NodeRequest::ImageExport { .. }
         | NodeRequest::ImageMap { .. }

@@ -21,7 +21,9 @@ pub(super) fn resized(meta: &ImageMeta) -> (Event, LayerId) {
 
 impl Requests {
     pub(super) async fn resize(&self, image: ImageName, size: ByteLen) -> Answer<NodeReply> {
-        let id = self.find(&image)?.id;
+        let meta = self.find(&image)?;
+        self.only_alone(&meta, "resized")?;
+        let id = meta.id;
         self.link.ready()?;
         let meta = self
             .blocking(move |node| match node.served.get(id) {

@@ -21,6 +21,7 @@ use super::jobs::Jobs;
 use super::link::Link;
 use super::node::Node;
 use super::reconcile::reconcile;
+use super::replicas::{self, Feed};
 use super::report::{self, ImageContext};
 use super::requests::{self, Requests};
 use super::seen::Seen;
@@ -35,7 +36,7 @@ use crate::store::os::replace_note;
 /// Name of the NBD listening socket with the descriptor holder.
 const LISTENER: &str = "nbd-listener";
 /// Pause before NATS is tried again.
-const RECONNECT: Duration = Duration::from_secs(1);
+pub(super) const RECONNECT: Duration = Duration::from_secs(1);
 
 /// Pause before images that could not be served at the start are tried again.
 const RESUME_AGAIN: Duration = Duration::from_secs(2);
@@ -131,10 +132,11 @@ async fn serve(node: Arc<Node>, listeners: Vec<Listener>, seen: Seen) -> anyhow:
     nbd.await??;
     tokio::task::spawn_blocking(move || {
         for (_, served) in node.served.all() {
-            if let Err(error) = crate::disk::Disk::flush(&*served.volume) {
+            if let Err(error) = served.disk.flush() {
                 tracing::error!(image = %served.name, %error, "the last flush failed");
             }
         }
+        node.replicas.close();
     })
     .await?;
     Ok(())
@@ -145,13 +147,33 @@ async fn agent(node: Arc<Node>, connections: NbdHandle, seen: Seen) {
     let bus = connect(&node).await;
     let link = Link::new(node.config.id.clone(), bus.clone(), node.incarnation);
     let wake = Arc::new(Notify::new());
+    let feed = Arc::new(Feed::new(link.clone(), Arc::clone(&node)));
+    // A log that ends before what this node has seen.
+    let freezes = {
+        let (link, feed) = (link.clone(), Arc::clone(&feed));
+        async move {
+            let mut progress = link.progress();
+            loop {
+                // The sender lives as long as the link.
+                let _ = progress.wait_for(|p| p.frozen.is_some()).await;
+                tokio::task::block_in_place(|| feed.rolled_back());
+                let _ = progress.wait_for(|p| p.frozen.is_none()).await;
+                tokio::task::block_in_place(|| feed.read(Vec::new()));
+            }
+        }
+    };
     let follower = {
         let (link, node, wake) = (link.clone(), Arc::clone(&node), Arc::clone(&wake));
+        let feed = Arc::clone(&feed);
         async move {
             link.follow(seen, |batch| {
                 if batch.places {
                     remember_peers(&link, &node);
                 }
+                if batch.anew {
+                    feed.rolled_back();
+                }
+                tokio::task::block_in_place(|| feed.read(batch.changes));
                 wake.notify_one();
             })
             .await;
@@ -175,7 +197,9 @@ async fn agent(node: Arc<Node>, connections: NbdHandle, seen: Seen) {
             let _ = progress.wait_for(|p| p.caught_up() || p.histories != history).await;
             if progress.borrow().histories == history {
                 reconcile(&requests).await;
+                tokio::task::block_in_place(|| feed.read(Vec::new()));
                 link.reconciled();
+                replicas::resume(&requests).await;
                 wake.notify_one();
             }
             let _ = progress.wait_for(|p| p.histories != history).await;
@@ -202,10 +226,12 @@ async fn agent(node: Arc<Node>, connections: NbdHandle, seen: Seen) {
     };
     tokio::join!(
         follower,
+        freezes,
+        replicas::attend(&requests),
         membership,
         administration,
         health,
-        commands::run(Arc::clone(&node), link.clone(), Arc::clone(&wake)),
+        commands::run(requests.clone(), Arc::clone(&wake)),
         report_heat(Arc::clone(&node), link.clone()),
     );
 }
@@ -233,8 +259,9 @@ fn remember_peers(link: &Link, node: &Node) {
             .filter(|(_, a)| !a.is_empty())
             .collect()
     };
+    let nodes = link.facts().addresses().clone();
     let peers: &Peers = &node.peers;
-    if let Err(error) = peers.set(wanted) {
+    if let Err(error) = peers.set(wanted, nodes) {
         tracing::warn!(%error, "cannot write down where peers are: after a restart without NATS they are not found");
     }
     node.remote.peers_changed();

@@ -12,7 +12,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::disk::Disk;
 use crate::export::device::DeviceInfo;
-use crate::export::nbd::{self, ExportEntry, ExportName, ExportTable};
+use crate::export::nbd::{self, ExportEntry, ExportName, ExportTable, PeerDoor};
+use crate::peer::Links;
 use crate::store::fault::Faults;
 use crate::store::os::{read_note, replace_note};
 use crate::volume::Volume;
@@ -26,14 +27,18 @@ pub struct Served {
     pub lease: LeaseId,
     /// The epoch of the lease.
     pub epoch: Epoch,
-    /// What is behind its exports.
+    /// This node's blocks of it.
     pub volume: Arc<Volume>,
+    /// What is behind its exports: the volume or, of an image with replicas, all of them.
+    pub disk: Arc<dyn Disk>,
     /// Counts what comes over NBD.
     pub counter: Arc<ExportCounter>,
     /// How it is exported.
     pub export: ExportKind,
     /// The kernel device, if there is one.
     pub device: Option<DeviceInfo>,
+    /// Another node owns it still, and is to hand it over.
+    pub incoming: bool,
 }
 
 /// One line of the list that survives a restart.
@@ -57,16 +62,18 @@ pub type SealedLayers = dyn Fn(LayerId) -> Option<Arc<dyn Disk>> + Send + Sync;
 pub struct ServedImages {
     images: RwLock<BTreeMap<ImageId, Served>>,
     sealed: Box<SealedLayers>,
+    links: Arc<Links>,
     list: PathBuf,
     faults: Faults,
 }
 
 impl ServedImages {
     /// No images yet; `list` is the file that survives a restart.
-    pub fn new(list: PathBuf, sealed: Box<SealedLayers>, faults: Faults) -> Self {
+    pub fn new(list: PathBuf, sealed: Box<SealedLayers>, links: Arc<Links>, faults: Faults) -> Self {
         Self {
             images: RwLock::default(),
             sealed,
+            links,
             list,
             faults,
         }
@@ -101,6 +108,13 @@ impl ServedImages {
         }
     }
 
+    /// This node owns an image under another lease than when its service began.
+    pub fn set_lease(&self, image: ImageId, epoch: Epoch, lease: LeaseId) {
+        if let Some(served) = self.images.write().expect("served lock").get_mut(&image) {
+            (served.epoch, served.lease, served.incoming) = (epoch, lease, false);
+        }
+    }
+
     /// Takes an image out.
     pub fn remove(&self, image: ImageId) -> Option<Served> {
         self.images.write().expect("served lock").remove(&image)
@@ -122,7 +136,7 @@ impl ServedImages {
     }
 
     fn entry(served: &Served) -> ExportEntry {
-        ExportEntry::new(served.volume.clone())
+        ExportEntry::new(served.disk.clone())
             .counted(served.counter.clone())
             .described(format!("image {} at epoch {}", served.name, served.epoch))
     }
@@ -145,7 +159,7 @@ impl ExportTable for ServedImages {
                         .read_only(),
                 )
             }
-            // Members of replicated images; an image has one member so far, the owner itself.
+            // Members are written and read by nodes, which do not speak NBD to each other (docs/adr/0008).
             ExportName::MemberWrite { .. } | ExportName::MemberRead { .. } => None,
         }
     }
@@ -153,5 +167,9 @@ impl ExportTable for ServedImages {
     fn list(&self, after: &str, max: usize) -> Vec<String> {
         let images = self.images.read().expect("served lock");
         nbd::page(images.values().map(|s| s.name.to_string()), after, max)
+    }
+
+    fn peers(&self) -> Option<&dyn PeerDoor> {
+        Some(&*self.links)
     }
 }

@@ -190,6 +190,11 @@ impl Links {
         let _ = self.receive.set(receive);
     }
 
+    /// Where a peer listens, if that is known.
+    pub fn address(&self, peer: &NodeId) -> Option<String> {
+        (self.resolve)(peer)
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

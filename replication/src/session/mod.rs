@@ -272,6 +272,11 @@ impl Session {
             Role::Detached => denial = Some(Denial::Detached),
             Role::Ended(why) => denial = Some(why.clone()),
             Role::Incoming(incoming) => {
+                // What this node's clients have not written needs no flush; the source's clients flush there.
+                if ask == Ask::Flush && incoming.held() == 0 {
+                    let bytes = Bytes::None;
+                    return step.out.push(Output::Acknowledge { op, bytes });
+                }
                 if let (Ask::Read(_), Some(owner)) = (ask, self.log.owner.as_ref().filter(|owner| **owner != self.me)) {
                     let owner = owner.clone();
                     return step.out.push(Output::ReadThrough { op, owner });
