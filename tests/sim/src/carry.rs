@@ -274,6 +274,15 @@ impl World {
         let Some(shell) = self.shell(node, image) else {
             return Ok(());
         };
+        // Where nothing was written, a flush has nothing to do.
+        if shell.phase == Phase::Incoming && shell.held.get(&op) == Some(&Ask::Flush) {
+            shell.held.remove(&op);
+            if shell.held.values().any(|ask| matches!(ask, Ask::Write { .. })) {
+                return Err(format!("n{node} i{image}: {op:?} overtakes a write that is held"));
+            }
+            self.counters.count("flush at a destination");
+            return Ok(());
+        }
         let (Some(by), Some(ask)) = (shell.by.clone(), shell.ops.remove(&op)) else {
             return Err(format!("n{node} i{image}: {op:?} is answered, but not asked"));
         };

@@ -23,6 +23,7 @@ pub const STATES: &[&str] = &[
     "read acknowledged",
     "flush acknowledged",
     "read through to the source",
+    "flush at a destination",
     "operation held until open",
     "stopped owner continued behind another one",
     "late request refused",
