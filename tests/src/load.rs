@@ -7,8 +7,10 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
+use xtask::wait;
 
 /// Seconds for which QEMU holds requests back while the server is away.
 const RECONNECT_DELAY_S: u32 = 120;
@@ -72,6 +74,18 @@ impl Load {
     /// Requests answered so far.
     pub fn done(&self) -> u64 {
         self.done.load(Ordering::SeqCst)
+    }
+
+    /// Waits until so many more requests are answered.
+    ///
+    /// # Errors
+    /// A request failed, or they are not answered within that time.
+    pub fn wait_for(&mut self, more: u64, within: Duration) -> Result<()> {
+        let before = self.done();
+        wait::until("requests to go on", within, || {
+            self.check()?;
+            Ok((self.done() >= before + more).then_some(()))
+        })
     }
 
     /// Fails as soon as a request has failed.

@@ -50,14 +50,6 @@ fn members(cluster: &Cluster, node: &str) -> Result<Vec<String>> {
     Ok(members.iter().filter_map(|m| Some(m.as_str()?.to_owned())).collect())
 }
 
-fn wait_for_requests(load: &mut Load, more: u64) -> Result<()> {
-    let before = load.done();
-    wait::until("requests to go on", WITHIN, || {
-        load.check()?;
-        Ok((load.done() >= before + more).then_some(()))
-    })
-}
-
 #[test]
 fn a_member_dies_and_comes_back_and_then_takes_over_from_the_owner() -> Result<()> {
     let Some(mut cluster) = start()? else { return Ok(()) };
@@ -65,12 +57,12 @@ fn a_member_dies_and_comes_back_and_then_takes_over_from_the_owner() -> Result<(
     let (owner, other) = (Cluster::node_id(0), 1);
     let member = Cluster::node_id(other);
     let mut load = Load::start(&cluster.socket(0), IMAGE, IMAGE_BYTES)?;
-    wait_for_requests(&mut load, 200)?;
+    load.wait_for(200, WITHIN)?;
 
     // The member dies: the guest waits for the smaller set and goes on.
     cluster.node(other).kill()?;
     let died = Instant::now();
-    wait_for_requests(&mut load, 200)?;
+    load.wait_for(200, WITHIN)?;
     eprintln!("the guest went on within {:?} of the member's death", died.elapsed());
     ensure!(members(&cluster, &owner)? == std::slice::from_ref(&owner));
 
@@ -79,7 +71,7 @@ fn a_member_dies_and_comes_back_and_then_takes_over_from_the_owner() -> Result<(
     cluster.wait_ready()?;
     back_in_sync(&cluster, &owner, &member)?;
     ensure!(members(&cluster, &owner)?.len() == 2);
-    wait_for_requests(&mut load, 200)?;
+    load.wait_for(200, WITHIN)?;
     let pattern = load.stop()?;
 
     // The owner dies: the member takes over what was acknowledged.

@@ -7,7 +7,6 @@ use anyhow::{Context, Result, ensure};
 use hearth_tests::digests_agree;
 use hearth_tests::load::Load;
 use xtask::cluster::{Cluster, ClusterSpec};
-use xtask::wait;
 
 const WITHIN: Duration = Duration::from_secs(90);
 const IMAGE: &str = "appl/vm-1";
@@ -45,19 +44,11 @@ fn start_load(cluster: &Cluster) -> Result<Load> {
     Load::start(&cluster.socket(0), &export, IMAGE_BYTES)
 }
 
-fn wait_for_requests(load: &mut Load, more: u64) -> Result<()> {
-    let before = load.done();
-    wait::until("requests to go on", WITHIN, || {
-        load.check()?;
-        Ok((load.done() >= before + more).then_some(()))
-    })
-}
-
 #[test]
 fn every_part_may_crash_in_any_order_under_load() -> Result<()> {
     let Some(mut cluster) = start()? else { return Ok(()) };
     let mut load = start_load(&cluster)?;
-    wait_for_requests(&mut load, 100)?;
+    load.wait_for(100, WITHIN)?;
     for order in ORDERS {
         for part in order {
             match part {
@@ -69,7 +60,8 @@ fn every_part_may_crash_in_any_order_under_load() -> Result<()> {
         cluster
             .wait_ready()
             .with_context(|| format!("after crashes in the order {order:?}"))?;
-        wait_for_requests(&mut load, 100).with_context(|| format!("after crashes in the order {order:?}"))?;
+        load.wait_for(100, WITHIN)
+            .with_context(|| format!("after crashes in the order {order:?}"))?;
     }
     digests_agree(&cluster)?;
     load.stop()?;
@@ -80,7 +72,7 @@ fn every_part_may_crash_in_any_order_under_load() -> Result<()> {
 fn a_scheduler_with_an_empty_directory_refills_to_the_same_state() -> Result<()> {
     let Some(mut cluster) = start()? else { return Ok(()) };
     let mut load = start_load(&cluster)?;
-    wait_for_requests(&mut load, 100)?;
+    load.wait_for(100, WITHIN)?;
     cluster.wait_ready()?;
     let view = cluster.view()?;
     let (seq, digest) = (view["seq"].as_u64().context("no position")?, view["digest"].clone());

@@ -228,19 +228,23 @@ impl Node {
         if waiting.is_empty() {
             return;
         }
-        waiting.retain(|image, (kept, why)| match self.serve(kept.clone(), None) {
+        waiting.retain(|image, (kept, why)| {
             // Of an image with replicas it is the agent that tries.
-            _ if self.replicas.get(*image).is_some() => true,
-            Ok(served) => {
-                tracing::info!(image = %served.name, epoch = %kept.epoch, "serving again");
-                false
+            if self.replicas.get(*image).is_some() {
+                return true;
             }
-            Err(error) => {
-                if *why != error.message {
-                    tracing::error!(%image, %error, "still cannot serve an image again; trying on");
-                    *why = error.message;
+            match self.serve(kept.clone(), None) {
+                Ok(served) => {
+                    tracing::info!(image = %served.name, epoch = %kept.epoch, "serving again");
+                    false
                 }
-                true
+                Err(error) => {
+                    if *why != error.message {
+                        tracing::error!(%image, %error, "still cannot serve an image again; trying on");
+                        *why = error.message;
+                    }
+                    true
+                }
             }
         });
         // Guests on devices wait as well, until it is known that nobody takes theirs over.

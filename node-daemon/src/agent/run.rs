@@ -167,13 +167,13 @@ async fn agent(node: Arc<Node>, connections: NbdHandle, seen: Seen) {
         let feed = Arc::clone(&feed);
         async move {
             link.follow(seen, |batch| {
-                if batch.places {
-                    remember_peers(&link, &node);
-                }
                 if batch.anew {
                     feed.rolled_back();
                 }
-                tokio::task::block_in_place(|| feed.read(batch.changes));
+                if batch.places {
+                    remember_peers(&link, &node);
+                    tokio::task::block_in_place(|| feed.read(batch.changes));
+                }
                 wake.notify_one();
             })
             .await;

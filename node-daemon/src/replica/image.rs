@@ -272,8 +272,9 @@ impl Replica {
         if over && !mutants::RAM_UNLEASED.is_on() {
             return false;
         }
-        let Some(copy) = self.copy() else { return false };
-        copy.volume.try_read_ram(offset, buf) && self.quick.begun.load(Ordering::SeqCst) == begun
+        let copy = self.copy.read().unwrap_or_else(PoisonError::into_inner);
+        let read = copy.as_ref().is_some_and(|copy| copy.volume.try_read_ram(offset, buf));
+        read && self.quick.begun.load(Ordering::SeqCst) == begun
     }
 
     /// One step of the session. `arrived` came with the message being taken, `brought` is what a read found whose end is
