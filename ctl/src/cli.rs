@@ -71,6 +71,8 @@ pub enum Noun {
     /// The machines that serve them
     #[command(subcommand)]
     Node(Node),
+    /// Migrates a running QEMU guest to another node, and its disks with it
+    Migrate(Migrate),
     /// Long operations on a node
     #[command(subcommand)]
     Job(Job),
@@ -393,6 +395,19 @@ pre-switchover; then let it go on with migrate-continue."
         #[command(flatten)]
         change: Change,
     },
+    /// Brings into a node's RAM what the image's owner has in RAM, before a hand-over to that node
+    Prewarm {
+        /// The image
+        image: ImageName,
+        /// The node
+        #[arg(long, value_name = "NODE")]
+        node: NodeId,
+        /// Does not wait for the end
+        #[arg(long)]
+        detach: bool,
+        #[command(flatten)]
+        change: Change,
+    },
     /// Where its blocks are: runs of layer and tier
     Map {
         /// The image
@@ -410,6 +425,42 @@ pre-switchover; then let it go on with migrate-continue."
         #[command(flatten)]
         on: OnNode,
     },
+}
+
+/// Options of `migrate`
+#[derive(Debug, Args)]
+#[command(
+    after_help = "First attach the disks on the destination with --incoming, and start QEMU there as at the source, with \
+-incoming defer. Both QEMUs need a monitor: -qmp unix:PATH,server=on,wait=off (for one on another machine, forward its \
+socket, as with ssh -L). Ctrl-C cancels the migration, and the guest goes on at its source; once the disks are handed over \
+it goes on to its end.\n\n\
+With --listen somebody else migrates the guest, such as libvirt, and this command hands the disks over when the guest \
+stands still; give the source's QEMU a second monitor for it."
+)]
+pub struct Migrate {
+    /// The guest's disks
+    #[arg(required = true, value_name = "IMAGE")]
+    pub images: Vec<ImageName>,
+    /// The destination
+    #[arg(long, value_name = "NODE")]
+    pub to: NodeId,
+    /// The monitor of the source's QEMU
+    #[arg(long, value_name = "SOCKET")]
+    pub source_qmp: PathBuf,
+    /// The monitor of the destination's QEMU
+    #[arg(long, value_name = "SOCKET", required_unless_present = "listen")]
+    pub destination_qmp: Option<PathBuf>,
+    /// How the guest's memory travels, as QEMU takes it: tcp:HOST:PORT, or unix:PATH on one machine
+    #[arg(long, value_name = "URI", required_unless_present = "listen")]
+    pub channel: Option<String>,
+    /// Does not bring what the source has in RAM into the destination's RAM first
+    #[arg(long)]
+    pub no_prewarm: bool,
+    /// Only hands the disks over, when somebody else migrates the guest
+    #[arg(long, conflicts_with_all = ["destination_qmp", "channel"])]
+    pub listen: bool,
+    #[command(flatten)]
+    pub change: Change,
 }
 
 /// How an image is served

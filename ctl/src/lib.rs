@@ -10,6 +10,7 @@ mod history;
 mod moment;
 mod names;
 mod output;
+mod qmp;
 mod run;
 mod snippets;
 

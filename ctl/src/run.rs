@@ -8,6 +8,7 @@ mod job;
 mod location;
 mod log;
 mod meta;
+mod migrate;
 mod node;
 mod plan;
 mod policy;
@@ -60,6 +61,7 @@ pub async fn run(cli: Cli) -> Outcome {
         Noun::Image(verb) => image::run(&context, verb).await,
         Noun::Location(verb) => location::run(&context, verb).await,
         Noun::Node(verb) => node::run(&context, verb).await,
+        Noun::Migrate(options) => migrate::run(&context, options).await,
         Noun::Job(verb) => job::run(&context, verb).await,
         Noun::Status(options) => status::status(&context, &options).await,
         Noun::Health(options) => status::health(&context, &options).await,

@@ -96,6 +96,8 @@ switches! {
     FAILED_REPLICA_REOPENED, "failed-replica-reopened";
     /// Reads of an image with replicas are answered from RAM by whoever ever owned it (rule 3).
     RAM_UNLEASED, "ram-unleased";
+    /// A replica's copies in RAM stay as they are when their blocks are written (rule 11).
+    MEMBER_RAM_STALE, "member-ram-stale";
     /// A member writes blocks that it did not mark (rule 4).
     WRITE_UNMARKED, "write-unmarked";
     /// A node follows a stream that does not hold what it has read before.

@@ -228,6 +228,7 @@ fn a_guest_only_waits_while_the_daemon_dies_again_and_again() {
         memory_mib: 160,
         console_log: dir.path().join("console.log"),
         qmp_socket: None,
+        incoming: false,
     })
     .unwrap();
     println!("{:?}", guest.wait_ready(Duration::from_secs(600)).unwrap());

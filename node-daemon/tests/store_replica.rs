@@ -355,7 +355,7 @@ fn a_replica_whose_disk_failed_takes_no_writes_until_it_is_forgotten() {
 }
 
 #[test]
-fn copies_in_ram_are_valid_for_one_epoch() {
+fn what_was_promoted_is_valid_for_one_epoch() {
     let dir = fast_dir();
     let node = Node::start(dir.path(), 1, SHAPE, none());
     let volume = &node.member.volume;

@@ -240,6 +240,11 @@ pub enum NodeRequest {
         /// Replaces a file of that name.
         replace: bool,
     },
+    /// Brings into this node's RAM what its owner has in RAM, as a job: before a hand-over.
+    ImagePrewarm {
+        /// Which image.
+        image: ImageName,
+    },
     /// Where the image's blocks are: runs of (layer, tier).
     ImageMap {
         /// Which image.

@@ -44,6 +44,7 @@ fn a_guest_boots_from_the_golden_image_and_sees_every_wrong_byte() {
         memory_mib: 160,
         console_log: folder.path().join("console.log"),
         qmp_socket: None,
+        incoming: false,
     };
 
     let mut guest = Guest::boot(&options).unwrap();
@@ -110,6 +111,7 @@ fn a_disk_that_does_not_boot_is_reported_with_the_console() {
         memory_mib: 32,
         console_log: folder.path().join("console.log"),
         qmp_socket: None,
+        incoming: false,
     })
     .unwrap();
     let error = guest.wait_ready(Duration::from_millis(1500)).unwrap_err().to_string();

@@ -208,6 +208,19 @@ pub async fn run(context: &Context, verb: Image) -> Outcome {
             let request = NodeRequest::ImageHandOver { image, to };
             act(context, &cluster, change, &what, "handed over", &node, request).await
         }
+        Image::Prewarm {
+            image,
+            node,
+            detach,
+            change,
+        } => {
+            let ask = Ask {
+                what: format!("prewarm {image} on {node}"),
+                request: NodeRequest::ImagePrewarm { image },
+                node,
+            };
+            job::start(context, &cluster, change, ask, detach).await
+        }
         Image::Map { image, on } => {
             let node = cluster.node_of(&image, on.node).await?;
             match cluster.node(&node, &NodeRequest::ImageMap { image }).await? {

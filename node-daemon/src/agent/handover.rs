@@ -5,17 +5,38 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use hearth_protocol::rpc::{Answer, ExportKind, Failure, FailureKind, NodeReply};
+use hearth_protocol::rpc::{Answer, ExportKind, Failure, FailureKind, MapRun, NodeReply, NodeRequest};
 use hearth_protocol::{ImageId, ImageName, LeaseId, NodeId};
 use hearth_replication::session::Input;
 
-use super::node::store_failure;
+use super::node::{failed, store_failure};
 use super::requests::Requests;
+use crate::disk::Disk;
 use crate::replica::Replica;
 
 /// How long a destination may take to own what was sealed for it, before the source takes it back. A guest stands still
 /// meanwhile.
 const HAND_OVER_WITHIN: Duration = Duration::from_secs(5);
+
+/// Bytes that are warmed between two looks at whether the job goes on.
+const WARM_BYTES: u64 = 1 << 20;
+
+/// What of a map is in RAM, as byte ranges (offset, length) of at most [`WARM_BYTES`], no more than `room` in all.
+fn warmed(runs: &[MapRun], block_size: u64, size: u64, room: u64) -> Vec<(u64, u64)> {
+    let mut ranges = Vec::new();
+    let mut left = room;
+    for run in runs.iter().filter(|run| run.tier == "ram") {
+        let mut at = run.first.0 * block_size;
+        let end = ((run.first.0 + run.count) * block_size).min(size);
+        while at < end && left > 0 {
+            let length = WARM_BYTES.min(end - at).min(left);
+            ranges.push((at, length));
+            at += length;
+            left -= length;
+        }
+    }
+    ranges
+}
 
 impl Requests {
     /// Serves an image that another node owns, as the destination of a migration: reads go through to the owner, writes
@@ -42,6 +63,45 @@ impl Requests {
         .await?;
         let meta = self.node.store.image(image).map_err(|e| store_failure(&e))?;
         Ok(NodeReply::Image(self.info(&meta)))
+    }
+
+    /// Brings into this node's RAM what the owner has in RAM, as a job. It is read from this node's own copy, and every
+    /// later write of the owner passes by here: so it is still true when the image is handed over.
+    pub(super) async fn prewarm(self, image: ImageName) -> Answer<NodeReply> {
+        let meta = self.find(&image)?;
+        let me = self.node.config.id.clone();
+        let owner = self.owner_of(meta.id).filter(|owner| *owner != me);
+        let copy = self.replica(meta.id).and_then(|replica| replica.copy());
+        let (Some(owner), Some(copy)) = (owner, copy) else {
+            return Err(Failure::new(
+                FailureKind::Refused,
+                format!("{me} is no node that holds {image} while another serves it, so there is nothing to prewarm"),
+                format!("hearth image show {image}"),
+            ));
+        };
+        let asked = NodeRequest::ImageMap { image: image.clone() };
+        let NodeReply::Map { runs } = self.ask_node(&owner, asked).await? else {
+            return Err(failed(format!("{owner} answered something else than a map of {image}")));
+        };
+        let warm = warmed(&runs, meta.block_size, meta.size, copy.volume.warmable_bytes());
+        let total: u64 = warm.iter().map(|(_, length)| length).sum();
+        let job = self.jobs.start(
+            format!("prewarm {image} with what {owner} has in RAM"),
+            move |progress| {
+                let mut done = 0;
+                for (offset, length) in warm {
+                    if !progress(done, total) {
+                        return Err(failed("it was stopped".into()));
+                    }
+                    let cached = copy.volume.cache(offset, length);
+                    cached.map_err(|error| failed(format!("{image} cannot be read here: {error}")))?;
+                    done += length;
+                }
+                progress(done, total);
+                Ok(())
+            },
+        );
+        Ok(NodeReply::Job(job))
     }
 
     /// Hands an image over to the node that attached it `--incoming`. If that does not become the owner, this node owns it
@@ -97,5 +157,38 @@ impl Requests {
         let mut progress = self.link.progress();
         let read = progress.wait_for(|_| self.owner_of(image).as_ref() == Some(node));
         tokio::time::timeout(HAND_OVER_WITHIN, read).await.is_ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use hearth_protocol::BlockIndex;
+
+    use super::*;
+
+    #[test]
+    fn what_is_in_ram_is_warmed_up_to_the_room() {
+        let run = |first, count, tier: &str| MapRun {
+            first: BlockIndex(first),
+            count,
+            layer: None,
+            tier: tier.into(),
+        };
+        let runs = [
+            run(0, 2, "disk"),
+            run(2, 17, "ram"),
+            run(19, 1, "hole"),
+            run(20, 1, "ram"),
+        ];
+        let (block, size) = (1 << 16, 20 * (1 << 16) + 4096);
+        let all = warmed(&runs, block, size, u64::MAX);
+        assert_eq!(
+            all,
+            [(2 * block, WARM_BYTES), (18 * block, block), (20 * block, 4096)],
+            "the last block is only as long as the image"
+        );
+        let some = warmed(&runs, block, size, WARM_BYTES + 8192);
+        assert_eq!(some, [(2 * block, WARM_BYTES), (18 * block, 8192)]);
+        assert_eq!(warmed(&runs, block, size, 0), []);
     }
 }

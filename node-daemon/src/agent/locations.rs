@@ -158,7 +158,7 @@ impl Requests {
     }
 
     /// Asks a node, this one included.
-    async fn ask_node(&self, node: &NodeId, request: NodeRequest) -> Result<NodeReply, Failure> {
+    pub(super) async fn ask_node(&self, node: &NodeId, request: NodeRequest) -> Result<NodeReply, Failure> {
         if *node == self.node.config.id {
             return match request {
                 NodeRequest::ReplicaPrepare(spec) => self.prepare_replica(spec).await,

@@ -76,6 +76,7 @@ impl Requests {
             NodeRequest::ImageDelete { image } => self.delete(image).await,
             NodeRequest::ImageAttach { image, export, how } => self.attach(image, export, how).await,
             NodeRequest::ImageHandOver { image, to } => self.hand_over(image, to).await,
+            NodeRequest::ImagePrewarm { image } => self.prewarm(image).await,
             NodeRequest::LocationAdd { image, node, blocks } => self.add_location(image, node, blocks).await,
             NodeRequest::LocationRemove { image, node } => self.remove_location(image, node).await,
             NodeRequest::ReplicaPrepare(spec) => self.prepare_replica(spec).await,
@@ -550,6 +551,7 @@ fn changes_images(request: &NodeRequest) -> bool {
         | NodeRequest::ImageResize { .. } => true,
         NodeRequest::ImageExport { .. }
         | NodeRequest::ImageMap { .. }
+        | NodeRequest::ImagePrewarm { .. }
         | NodeRequest::ImageList
         | NodeRequest::JobShow { .. }
         | NodeRequest::JobCancel { .. }

@@ -432,6 +432,15 @@ impl RamTier {
         }
     }
 
+    /// Drops what was promoted of a layer, because whoever promoted it counts on it no more.
+    pub fn forget_promoted(&self, layer: LayerHandle) {
+        for unit in self.residents.units_of(layer) {
+            if self.region(layer, unit) == Some(Region::Main) {
+                self.invalidate(layer, unit);
+            }
+        }
+    }
+
     /// Sizes and use, as heat reports carry them.
     pub fn usage(&self) -> TierUse {
         let policy = self.policy();

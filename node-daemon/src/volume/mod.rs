@@ -186,11 +186,17 @@ impl Volume {
         })
     }
 
-    /// Goes on under another epoch. RAM copies of the top layer are valid for one epoch, and are dropped; what is being
-    /// read into RAM meanwhile may stay: it is what this replica has, since every write to it passes by here.
+    /// Goes on under another epoch. What the scheduler promoted was for the epoch before, and is dropped. What the node
+    /// itself has in RAM stays: every write to this replica, whoever owns it, passes by here, so a copy is what the
+    /// replica has; and a replica that is not in sync is not asked.
     pub fn set_epoch(&self, epoch: Epoch) {
         self.epoch.0.store(epoch.0, Ordering::Release);
-        self.tier.forget_layer(self.stack().handle(0));
+        self.tier.forget_promoted(self.stack().handle(0));
+    }
+
+    /// Bytes of RAM that the node may fill by itself: so much of the image can be warmed.
+    pub fn warmable_bytes(&self) -> u64 {
+        self.tier.usage().front_capacity.0
     }
 
     fn assemble(store: Arc<Store>, tier: Arc<RamTier>, remote: Arc<dyn BlockSource>, opening: Opening) -> Arc<Self> {

@@ -113,7 +113,9 @@ impl Volume {
                 .inspect(|()| self.trouble.found_room())
         }
         .inspect_err(|_| self.note_poison(top))?;
-        section.ticket.update(offset, data);
+        if self.marks.is_none() || !mutants::MEMBER_RAM_STALE.is_on() {
+            section.ticket.update(offset, data);
+        }
         if fua && !durable {
             self.flush_layer(top)?;
         }

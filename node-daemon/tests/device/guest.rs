@@ -49,6 +49,7 @@ fn a_guest_on_the_device_sees_no_error_while_the_daemon_dies_again_and_again() {
         memory_mib: 160,
         console_log: folder.path().join("console.log"),
         qmp_socket: None,
+        incoming: false,
     })
     .unwrap();
     // The firmware, the boot loader and the kernel are on the device too.

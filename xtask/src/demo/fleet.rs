@@ -55,6 +55,7 @@ impl Fleet {
                 memory_mib: MEMORY_MIB,
                 console_log: consoles.join(format!("{name}.console")),
                 qmp_socket: None,
+                incoming: false,
                 name,
             })?);
         }

@@ -74,6 +74,8 @@ pub struct GuestOptions {
     pub console_log: PathBuf,
     /// A unix socket for QEMU's monitor, if one is wanted.
     pub qmp_socket: Option<PathBuf>,
+    /// Does not boot: it waits for a guest that migrates here.
+    pub incoming: bool,
 }
 
 /// What a guest says when it has booted.
@@ -258,6 +260,9 @@ impl Guest {
             command
                 .arg("-qmp")
                 .arg(format!("unix:{},server=on,wait=off", socket.display()));
+        }
+        if options.incoming {
+            command.args(["-incoming", "defer"]);
         }
         let mut child = command
             .spawn()
