@@ -107,3 +107,14 @@ fn a_member_dies_and_comes_back_and_then_takes_over_from_the_owner() -> Result<(
     hearth_tests::digests_agree(&cluster)?;
     Ok(())
 }
+
+/// A machine that shuts down stops its daemons in any order, and does not wait for them.
+#[test]
+fn nodes_stop_while_others_are_gone_and_a_guest_writes() -> Result<()> {
+    let Some(mut cluster) = start()? else { return Ok(()) };
+    attach(&cluster)?;
+    let mut load = Load::start(&cluster.socket(0), IMAGE, IMAGE_BYTES)?;
+    load.wait_for(50, WITHIN)?;
+    cluster.node(1).stop()?;
+    cluster.node(0).stop()
+}

@@ -27,6 +27,7 @@ use super::requests::{self, Requests};
 use super::seen::Seen;
 use super::{commands, peers::Peers};
 use crate::config::NodeConfig;
+use crate::disk::Disk as _;
 use crate::export::device::prepare_process;
 use crate::export::fdstore::FdStore;
 use crate::export::nbd::{Listener, NbdHandle, NbdLimits, NbdServer, SOCKET_MODE, listener_from_env};
@@ -132,7 +133,8 @@ async fn serve(node: Arc<Node>, listeners: Vec<Listener>, seen: Seen) -> anyhow:
     nbd.await??;
     tokio::task::spawn_blocking(move || {
         for (_, served) in node.served.all() {
-            if let Err(error) = served.disk.flush() {
+            // This node's blocks only: the other nodes of an image may be gone, and nobody hears that any more.
+            if let Err(error) = served.volume.flush() {
                 tracing::error!(image = %served.name, %error, "the last flush failed");
             }
         }
