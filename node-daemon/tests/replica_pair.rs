@@ -304,6 +304,31 @@ fn who_is_fenced_off_serves_nothing_more() {
     assert_eq!(read(&again, 0, 4_096).unwrap(), [2; 4_096]);
 }
 
+/// What is brought into a member's RAM before a hand-over is true after it, whatever the owner wrote meanwhile.
+#[test]
+fn what_a_member_has_in_ram_is_what_was_written_last() {
+    let pair = Pair::new(&["a", "b"]);
+    let old = pair.take("a", 1);
+    old.write(0, &vec![1; 3 * BLOCK as usize], false).unwrap();
+    let warm = pair.replica("b").copy().unwrap().volume;
+    warm.cache(0, 3 * BLOCK).unwrap();
+    let mut bytes = vec![0; 3 * BLOCK as usize];
+    assert!(warm.try_read_ram(0, &mut bytes), "nothing was brought into RAM");
+    old.write(4_096, &[2; 4_096], false).unwrap();
+    old.write_zeroes(BLOCK + 4_096, 4_096, true, false).unwrap();
+    old.trim(2 * BLOCK, BLOCK, false).unwrap();
+    pair.replica("a").seal().unwrap();
+    let new = pair.take("b", 2);
+    let mut expect = vec![1; 3 * BLOCK as usize];
+    expect[4_096..8_192].fill(2);
+    expect[BLOCK as usize + 4_096..BLOCK as usize + 8_192].fill(0);
+    expect[2 * BLOCK as usize..].fill(0);
+    let two = 2 * BLOCK as usize;
+    until("read leases", || new.try_read_ram(0, &mut bytes[..two]));
+    assert_eq!(bytes[..two], expect[..two], "RAM has what was overwritten");
+    assert_eq!(read(&new, 0, expect.len()).unwrap(), expect);
+}
+
 #[test]
 fn what_was_written_and_not_flushed_is_in_doubt_after_a_crash() {
     let mut pair = Pair::new(&["a", "b"]);

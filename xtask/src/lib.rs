@@ -11,6 +11,7 @@ pub mod cli;
 pub mod cluster;
 pub mod demo;
 pub mod guest;
+pub mod moving;
 pub mod mutants;
 pub mod process;
 pub mod setup;

@@ -84,6 +84,8 @@ pub struct Figures {
     pub ram_tier_bytes_set: u64,
     /// What the guests touch, bytes in all.
     pub guests_touch_bytes: u64,
+    /// Guests that migrated, and an image that lost a replica.
+    pub moves: Value,
     /// The disk's limit, if it could be set.
     pub disk_read_iops_set: Option<u64>,
     /// Events in the log.
@@ -136,6 +138,7 @@ impl Figures {
             "device_reads_after": self.after.device_reads,
             "ram_tier_bytes_set": self.ram_tier_bytes_set,
             "guests_touch_bytes": self.guests_touch_bytes,
+            "moves": self.moves,
             "disk_read_iops_set": self.disk_read_iops_set,
             "events_logged": self.events_logged,
             "log_verified": self.log_verified,

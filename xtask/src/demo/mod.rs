@@ -2,10 +2,12 @@
 //!
 //! One golden image, a clone for each guest, each attached on a node of its own. The guests boot from Hearth's disks
 //! and do the same skewed reads and writes twice: first with the scheduler's policy off, then on. The store's disk is
-//! slowed down to a thousand reads a second, as a busy shared disk is, so that RAM pays here as it pays there.
+//! slowed down to a thousand reads a second, as a busy shared disk is, so that RAM pays here as it pays there. Then
+//! guests on images with replicas migrate between nodes, and a node dies ([`moves`]).
 
 mod figures;
 mod fleet;
+mod moves;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -179,6 +181,7 @@ fn measure(
             Ok((view["totals"]["blocks_demoted"].as_u64() > Some(0)).then_some(()))
         })
     })?;
+    let moves = moves::run(cluster, golden, accelerator)?;
     let verified = step("verify the log: chain, contiguity and every decision again", || {
         hearth.json(&["log", "verify"])
     })?;
@@ -200,6 +203,7 @@ fn measure(
         after,
         ram_tier_bytes_set: RAM_TIER_BYTES * NODES as u64,
         guests_touch_bytes,
+        moves,
         disk_read_iops_set: throttle.as_ref().map(|throttle| throttle.read_iops_max),
         events_logged: verified["events"]
             .as_u64()
