@@ -2,6 +2,7 @@
 
 mod nbd;
 mod policy;
+mod replicas;
 mod report;
 
 use anyhow::Result;
@@ -21,6 +22,8 @@ enum What {
     Nbd(nbd::Options),
     /// Hit ratios of the RAM tier over recorded block traces, beside other policies
     Policy(policy::Options),
+    /// An image with two replicas beside a file on another node, over NFS and over NBD
+    Replicas(replicas::Options),
     /// A server that `nbd` measures
     #[command(hide = true)]
     Serve {
@@ -35,6 +38,7 @@ fn main() -> Result<()> {
     match Arguments::parse().what {
         What::Nbd(options) => nbd::run(&options),
         What::Policy(options) => policy::run(&options),
+        What::Replicas(options) => replicas::run(&options),
         What::Serve { size_bytes, what } => nbd::serve::run(what, size_bytes),
     }
 }

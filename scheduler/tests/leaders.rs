@@ -132,6 +132,7 @@ async fn one_leads_at_a_time_however_often_it_changes() {
         true
     })
     .unwrap();
+    drop(log);
     assert!(led.is_some_and(|(last, _)| last >= Term(total + 1)));
     for scheduler in &schedulers {
         let log = RocksLog::open(&scheduler.log_dir()).unwrap();

@@ -1,9 +1,11 @@
 //! `cargo xtask bench`: the measurements of DESIGN §11, each with its table under `bench/results`.
 
 use std::path::PathBuf;
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
+use crate::process;
 use crate::workspace::Workspace;
 
 /// What can be measured.
@@ -17,6 +19,9 @@ pub enum What {
     },
     /// The data path against nbdkit and QEMU
     Nbd,
+    /// An image with two replicas against a file on another node, over NFS (if nfs-ganesha and QEMU's NFS driver are
+    /// there) and NBD
+    Replicas,
     /// The event log against RocksDB alone, replay, and decisions of a large cluster
     Log,
     /// What the eBPF probes cost
@@ -37,11 +42,13 @@ pub fn run(workspace: &Workspace, what: What) -> Result<()> {
     match what {
         What::All { traces } => {
             nbd(workspace)?;
+            replicas(workspace)?;
             probes(workspace)?;
             log(workspace)?;
             policy(workspace, traces)
         }
         What::Nbd => nbd(workspace),
+        What::Replicas => replicas(workspace),
         What::Log => log(workspace),
         What::Probes => probes(workspace),
         What::Policy { traces } => policy(workspace, traces),
@@ -63,6 +70,18 @@ fn hearth_bench(workspace: &Workspace, name: &str, words: &[&std::ffi::OsStr]) -
 
 fn nbd(workspace: &Workspace) -> Result<()> {
     hearth_bench(workspace, "nbd", &[])
+}
+
+/// Measures the daemons as they are started in service, so these are built first.
+fn replicas(workspace: &Workspace) -> Result<()> {
+    let mut build = workspace.command("cargo");
+    process::passthrough(build.args(["build", "--workspace", "--bins"]))?;
+    let mut bench = Command::new(workspace.bin_dir().join("hearth-bench"));
+    bench
+        .args(["replicas", "--out", "bench/results/replicas.md"])
+        .current_dir(&workspace.root)
+        .env("HEARTH_BIN_DIR", workspace.bin_dir());
+    process::passthrough(&mut bench)
 }
 
 fn policy(workspace: &Workspace, traces: Option<PathBuf>) -> Result<()> {
