@@ -294,9 +294,7 @@ impl Replica {
     /// See [`Quick::until_ms`].
     fn answers_quickly(&self, session: &Session) -> u64 {
         let whole = |record: &Arc<Record>| record.runs().iter().all(|run| run.members.contains(&self.around.me));
-        let sound = session.is_open()
-            && session.record().is_some_and(whole)
-            && session.standing().is_some_and(|standing| !standing.failed);
+        let sound = session.is_open() && session.record().is_some_and(whole) && session.has_sound_copy();
         match session.answers_until() {
             _ if !sound => 0,
             Some(until) => until.0,

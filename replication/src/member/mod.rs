@@ -118,6 +118,11 @@ impl Member {
         }
     }
 
+    /// Whether its disk failed: it takes nothing more.
+    pub fn has_failed(&self) -> bool {
+        self.phase == Phase::Failed
+    }
+
     /// Whether a request would be admitted now.
     ///
     /// # Errors

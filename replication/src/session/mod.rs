@@ -142,6 +142,11 @@ impl Session {
         self.member.as_ref().map(Member::standing)
     }
 
+    /// Whether this node holds a copy, and its disk did not fail. Asked with every step, so it counts nothing.
+    pub fn has_sound_copy(&self) -> bool {
+        self.member.as_ref().is_some_and(|member| !member.has_failed())
+    }
+
     /// What counts in the log, as far as it was read here.
     pub fn aggregate(&self) -> &Aggregate {
         &self.log
