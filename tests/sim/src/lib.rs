@@ -7,13 +7,17 @@
 //!
 //! The invariant: a seed is a run. Nothing here knows a clock, a thread, or the order of a hash.
 
+mod agent;
+mod begins;
 mod carry;
 mod chance;
 mod clients;
 pub mod counters;
 mod disk;
 mod event;
+mod facts;
 mod faults;
+mod lead;
 mod life;
 mod links;
 mod log;
@@ -21,7 +25,10 @@ mod net;
 mod node;
 mod operator;
 mod plan;
+mod quiet;
 mod reference;
+mod reports;
+mod scheduler;
 mod text;
 mod world;
 
