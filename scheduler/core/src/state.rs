@@ -278,11 +278,9 @@ impl State {
                     on.layer_out(top);
                 }
                 if let (Some((epoch, Some(before))), Some(after)) = (before, facts.catalog.images.get(image)) {
-                    if epoch != after.epoch {
-                        facts.repairs.owner_changed(*image);
-                    }
                     if let Some(replicas) = &after.replicas {
-                        facts.repairs.located(*image, &before, replicas, at);
+                        let new_owner = epoch != after.epoch;
+                        facts.repairs.located(*image, &before, replicas, new_owner, at);
                     }
                 }
             }
@@ -347,6 +345,14 @@ impl State {
             .is_none_or(|n| n.joined.incarnation != joined.incarnation);
         if restarted {
             facts.orders.node_restarted(&joined.node);
+            for (id, _) in facts
+                .catalog
+                .images
+                .iter()
+                .filter(|(_, image)| image.node == joined.node)
+            {
+                facts.repairs.owner_restarted(*id, facts.tick);
+            }
             if let Some(blocks) = blocks.get_mut(&joined.node) {
                 blocks.all_out();
             }
