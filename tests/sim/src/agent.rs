@@ -128,6 +128,7 @@ impl World {
                         self.images[image].reference.granted(to.epoch(), before.clone());
                     } else if to.members().len() < before.members().len() {
                         self.counters.count("set shrunk");
+                        self.lost_healed += u64::from(self.healed);
                     }
                     if to.runs().len() > 1 {
                         self.counters.count("map of several runs");

@@ -43,9 +43,6 @@ pub const STATES: &[&str] = &[
     "repair ordered",
     "repair begun",
     "repair refused: not the owner at that epoch",
-    "repair refused: held already",
-    "repair refused: the other node does not answer",
-    "repair refused: it expired",
     "repaired by policy",
     "log replayed",
     "given up: Overtaken",
@@ -73,8 +70,10 @@ pub struct Counters {
     pub seeds: u64,
     /// Simulated time.
     pub simulated_us: u64,
-    /// The longest time from the last fault until everything was well.
+    /// The longest time from the last fault until everything was well, where the operator replaced lost copies.
     pub healing_us_max: u64,
+    /// The same where the scheduler's policy did.
+    pub repairing_us_max: u64,
     /// Steps of sessions.
     pub steps: u64,
     /// Each thing by name.
@@ -97,6 +96,7 @@ impl Counters {
         self.seeds += other.seeds;
         self.simulated_us += other.simulated_us;
         self.healing_us_max = self.healing_us_max.max(other.healing_us_max);
+        self.repairing_us_max = self.repairing_us_max.max(other.repairing_us_max);
         self.steps += other.steps;
         for (what, count) in &other.counts {
             *self.counts.entry(what.clone()).or_default() += count;
@@ -117,12 +117,16 @@ impl fmt::Display for Counters {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let hours = self.simulated_us as f64 / 3.6e9;
         let healing = self.healing_us_max as f64 / 1e6;
+        let repairing = self.repairing_us_max as f64 / 1e6;
         writeln!(
             f,
             "{} seeds, {hours:.1} simulated hours, {} steps",
             self.seeds, self.steps
         )?;
-        writeln!(f, "well again {healing:.1} s after the last fault at the latest")?;
+        writeln!(
+            f,
+            "well again {healing:.1} s after the last fault at the latest, {repairing:.1} s where the policy repairs"
+        )?;
         for (what, count) in &self.counts {
             writeln!(f, "  {count:>9}  {what}")?;
         }

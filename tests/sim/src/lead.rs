@@ -10,6 +10,7 @@ use hearth_protocol::{Envelope, Event as Fact, Incarnation, Publisher, Seq, Term
 
 use crate::event::Event;
 use crate::log::Published;
+use crate::plan::Fault;
 use crate::scheduler::{Outgoing, Process, Role, Step};
 use crate::world::World;
 
@@ -384,7 +385,12 @@ impl World {
         };
         let life = process.life;
         let doubtful = process.in_doubt.replace((envelope.clone(), out.clone()));
-        let us = self.chance.delay(2_000, 300_000, 10);
+        let gives = matches!(out.fact, Fact::CommandGiven(_));
+        let us = if gives && self.plan.faults.contains(&Fault::SchedulerStop) && self.chance.happens(200) {
+            self.stops_with_a_command(scheduler)
+        } else {
+            self.chance.delay(2_000, 300_000, 10)
+        };
         if let Some((envelope, out)) = doubtful.filter(|_| !cut) {
             self.counters.count("scheduler published again what was in doubt");
             let posted = self.posted_by(envelope, out, None, true);
@@ -408,6 +414,15 @@ impl World {
                 },
             );
         }
+    }
+
+    /// It stops between a decision and its commands, one of which arrives long after; says when.
+    fn stops_with_a_command(&mut self, scheduler: usize) -> u64 {
+        let us = self.chance.within(3_000_000, 8_000_000);
+        self.schedulers[scheduler].stopped = Some(Vec::new());
+        self.after(us + 1, Event::SchedulerContinues { scheduler });
+        self.counters.count("f16 scheduler stopped and continued");
+        us
     }
 
     fn posted_by(&self, envelope: Envelope, out: Outgoing, answer: Option<(usize, u64)>, again: bool) -> Event {

@@ -90,7 +90,8 @@ impl World {
         } else {
             GRACE_TICKS
         };
-        HEALED_US + (grace + rests) * TICK_MS * 1_000
+        // What is read when all is quiet may find flipped bits: then a copy is lost once more.
+        HEALED_US + (grace * (1 + self.lost_healed) + rests) * TICK_MS * 1_000
     }
 
     /// All schedulers fold one log into one state, and everything that they did follows from it.

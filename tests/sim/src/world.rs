@@ -73,6 +73,8 @@ pub struct World {
     pub counters: Counters,
     /// Faults are over.
     pub healed: bool,
+    /// How often a set has lost a member since then.
+    pub lost_healed: u64,
     leases: u128,
     jobs: u64,
     trace: Option<VecDeque<String>>,
@@ -134,6 +136,7 @@ impl World {
             net: Net::default(),
             counters: Counters::default(),
             healed: false,
+            lost_healed: 0,
             leases: 1_000,
             jobs: 0,
             trace: traced.then(VecDeque::new),
@@ -169,7 +172,12 @@ impl World {
             if settled && self.is_settled()? {
                 self.counters.seeds += 1;
                 self.counters.simulated_us += self.now_us;
-                self.counters.healing_us_max = self.now_us - self.plan.end_us;
+                let took_us = self.now_us - self.plan.end_us;
+                if self.plan.by_policy {
+                    self.counters.repairing_us_max = took_us;
+                } else {
+                    self.counters.healing_us_max = took_us;
+                }
                 return Ok(());
             }
             if settled && self.now_us > self.plan.end_us + self.healed_within_us() {
