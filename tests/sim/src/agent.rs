@@ -77,13 +77,35 @@ impl World {
         }
         // The answer may be lost, and what comes twice is ignored by whoever reads it.
         let unheard = self.chance.happens(20);
-        if let Published::Refused = self.posts(*envelope, *fact, None)? {
-            self.after(AGAIN_US, again);
-        } else if unheard {
-            self.counters.count("said twice in the log");
-            self.after(AGAIN_US, again);
+        let joins = matches!(*fact, Fact::NodeJoined(_));
+        match self.posts(*envelope, *fact, None)? {
+            Published::Refused => self.after(AGAIN_US, again),
+            Published::Counts(..) | Published::Void(_) if unheard => {
+                self.counters.count("said twice in the log");
+                self.after(AGAIN_US, again);
+            }
+            Published::Counts(seq, _) | Published::Void(seq) => {
+                if let Some(daemon) = self.nodes[node].daemon.as_mut().filter(|_| joins) {
+                    daemon.joined_at = Some(seq);
+                }
+            }
         }
         Ok(())
+    }
+
+    /// It has read as far as where it joined, and the log lost that before anybody read it.
+    pub fn joins_again(&mut self, node: usize) {
+        let Some(daemon) = &mut self.nodes[node].daemon else {
+            return;
+        };
+        let read = Seq(daemon.facts.read as u64);
+        if daemon.joined_at.take_if(|at| *at <= read).is_none() {
+            return;
+        }
+        if daemon.facts.joined != Some(Incarnation(u128::from(daemon.life))) {
+            self.counters.count("node joined the log again");
+            self.says_joined(node);
+        }
     }
 
     /// Something arrives at the log.
@@ -147,6 +169,13 @@ impl World {
 
     /// A daemon that starts says so, and reports from then on.
     pub fn joins(&mut self, node: usize) {
+        self.says_joined(node);
+        let life = self.nodes[node].starts;
+        let us = self.chance.within(1, TICK_MS * 1_000);
+        self.after(us, Event::Reports { node, life });
+    }
+
+    fn says_joined(&mut self, node: usize) {
         let here = &self.nodes[node];
         let (id, life, store) = (here.id.clone(), here.starts, here.store());
         let joined = NodeJoined {
@@ -162,8 +191,6 @@ impl World {
             heat_source: "export".to_owned(),
         };
         self.tells(node, subject::node(&id), Fact::NodeJoined(joined));
-        let us = self.chance.within(1, TICK_MS * 1_000);
-        self.after(us, Event::Reports { node, life });
     }
 
     /// A daemon's second is over.

@@ -5,7 +5,7 @@
 
 use hearth_protocol::publishers::{Arrival, Publishers};
 use hearth_protocol::validity::Validity;
-use hearth_protocol::{Command, Envelope, Event, NodeId, Seq, TickNo};
+use hearth_protocol::{Command, Envelope, Event, Incarnation, NodeId, Seq, TickNo};
 
 /// See the module.
 #[derive(Debug, Clone, Default)]
@@ -18,6 +18,8 @@ pub struct Facts {
     pub last_lead: Seq,
     /// Commands to `own` that count and are not answered, in the order given, with their places in the log.
     pub open: Vec<(Seq, Command)>,
+    /// The life that `own` last joined with.
+    pub joined: Option<Incarnation>,
     validity: Validity,
     publishers: Publishers,
     own: Option<NodeId>,
@@ -50,6 +52,9 @@ impl Facts {
         }
         match event {
             Event::Ticked { tick, .. } => self.tick = *tick,
+            Event::NodeJoined(joined) if Some(&joined.node) == self.own.as_ref() => {
+                self.joined = Some(joined.incarnation);
+            }
             Event::CommandGiven(command) if Some(&command.node) == self.own.as_ref() => {
                 if self.open.iter().all(|(_, known)| known.id != command.id) {
                     self.open.push((seq, command.clone()));

@@ -172,6 +172,7 @@ impl World {
                     term,
                     ticked: Seq(0),
                     lost_behind: None,
+                    waits_us: None,
                 };
                 self.counters.count("scheduler leads");
                 self.note(|| format!("s{scheduler} leads term {term}"));
@@ -322,14 +323,20 @@ impl World {
             term,
             ticked,
             lost_behind,
+            waits_us,
         } = &mut process.role
         else {
             return;
         };
         if read < *ticked || lost_behind.is_some_and(|behind| last_lead <= behind) {
-            return self.due(scheduler, now_us + LOOK_AGAIN_US);
+            let since = *waits_us.get_or_insert(now_us);
+            if now_us - since < TAKEOVER_US {
+                return self.due(scheduler, now_us + LOOK_AGAIN_US);
+            }
+            self.counters.count("leader gave up a tick that the log lost");
+            return self.follow(scheduler);
         }
-        *lost_behind = None;
+        (*lost_behind, *waits_us) = (None, None);
         let term: Term = *term;
         for heat in process.reports.fold(&process.state, term) {
             process.todo.push_back(Outgoing {

@@ -40,6 +40,7 @@ impl World {
         }
         here.starts += 1;
         here.stopped = None;
+        here.seen = here.seen.max(read);
         let (life, store, id) = (here.starts, here.store(), here.id.clone());
         let shells = (0..self.images.len()).map(|image| {
             let replica = self.nodes[node].disks[image].as_ref().map(|disk| disk.replica(store));
@@ -51,6 +52,7 @@ impl World {
             shells: shells.collect(),
             facts,
             published: 0,
+            joined_at: None,
             reports: 0,
             executing: false,
             answered: BTreeSet::new(),
@@ -196,6 +198,7 @@ impl World {
                 _ => {}
             }
         }
+        self.joins_again(node);
         self.next_command(node)
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use hearth_protocol::record::Extent;
-use hearth_protocol::{CommandId, Incarnation, NodeId, SetVersion};
+use hearth_protocol::{CommandId, Incarnation, NodeId, Seq, SetVersion};
 use hearth_replication::owner::{Ask, OpId};
 use hearth_replication::request::RequestId;
 use hearth_replication::session::Session;
@@ -145,6 +145,8 @@ pub struct Daemon {
     pub facts: Facts,
     /// Numbers what it publishes.
     pub published: u64,
+    /// Where the log acknowledged that it joined, until it has read as far.
+    pub joined_at: Option<Seq>,
     /// Numbers its reports.
     pub reports: u64,
     /// It executes a command.

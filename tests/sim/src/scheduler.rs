@@ -36,6 +36,8 @@ pub enum Role {
         ticked: Seq,
         /// Something else came before a tick; nothing is compared again until the log has passed this one.
         lost_behind: Option<Seq>,
+        /// Since when a tick is due and waits for the log.
+        waits_us: Option<u64>,
     },
 }
 
