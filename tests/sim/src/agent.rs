@@ -333,7 +333,7 @@ impl World {
             return Ok(Some("not running"));
         };
         let owner = shell.session.owner();
-        if !owner.is_some_and(|owner| owner.record().epoch() == epoch) {
+        if owner.is_none_or(|owner| owner.record().epoch() != epoch) {
             return Ok(Some("not the owner at that epoch"));
         }
         if !owner.is_some_and(Owner::is_open) {

@@ -111,7 +111,7 @@ impl World {
             } => {
                 let values = self.values(node, image, &bytes, came)?;
                 let job = self.job();
-                let us = self.chance.delay(disk_us, 6_000_000, 2);
+                let us = self.chance.delay(disk_us, 6_000_000, self.plan.slow);
                 let Some(disk) = &mut self.nodes[node].disks[image] else {
                     return Err(format!("n{node} i{image}: {work:?} on no copy"));
                 };
@@ -129,7 +129,7 @@ impl World {
                 self.after(us, Event::Worked { node, life, image, job });
             }
             Output::Persist(durable) => {
-                let us = self.chance.delay(disk_us, 2_000_000, 2);
+                let us = self.chance.delay(disk_us, 2_000_000, self.plan.slow);
                 let Some(disk) = &mut self.nodes[node].disks[image] else {
                     return Err(format!("n{node} i{image}: a record on no copy"));
                 };

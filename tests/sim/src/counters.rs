@@ -35,6 +35,7 @@ pub const STATES: &[&str] = &[
     "scheduler started from a snapshot",
     "scheduler started from nothing",
     "scheduler published again what was in doubt",
+    "leader gave up a tick that the log lost",
     "digests equal",
     "void command in the log",
     "command of an ended term left alone",

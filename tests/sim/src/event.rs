@@ -90,6 +90,8 @@ pub enum Event {
     Operator { image: usize },
     /// Something goes wrong.
     Fault,
+    /// The node that comes and goes does.
+    Flaps,
     /// A stopped daemon goes on.
     Continues { node: usize },
     /// A node gets power, or a daemon starts.

@@ -55,10 +55,11 @@ impl Facts {
             Event::NodeJoined(joined) if Some(&joined.node) == self.own.as_ref() => {
                 self.joined = Some(joined.incarnation);
             }
-            Event::CommandGiven(command) if Some(&command.node) == self.own.as_ref() => {
-                if self.open.iter().all(|(_, known)| known.id != command.id) {
-                    self.open.push((seq, command.clone()));
-                }
+            Event::CommandGiven(command)
+                if Some(&command.node) == self.own.as_ref()
+                    && self.open.iter().all(|(_, known)| known.id != command.id) =>
+            {
+                self.open.push((seq, command.clone()));
             }
             Event::CommandFinished { command, node, .. } if Some(node) == self.own.as_ref() => {
                 self.open.retain(|(_, known)| known.id != *command);

@@ -1,4 +1,4 @@
-//! Schedulers start, die, read the log, campaign, tick and publish what the production core decides.
+//! Schedulers read the log, campaign, tick and publish what the production core decides.
 //!
 //! The rules are those of the scheduler's own loop: it campaigns after three seconds without a sign of a leader and only
 //! with all of the log folded; terms and ticks compare with the last one; one thing is published at a time, and nothing is
@@ -17,7 +17,7 @@ use crate::world::World;
 const TICK_US: u64 = TICK_MS * 1_000;
 
 /// Without a sign of a leader, after which a standby campaigns.
-const TAKEOVER_US: u64 = 3_000_000;
+pub const TAKEOVER_US: u64 = 3_000_000;
 
 /// How soon something is tried again that waits for the log to catch up.
 const LOOK_AGAIN_US: u64 = 20_000;
@@ -39,80 +39,8 @@ pub enum Failure {
 
 impl World {
     /// A scheduler's process, if it runs.
-    fn process(&mut self, scheduler: usize) -> Option<&mut Process> {
+    pub fn process(&mut self, scheduler: usize) -> Option<&mut Process> {
         self.schedulers[scheduler].process.as_mut()
-    }
-
-    /// A scheduler starts, from a snapshot of its state or from nothing.
-    pub fn scheduler_starts(&mut self, scheduler: usize) -> Result<(), String> {
-        if self.schedulers[scheduler].process.is_some() {
-            return Ok(());
-        }
-        // Its event log is refused now and then, and filled again from the stream.
-        let empty = self.chance.happens(100);
-        let forgets = empty || self.chance.happens(300);
-        let snapshot_ticks = self.plan.snapshot_ticks;
-        let here = &mut self.schedulers[scheduler];
-        if empty {
-            here.kept = 0;
-        }
-        if forgets {
-            here.snapshot = None;
-        }
-        here.starts += 1;
-        here.stopped = None;
-        let (id, kept) = (here.id.clone(), here.kept);
-        let mut process = Process::new(here.starts, here.snapshot.as_ref())?;
-        let from = process.read;
-        if from > 0 {
-            let digest = self.digests.get(&Seq(from as u64)).copied();
-            if digest != Some(process.state.digest()) {
-                return Err(format!("{id}: the snapshot at {from} is not the state at that place"));
-            }
-            self.counters.count("scheduler started from a snapshot");
-        } else if kept > 0 {
-            self.counters.count("scheduler started from nothing");
-        }
-        for at in from..kept {
-            let entry = self.log.entries[at].clone();
-            let step = process.take(&id, &entry, snapshot_ticks)?;
-            self.compare(&id, process.read, &step)?;
-        }
-        // Of the heat stream's backlog as much as is ever kept.
-        process.heard = self.heard.len().saturating_sub(60 * self.nodes.len());
-        // Who led last and is gone for sure is not waited for.
-        let at_once = process.state.leader().is_none_or(|leader| *leader == id);
-        process.due_us = self.now_us + if at_once { 1 } else { TAKEOVER_US };
-        let (life, due_us) = (process.life, process.due_us);
-        self.note(|| format!("{id} starts at {from}, its log ends at {kept}"));
-        self.schedulers[scheduler].process = Some(process);
-        self.at(due_us, Event::Acts { scheduler, life });
-        self.after(1, Event::Ingests { scheduler, life });
-        Ok(())
-    }
-
-    /// A scheduler dies.
-    pub fn scheduler_dies(&mut self, scheduler: usize) {
-        let here = &mut self.schedulers[scheduler];
-        here.process = None;
-        here.stopped = None;
-        let id = here.id.clone();
-        self.note(|| format!("{id} dies"));
-    }
-
-    /// Two folds of one prefix give one state.
-    fn compare(&mut self, id: &hearth_protocol::SchedulerId, read: usize, step: &Step) -> Result<(), String> {
-        let Some((digest, _)) = step.digests else {
-            return Ok(());
-        };
-        match self.digests.insert(Seq(read as u64), digest) {
-            Some(other) if other != digest => Err(format!("{id}: another state behind {read} than folded before")),
-            Some(_) => {
-                self.counters.count("digests equal");
-                Ok(())
-            }
-            None => Ok(()),
-        }
     }
 
     /// It looks at the log.
@@ -179,12 +107,12 @@ impl World {
                 self.due(scheduler, now_us + 1);
             }
             Some((_, false)) => self.follow(scheduler),
-            None if step.leader_sign => {
-                if self.process(scheduler).is_some_and(|process| process.leads().is_none()) {
+            None => {
+                let follows = self.process(scheduler).is_some_and(|process| process.leads().is_none());
+                if step.leader_sign && follows {
                     self.due(scheduler, now_us + TAKEOVER_US);
                 }
             }
-            None => {}
         }
         Ok(())
     }

@@ -92,6 +92,8 @@ pub struct Plan {
     pub net_us: u64,
     /// What a disk takes, usually.
     pub disk_us: u64,
+    /// Of a thousand works of a disk, how many take seconds.
+    pub slow: u64,
     /// Of a thousand looks of the operator, how many move something.
     pub moves: u64,
     /// Schedulers.
@@ -102,6 +104,8 @@ pub struct Plan {
     pub racks: usize,
     /// Ticks between two snapshots of a scheduler.
     pub snapshot_ticks: u64,
+    /// The last node comes and goes.
+    pub flaps: bool,
 }
 
 impl Plan {
@@ -137,11 +141,37 @@ impl Plan {
             in_flight: chance.within(2, 8) as usize,
             net_us: chance.within(100, 5_000),
             disk_us: chance.within(100, 10_000),
+            slow: 2,
             moves: chance.within(0, 300),
             schedulers: if chance.happens(850) { 2 } else { 1 },
             by_policy,
             racks: chance.within(1, nodes as u64) as usize,
             snapshot_ticks: chance.within(1, 40),
+            flaps: false,
+        }
+    }
+
+    /// The plan in which one node comes and goes.
+    pub fn flapping(seconds: u64, nodes: usize) -> Self {
+        Self {
+            nodes,
+            images: 2,
+            blocks: 16,
+            copies: 2,
+            end_us: seconds * 1_000_000,
+            faults: Vec::new(),
+            fault_us: seconds * 1_000_000,
+            client_us: 400_000,
+            in_flight: 4,
+            net_us: 500,
+            disk_us: 1_000,
+            slow: 0,
+            moves: 0,
+            schedulers: 2,
+            by_policy: true,
+            racks: nodes,
+            snapshot_ticks: 40,
+            flaps: true,
         }
     }
 }

@@ -2,15 +2,17 @@
 //! operation and command answered, one leader, and all schedulers with the state that the log gives.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use hearth_protocol::limits::TICK_MS;
 use hearth_protocol::record::Extent;
-use hearth_protocol::{BlockIndex, Event, Message, Order, Seq};
+use hearth_protocol::{BlockIndex, Event, ImageId, Message, NodeId, Order, Seq};
 use hearth_replication::owner::Ask;
 use scheduler_core::State;
-use scheduler_core::policy::repair::{GRACE_TICKS, GRACE_TICKS_LAST, REST_TICKS};
+use scheduler_core::policy::repair::{GRACE_TICKS, GRACE_TICKS_LAST, REST_TICKS, REST_TICKS_MAX};
 use scheduler_core::replay::{Replayer, Until};
 
+use crate::log::Entry;
 use crate::node::Phase;
 use crate::world::World;
 
@@ -69,6 +71,18 @@ impl World {
         None
     }
 
+    /// The orders to replicate that count, in the order given.
+    pub fn replications(&self) -> Vec<(ImageId, NodeId)> {
+        let of = |entry: &Arc<Entry>| match &entry.event {
+            Event::CommandGiven(command) if entry.counts => match &command.order {
+                Order::Replicate { image, to, .. } => Some((*image, to.clone())),
+                _ => None,
+            },
+            _ => None,
+        };
+        self.log.entries.iter().filter_map(of).collect()
+    }
+
     /// How long everything may take to be well: what takeovers and copies need and, where the policy replaces copies, its
     /// grace time and the rests after the orders that were given so far, each twice as long as the one before.
     pub fn healed_within_us(&self) -> u64 {
@@ -76,15 +90,12 @@ impl World {
             return HEALED_US;
         }
         let mut orders: BTreeMap<_, u32> = BTreeMap::new();
-        for entry in self.log.entries.iter().filter(|entry| entry.counts) {
-            if let Event::CommandGiven(command) = &entry.event
-                && let Order::Replicate { image, to, .. } = &command.order
-            {
-                *orders.entry((*image, to)).or_default() += 1;
-            }
+        for order in self.replications() {
+            *orders.entry(order).or_default() += 1;
         }
-        let rest = |times: &u32| REST_TICKS.saturating_mul(2u64.saturating_pow(*times) - 1);
-        let rests: u64 = orders.values().map(rest).max().unwrap_or(0);
+        let rest = |time: u32| REST_TICKS.saturating_mul(2u64.saturating_pow(time)).min(REST_TICKS_MAX);
+        let rests = orders.values().map(|times| (0..*times).map(rest).sum());
+        let rests: u64 = rests.max().unwrap_or(0);
         let grace = if self.plan.copies == 2 {
             GRACE_TICKS_LAST
         } else {

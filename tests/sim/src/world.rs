@@ -30,6 +30,9 @@ use crate::scheduler::Scheduler;
 /// How many of the last events a failure shows.
 const TRACE_MAX: usize = 1_000;
 
+/// For how long the node that comes and goes is there, and away.
+const FLAPS_US: u64 = 20_000_000;
+
 /// One image.
 #[derive(Debug)]
 pub struct Image {
@@ -85,6 +88,11 @@ impl World {
     pub fn new(seed: u64, rules: Rules, traced: bool) -> Self {
         let mut chance = Chance::new(seed);
         let plan = Plan::new(&mut chance);
+        Self::of(plan, chance, rules, traced)
+    }
+
+    /// The world of a plan.
+    pub fn of(plan: Plan, mut chance: Chance, rules: Rules, traced: bool) -> Self {
         let ids: Vec<NodeId> = (0..plan.nodes)
             .map(|node| format!("n{node}").parse().expect("a node's name"))
             .collect();
@@ -157,6 +165,9 @@ impl World {
         world.after(5_000_000 + fault, Event::Fault);
         let end = world.plan.end_us;
         world.after(end, Event::Heal);
+        if world.plan.flaps {
+            world.after(FLAPS_US, Event::Flaps);
+        }
         world
     }
 
@@ -395,6 +406,7 @@ impl World {
             Event::Client { image } => self.client(image),
             Event::Operator { image } => self.operate(image),
             Event::Fault => self.fault(),
+            Event::Flaps => self.flaps(),
             Event::Continues { node } => {
                 self.goes_on(node)?;
                 for event in self.nodes[node].stopped.take().into_iter().flatten() {
@@ -420,6 +432,19 @@ impl World {
                 self.after(500_000, Event::Settled);
                 Ok(())
             }
+        }
+    }
+
+    fn flaps(&mut self) -> Result<(), String> {
+        let node = self.nodes.len() - 1;
+        if self.healed {
+            return Ok(());
+        }
+        self.after(FLAPS_US, Event::Flaps);
+        if self.nodes[node].daemon.is_some() {
+            self.dies(node)
+        } else {
+            self.starts(node)
         }
     }
 
