@@ -1,7 +1,8 @@
-//! The operator: what schedulers and people do in production, from what nodes report.
+//! The operator: what people do in production, from what nodes report.
 //!
-//! It attaches an image elsewhere when nobody serves it, sometimes too early; gives blocks the copies they are to have,
-//! replaces failed disks, moves copies, hands over and detaches. When faults are over it only repairs.
+//! It attaches an image elsewhere when nobody serves it, sometimes too early; replaces failed disks, moves copies, hands over
+//! and detaches. Where the plan does not leave that to the schedulers' policy, it gives blocks the copies they are to have.
+//! When faults are over it only repairs.
 
 use hearth_protocol::record::{Extent, Nodes, Record};
 use hearth_protocol::{BlockIndex, NodeId};
