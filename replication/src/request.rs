@@ -188,8 +188,9 @@ pub struct Standing {
     pub store: Incarnation,
     /// Blocks that may differ from other members' after a crash: written, and not yet known to be everywhere.
     pub doubt: BTreeSet<BlockIndex>,
-    /// Whether the store started anew while blocks were marked: acknowledged writes may be missing here.
-    pub lost: bool,
+    /// Blocks of these that were marked when the store started anew: acknowledged writes may be missing in their run, and
+    /// only there.
+    pub lost: BTreeSet<BlockIndex>,
     /// The epoch and lease that the owner on this node sealed.
     pub sealed: Option<(Epoch, LeaseId)>,
     /// Whether its disk failed.

@@ -124,7 +124,7 @@ impl Bench {
             before: None,
             store: Incarnation(store),
             doubt: [].into(),
-            lost: false,
+            lost: [].into(),
             sealed: None,
             failed: false,
         };

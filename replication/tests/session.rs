@@ -418,6 +418,21 @@ fn a_hand_over_holds_writes_and_is_said_until_the_log_shows_it() {
 }
 
 #[test]
+fn a_flush_at_a_destination_waits_for_what_was_written_there_before() {
+    let mut bench = Bench::open("a b");
+    bench.cut = nodes("b");
+    bench.step("b", Input::Take { lease: LeaseId(3) });
+    bench.ask("b", 1, write(0));
+    bench.step("b", Input::RolledBack);
+    let log = bench.at("b").aggregate().clone();
+    bench.step("b", Input::Rebased(log));
+    bench.step("b", Input::Incoming { lease: LeaseId(4) });
+    bench.wanted();
+    bench.ask("b", 2, Ask::Flush);
+    assert_eq!(answers(&bench.wanted()), [""; 0], "the write is still held");
+}
+
+#[test]
 fn what_waits_for_an_image_is_bounded_and_ends_with_it() {
     let mut bench = Bench::new("a b");
     bench.ask("a", 0, write(0));

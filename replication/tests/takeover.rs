@@ -49,7 +49,7 @@ fn standing(record: &Arc<Record>) -> Standing {
         before: None,
         store: Incarnation(1),
         doubt: BTreeSet::new(),
-        lost: false,
+        lost: BTreeSet::new(),
         sealed: None,
         failed: false,
     }
@@ -58,7 +58,7 @@ fn standing(record: &Arc<Record>) -> Standing {
 fn lost(record: &Arc<Record>) -> Standing {
     Standing {
         doubt: BTreeSet::from([BlockIndex(0)]),
-        lost: true,
+        lost: BTreeSet::from([BlockIndex(0)]),
         ..standing(record)
     }
 }
@@ -161,6 +161,27 @@ fn a_running_guest_loses_nothing_silently() {
         ..good
     };
     check(&[("a", renewed.clone()), ("b", renewed)], false);
+}
+
+#[test]
+fn what_a_member_may_have_lost_elsewhere_says_nothing_of_a_run() {
+    let now = record(2, 20, 5, &[(0, "a"), (12, "a b")]);
+    let marked = |block| Standing {
+        doubt: BTreeSet::from([BlockIndex(block)]),
+        lost: BTreeSet::from([BlockIndex(block)]),
+        ..standing(&now)
+    };
+    let check = |a, b, goes: bool| {
+        let sealed = now.grant();
+        let stores = BTreeMap::from([(node("a"), Incarnation(1)), (node("b"), Incarnation(1))]);
+        let mode = Mode::Handover { sealed, stores };
+        let (_, out) = told(mode, log(now.clone()), &[("a", marked(a)), ("b", marked(b))]);
+        let gap = Setback::Gap { first: BlockIndex(12) };
+        assert_eq!(out == [Output::GivenUp(gap)], !goes, "{out:?}");
+    };
+    // b held the first blocks once, and lost power then.
+    check(12, 3, true);
+    check(12, 20, false);
 }
 
 /// Carries out everything until it only waits; returns what was asked of whom.

@@ -58,6 +58,8 @@ enum Role {
         ticked: Seq,
         /// Another message came before a tick; nothing is compared again until the log has passed this one.
         lost_behind: Option<Seq>,
+        /// Since when a tick is due and waits for the log.
+        waits_since: Option<Instant>,
         /// Answers requests; ends with the leadership.
         _serving: Serving,
     },
@@ -223,6 +225,7 @@ impl Leader {
             next_tick: Instant::now(),
             ticked: Seq(0),
             lost_behind: None,
+            waits_since: None,
             _serving: serving,
         };
     }
@@ -298,6 +301,7 @@ impl Leader {
             term,
             ticked,
             lost_behind,
+            waits_since,
             next_tick,
             ..
         } = &mut self.role
@@ -307,9 +311,15 @@ impl Leader {
         let waits_for_log =
             self.replica.position() < *ticked || lost_behind.is_some_and(|behind| self.replica.last_lead() <= behind);
         if waits_for_log {
-            return self.postpone(LOOK_AGAIN);
+            let since = *waits_since.get_or_insert_with(Instant::now);
+            if since.elapsed() < self.timing.takeover {
+                return self.postpone(LOOK_AGAIN);
+            }
+            // The stream acknowledged it and lost it before anybody read it; another term does not wait for it.
+            tracing::warn!(%ticked, "what this leader published does not come back from the stream");
+            return self.follow();
         }
-        *lost_behind = None;
+        (*lost_behind, *waits_since) = (None, None);
         // A cadence, not a pause: late ticks do not make later ones late, and missed ones are not made up for.
         *next_tick = (*next_tick + self.timing.tick).max(Instant::now());
         let term = *term;

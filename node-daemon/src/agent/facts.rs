@@ -10,7 +10,8 @@ use hearth_protocol::event::ImageCreated;
 use hearth_protocol::publishers::{Arrival, Publishers};
 use hearth_protocol::validity::{Validity, Verdict};
 use hearth_protocol::{
-    Command, CommandId, Envelope, Event, ImageId, ImageName, LayerId, NodeId, Seq, SnapshotName, TickNo, subject,
+    Command, CommandId, Envelope, Event, ImageId, ImageName, Incarnation, LayerId, NodeId, Seq, SnapshotName, TickNo,
+    subject,
 };
 
 /// Verdicts remembered for requests that wait for their own event; a request waits for one at a time.
@@ -52,6 +53,7 @@ pub struct ClusterFacts {
     tails: BTreeMap<ImageId, Seq>,
     holders: BTreeMap<LayerId, BTreeSet<NodeId>>,
     addresses: BTreeMap<NodeId, String>,
+    joined: Option<Incarnation>,
     verdicts: VecDeque<(Seq, Verdict)>,
     open: Vec<Command>,
     outcomes: VecDeque<(CommandId, Outcome)>,
@@ -153,6 +155,9 @@ impl ClusterFacts {
                 }
             }
             Event::NodeJoined(joined) => {
+                if &joined.node == own {
+                    self.joined = Some(joined.incarnation);
+                }
                 self.addresses.insert(joined.node.clone(), joined.peer_address.clone());
                 for layer in &joined.layers {
                     self.holders.entry(*layer).or_default().insert(joined.node.clone());
@@ -179,6 +184,11 @@ impl ClusterFacts {
     /// The last message folded.
     pub fn seq(&self) -> Seq {
         self.seq
+    }
+
+    /// The process start that this node last joined with.
+    pub fn joined(&self) -> Option<Incarnation> {
+        self.joined
     }
 
     /// The last tick.

@@ -198,6 +198,10 @@ async fn agent(node: Arc<Node>, connections: NbdHandle, seen: Seen) {
             // The sender lives as long as the link.
             let _ = progress.wait_for(|p| p.caught_up() || p.histories != history).await;
             if progress.borrow().histories == history {
+                if link.facts().joined() != Some(node.incarnation) {
+                    tracing::warn!("the stream lost that this node joined before anybody read it; joining again");
+                    continue;
+                }
                 reconcile(&requests).await;
                 tokio::task::block_in_place(|| feed.read(Vec::new()));
                 link.reconciled();

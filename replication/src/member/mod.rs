@@ -112,7 +112,12 @@ impl Member {
             before: self.before.clone(),
             store: self.store,
             doubt: self.marks.keys().copied().collect(),
-            lost: self.marks.values().any(|store| *store != self.store),
+            lost: self
+                .marks
+                .iter()
+                .filter(|(_, store)| **store != self.store)
+                .map(|(block, _)| *block)
+                .collect(),
             sealed: self.durable.sealed,
             failed: self.phase == Phase::Failed,
         }

@@ -106,7 +106,7 @@ impl Session {
                     before: None,
                     store: Incarnation(0),
                     doubt: [].into(),
-                    lost: false,
+                    lost: [].into(),
                     sealed: None,
                     failed: false,
                 },

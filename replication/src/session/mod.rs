@@ -277,8 +277,9 @@ impl Session {
             Role::Detached => denial = Some(Denial::Detached),
             Role::Ended(why) => denial = Some(why.clone()),
             Role::Incoming(incoming) => {
-                // What this node's clients have not written needs no flush; the source's clients flush there.
-                if ask == Ask::Flush && incoming.held() == 0 {
+                // What this node's clients have not written needs no flush; the source's clients flush there. What they
+                // wrote before, while a takeover was tried here, is held too.
+                if ask == Ask::Flush && self.held.is_empty() {
                     let bytes = Bytes::None;
                     return step.out.push(Output::Acknowledge { op, bytes });
                 }

@@ -233,7 +233,7 @@ impl Takeover {
                 members: run.members.iter().cloned().collect(),
             });
         }
-        if let Some((node, _)) = here.iter().find(|(node, standing)| !self.lost(node, standing)) {
+        if let Some((node, _)) = here.iter().find(|(node, standing)| !self.lost(run, node, standing)) {
             return Ok((*node).clone());
         }
         if matches!(self.mode, Mode::Handover { .. }) && !self.rules.breaks(Mutant::GapTaken) {
@@ -262,13 +262,20 @@ impl Takeover {
         Ok(best.clone())
     }
 
-    /// Whether a member may miss acknowledged writes.
-    fn lost(&self, node: &NodeId, standing: &Standing) -> bool {
+    /// Whether a member may miss acknowledged writes to a run. What it has marked elsewhere says nothing of this run: it may
+    /// have left those blocks long ago.
+    fn lost(&self, run: &Run, node: &NodeId, standing: &Standing) -> bool {
         let other_store = match &self.mode {
             Mode::Fault => false,
             Mode::Handover { stores, .. } => stores.get(node).is_some_and(|store| *store != standing.store),
         };
-        standing.lost || (other_store && !standing.doubt.is_empty())
+        let marked = if other_store { &standing.doubt } else { &standing.lost };
+        let next = self.log.record.runs().iter().map(|other| other.first);
+        let next = next.filter(|first| *first > run.first).min();
+        marked
+            .range(run.first..)
+            .next()
+            .is_some_and(|block| next.is_none_or(|next| *block < next))
     }
 
     fn committed(&mut self, record: Arc<Record>) -> Result<Vec<Output>, Setback> {

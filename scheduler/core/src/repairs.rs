@@ -12,7 +12,7 @@ use hearth_protocol::{CommandId, ImageId, NodeId, Seq, TickNo, WallMs};
 use serde::{Deserialize, Serialize};
 
 use crate::catalog::Replicas;
-use crate::policy::repair::{JOIN_TICKS, REST_TICKS, REST_TICKS_MAX, TRIED_KEPT_TICKS};
+use crate::policy::repair::{JOIN_TICKS, OWNER_TICKS, REST_TICKS, REST_TICKS_MAX, TRIED_KEPT_TICKS};
 
 /// When something came to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,6 +34,9 @@ pub(crate) struct Short {
     pub fell: At,
     /// Nodes that were members and are none any more.
     pub lost: Nodes,
+    /// The tick from which on its owner is told to begin.
+    #[serde(default)]
+    pub owner_ready: TickNo,
 }
 
 /// An order to replicate that has not shown in the record yet.
@@ -78,14 +81,22 @@ pub(crate) struct Repairs {
     pub led_since: TickNo,
 }
 
+fn owner_ready(began: TickNo) -> TickNo {
+    TickNo(began.0.saturating_add(OWNER_TICKS))
+}
+
 impl Repairs {
     /// Whether there is nothing to remember: so it is in every log without replicas.
     pub(crate) fn is_none(&self) -> bool {
         *self == Self::default()
     }
 
-    /// An image's record changed.
-    pub(crate) fn located(&mut self, id: ImageId, before: &Replicas, after: &Replicas, at: At) {
+    /// An image's record changed, under a new epoch if its owner is new.
+    pub(crate) fn located(&mut self, id: ImageId, before: &Replicas, after: &Replicas, new_owner: bool, at: At) {
+        if new_owner {
+            // What the one before was told counts no more.
+            self.ordered.remove(&id);
+        }
         if after.joiners.is_empty() {
             self.joining.remove(&id);
         } else {
@@ -104,7 +115,9 @@ impl Repairs {
             since: at,
             fell: at,
             lost: Nodes::new(),
+            owner_ready: TickNo(0),
         });
+        short.owner_ready = if new_owner { owner_ready(at.tick) } else { TickNo(0) };
         if after.fewest < short.fewest {
             short.fell = at;
         }
@@ -113,9 +126,11 @@ impl Repairs {
         short.lost.retain(|node| !after.members.contains(node));
     }
 
-    /// An image has another owner: what the one before was told counts no more.
-    pub(crate) fn owner_changed(&mut self, id: ImageId) {
-        self.ordered.remove(&id);
+    /// The daemon of an image's owner started anew.
+    pub(crate) fn owner_restarted(&mut self, id: ImageId, tick: TickNo) {
+        if let Some(short) = self.short.get_mut(&id) {
+            short.owner_ready = owner_ready(tick);
+        }
     }
 
     pub(crate) fn deleted(&mut self, id: ImageId) {

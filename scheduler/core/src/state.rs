@@ -20,7 +20,7 @@ use hearth_protocol::{
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::blocks::{HeatAt, NodeBlocks, Place};
-use crate::catalog::{Catalog, LastWindow};
+use crate::catalog::{Catalog, Image, LastWindow};
 use crate::decay::{DecayClock, Weight, shifted};
 use crate::mutants;
 use crate::orders::{Given, Orders};
@@ -273,17 +273,14 @@ impl State {
                     tick: facts.tick,
                     time: facts.time,
                 };
-                let before = facts.catalog.images.get(image).map(|i| (i.epoch, i.replicas.clone()));
+                let epoch_and_replicas = |i: &Image| Some((i.epoch, i.replicas.clone()?));
+                let before = facts.catalog.images.get(image).and_then(epoch_and_replicas);
                 if let (Some(top), Some(on)) = (facts.catalog.located(*image, change), blocks.get_mut(&change.by)) {
                     on.layer_out(top);
                 }
-                if let (Some((epoch, Some(before))), Some(after)) = (before, facts.catalog.images.get(image)) {
-                    if epoch != after.epoch {
-                        facts.repairs.owner_changed(*image);
-                    }
-                    if let Some(replicas) = &after.replicas {
-                        facts.repairs.located(*image, &before, replicas, at);
-                    }
+                let after = facts.catalog.images.get(image).and_then(epoch_and_replicas);
+                if let (Some((was, before)), Some((is, after))) = (before, after) {
+                    facts.repairs.located(*image, &before, &after, was != is, at);
                 }
             }
             Event::ImageDetached { image, .. } => facts.catalog.detached(*image),
@@ -347,6 +344,14 @@ impl State {
             .is_none_or(|n| n.joined.incarnation != joined.incarnation);
         if restarted {
             facts.orders.node_restarted(&joined.node);
+            for (id, _) in facts
+                .catalog
+                .images
+                .iter()
+                .filter(|(_, image)| image.node == joined.node)
+            {
+                facts.repairs.owner_restarted(*id, facts.tick);
+            }
             if let Some(blocks) = blocks.get_mut(&joined.node) {
                 blocks.all_out();
             }

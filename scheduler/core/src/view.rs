@@ -242,13 +242,15 @@ fn degraded_fix(facts: &Facts, id: ImageId, image: &Image, replicas: &Replicas, 
             "start hearth-node on {}, which owns the image, or hearth image attach {name} --takeover on another node",
             image.node
         ),
-        Standing::Due | Standing::Grace(_) if !has_place(facts, image) => match short.lost.is_empty() {
-            true => "add a node: none of those that are present is free to take a replica".into(),
-            false => format!(
-                "start hearth-node on {}, or add a node: none is free to take a replica",
-                list(&short.lost)
-            ),
-        },
+        Standing::Due | Standing::OwnerBegins | Standing::Grace(_) if !has_place(facts, image) => {
+            match short.lost.is_empty() {
+                true => "add a node: none of those that are present is free to take a replica".into(),
+                false => format!(
+                    "start hearth-node on {}, or add a node: none is free to take a replica",
+                    list(&short.lost)
+                ),
+            }
+        }
         Standing::Grace(ticks) if short.lost.is_empty() => {
             format!("nothing: a replica on another node begins in {ticks} ticks")
         }
@@ -256,6 +258,7 @@ fn degraded_fix(facts: &Facts, id: ImageId, image: &Image, replicas: &Replicas, 
             "start hearth-node on {}; else a replica on another node begins in {ticks} ticks",
             list(&short.lost)
         ),
+        Standing::OwnerBegins => format!("nothing: {} begins to serve it, then a replica begins", image.node),
         Standing::Due => "nothing: a replica begins once others are done, or nodes that were tried have rested".into(),
     }
 }

@@ -2,18 +2,20 @@
 
 mod sim;
 
+use std::collections::BTreeMap;
+
 use hearth_protocol::command::{Order, Outcome};
 use hearth_protocol::record::Extent;
 use hearth_protocol::{BlockIndex, Command, Event, ImageId, Term};
 use scheduler_core::policy::repair::{
-    GRACE_TICKS, GRACE_TICKS_LAST, IN_FLIGHT_MAX, REPLICATE, REST_TICKS, REST_TICKS_MAX,
+    GRACE_TICKS, GRACE_TICKS_LAST, IN_FLIGHT_MAX, OWNER_TICKS, REPLICATE, REST_TICKS, REST_TICKS_MAX,
 };
 use scheduler_core::replay::{Replayer, Until};
 use scheduler_core::why::{Why, WhyImage};
 use scheduler_core::{State, view};
 use sim::{Sim, WHOLE, node_id};
 
-const DAY_TICKS: u64 = 86_400;
+const WEEK_TICKS: u64 = 7 * 86_400;
 
 /// Nodes `a` to `d`, two in each of two racks.
 const RACKS: [(&str, &str); 4] = [("a", "r1"), ("b", "r2"), ("c", "r1"), ("d", "r2")];
@@ -187,33 +189,51 @@ fn a_node_that_refused_or_did_not_answer_rests_and_others_are_asked() {
     assert_eq!(targets(&seconds(&mut sim, 2, &here)), ["c"]);
 }
 
-/// A node that comes and goes for a day costs at most this many orders for one image: seven while the rest doubles from
-/// [`REST_TICKS`] to [`REST_TICKS_MAX`], then one in each rest.
-const ORDERS_A_DAY_MAX: u64 = 7 + DAY_TICKS / REST_TICKS_MAX;
+/// A node that comes and goes costs at most this many orders for one image: seven while the rest doubles from
+/// [`REST_TICKS`] to [`REST_TICKS_MAX`], then one in each rest. In a week these are 175.
+const ORDERS_A_WEEK_MAX: u64 = 7 + WEEK_TICKS / REST_TICKS_MAX;
 
-/// A day in which `b` is there for 20 seconds and away for 20. `others` are always there.
-fn a_day_of_coming_and_going(nodes: &[(&str, &str)], others: &[&str], rejoins: bool) -> u64 {
+/// Images that lie on the node that comes and goes.
+const IMAGES: u128 = 3;
+
+/// A week in which `b` is there for 20 seconds and away for so many. `others` are always there. Orders by image.
+fn a_week_of_coming_and_going(
+    nodes: &[(&str, &str)],
+    others: &[&str],
+    away: u64,
+    rejoins: bool,
+) -> BTreeMap<ImageId, u64> {
     let mut sim = cluster(nodes);
     sim.keeps_log = false;
-    sim.replicated(&["a", "b"], 1, 100);
-    let mut orders = 0;
-    for second in 0..DAY_TICKS {
+    for image in 1..=IMAGES {
+        sim.replicated(&["a", "b"], image, 100);
+    }
+    let b = node_id("b");
+    let cycle = 20 + away;
+    let mut orders = BTreeMap::new();
+    for second in 0..WEEK_TICKS {
         others.iter().for_each(|node| sim.alive(node));
-        let is_here = second % 40 < 20;
+        let is_here = second % cycle < 20;
         if is_here {
             sim.alive("b");
         }
-        let record = sim.record(1).unwrap();
-        let b = node_id("b");
-        if !is_here && record.everyone().contains(&b) {
-            sim.loses("a", 1, "b");
+        for image in 1..=IMAGES {
+            if !is_here && sim.record(image).unwrap().everyone().contains(&b) {
+                sim.loses("a", image, "b");
+            }
         }
-        let commands = sim.second();
-        orders += commands.len() as u64;
+        for command in sim.second() {
+            let Order::Replicate { image, .. } = command.order else {
+                panic!("not a replicate: {command:?}")
+            };
+            *orders.entry(image).or_default() += 1;
+        }
         // The copy takes some seconds, and `b` is in sync for a while before it goes again.
-        for joiner in sim.record(1).unwrap().runs()[0].joiners.clone() {
-            if (rejoins || joiner != b) && second % 40 == 19 {
-                sim.synced("a", 1, joiner.as_str());
+        for image in 1..=IMAGES {
+            for joiner in sim.record(image).unwrap().runs()[0].joiners.clone() {
+                if (rejoins || joiner != b) && second % cycle == 19 {
+                    sim.synced("a", image, joiner.as_str());
+                }
             }
         }
     }
@@ -222,17 +242,53 @@ fn a_day_of_coming_and_going(nodes: &[(&str, &str)], others: &[&str], rejoins: b
 }
 
 #[test]
-fn a_node_that_comes_and_goes_all_day_costs_a_bounded_number_of_orders() {
+fn a_node_that_comes_and_goes_all_week_costs_a_bounded_number_of_orders_for_each_image() {
     for rejoins in [false, true] {
-        let alone = a_day_of_coming_and_going(&[("a", "r1"), ("b", "r2")], &["a"], rejoins);
-        assert!(
-            (20..=ORDERS_A_DAY_MAX).contains(&alone),
-            "{alone} orders, rejoins: {rejoins}"
-        );
+        let alone = a_week_of_coming_and_going(&[("a", "r1"), ("b", "r2")], &["a"], 20, rejoins);
+        assert_eq!(alone.len(), IMAGES as usize);
+        for orders in alone.values() {
+            assert!(
+                (50..=ORDERS_A_WEEK_MAX).contains(orders),
+                "{alone:?}, rejoins: {rejoins}"
+            );
+        }
     }
-    // With a third node the replica soon stays there.
-    let with_another = a_day_of_coming_and_going(&[("a", "r1"), ("b", "r2"), ("c", "r3")], &["a", "c"], true);
-    assert!((1..=2).contains(&with_another), "{with_another} orders");
+    // With a third node each replica soon stays there.
+    let nodes = [("a", "r1"), ("b", "r2"), ("c", "r3")];
+    let with_another = a_week_of_coming_and_going(&nodes, &["a", "c"], 20, true);
+    assert!(
+        with_another.values().all(|orders| (1..=2).contains(orders)),
+        "{with_another:?}"
+    );
+}
+
+#[test]
+fn failures_shorter_than_the_grace_time_move_nothing_all_week() {
+    let mut sim = cluster(&RACKS);
+    sim.keeps_log = false;
+    sim.replicated(&["a", "b"], 1, 100);
+    sim.replicated(&["a", "b", "c"], 2, 100);
+    let b = node_id("b");
+    // The longest that one left, and two left, allow; between them `b` is back for ten seconds.
+    let away = |image| if image == 1 { GRACE_TICKS_LAST } else { GRACE_TICKS };
+    for second in 0..WEEK_TICKS {
+        ["a", "b", "c", "d"].iter().for_each(|node| sim.alive(node));
+        for image in [1, 2] {
+            match second % (away(image) + 10) {
+                0 => {
+                    sim.loses("a", image, "b");
+                }
+                at if at == away(image) - 1 => {
+                    sim.change("a", image, |record| record.with_joiner(&b, WHOLE).unwrap());
+                    sim.synced("a", image, "b");
+                }
+                _ => {}
+            }
+        }
+        let commands = sim.second();
+        assert_eq!(targets(&commands), [""; 0], "second {second}");
+    }
+    sim.state.audit().unwrap();
 }
 
 #[test]
@@ -298,6 +354,23 @@ fn nothing_is_ordered_without_an_owner_or_before_it_is_known_who_is_there() {
     assert_eq!(targets(&seconds(&mut sim, 5, &["a", "c", "d"])), [""; 0]);
     assert!(fixes(&sim.state)[0].1.starts_with("hearth image attach appl/vm-1:"));
     sim.take("a", &["a"], 1);
+    assert_eq!(
+        fixes(&sim.state)[0].1,
+        "nothing: a begins to serve it, then a replica begins"
+    );
+    assert_eq!(targets(&seconds(&mut sim, OWNER_TICKS - 1, &["a", "c", "d"])), [""; 0]);
+    assert_eq!(targets(&seconds(&mut sim, 1, &["a", "c", "d"])), ["d"]);
+}
+
+#[test]
+fn an_owner_that_started_anew_is_told_nothing_for_a_while() {
+    let mut sim = cluster(&RACKS);
+    sim.replicated(&["a", "b"], 1, 100);
+    seconds(&mut sim, 1, &["a", "b", "c", "d"]);
+    sim.loses("a", 1, "b");
+    seconds(&mut sim, GRACE_TICKS_LAST - 1, &["a", "c", "d"]);
+    sim.join_in("r1", "a", 8);
+    assert_eq!(targets(&seconds(&mut sim, OWNER_TICKS - 1, &["a", "c", "d"])), [""; 0]);
     assert_eq!(targets(&seconds(&mut sim, 1, &["a", "c", "d"])), ["d"]);
 }
 

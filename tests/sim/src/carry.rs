@@ -1,7 +1,7 @@
 //! The shell: takes what a session wants and carries it out, output by output, as a daemon does.
 
-use hearth_protocol::NodeId;
 use hearth_protocol::record::Extent;
+use hearth_protocol::{Event as Fact, NodeId, Publisher, subject};
 use hearth_replication::owner::{Ask, Denial, OpId, Owner};
 use hearth_replication::request::{Bytes, Work};
 use hearth_replication::resync::Join;
@@ -10,6 +10,7 @@ use hearth_replication::takeover::Setback;
 
 use crate::disk::{Job, Value};
 use crate::event::Event;
+use crate::log::image_id;
 use crate::node::Phase;
 use crate::reference::By;
 use crate::text::{shown, text, wanted};
@@ -110,7 +111,7 @@ impl World {
             } => {
                 let values = self.values(node, image, &bytes, came)?;
                 let job = self.job();
-                let us = self.chance.delay(disk_us, 6_000_000, 2);
+                let us = self.chance.delay(disk_us, 6_000_000, self.plan.slow);
                 let Some(disk) = &mut self.nodes[node].disks[image] else {
                     return Err(format!("n{node} i{image}: {work:?} on no copy"));
                 };
@@ -128,7 +129,7 @@ impl World {
                 self.after(us, Event::Worked { node, life, image, job });
             }
             Output::Persist(durable) => {
-                let us = self.chance.delay(disk_us, 2_000_000, 2);
+                let us = self.chance.delay(disk_us, 2_000_000, self.plan.slow);
                 let Some(disk) = &mut self.nodes[node].disks[image] else {
                     return Err(format!("n{node} i{image}: a record on no copy"));
                 };
@@ -201,6 +202,10 @@ impl World {
                 self.counters.count(&format!("ended: {}", name(&denial)));
                 if matches!(denial, Denial::Sealed { .. }) {
                     self.counters.count("sealed");
+                    let by = self.shell(node, image).and_then(|shell| shell.by.clone());
+                    if let Some(by) = by {
+                        self.detached(node, image, by.epoch);
+                    }
                 }
                 self.enters(node, image, Phase::Ended);
             }
@@ -209,6 +214,9 @@ impl World {
                     return Ok(());
                 };
                 let (extent, changes) = (shell.joining.take(), std::mem::take(&mut shell.copies_changes));
+                if std::mem::take(&mut shell.ordered) {
+                    self.counters.count("repaired by policy");
+                }
                 if changes {
                     self.counters.count("node joined again with what changed");
                 }
@@ -225,6 +233,7 @@ impl World {
             } => {
                 if let Some(shell) = self.shell(node, image) {
                     shell.copies_changes = false;
+                    shell.ordered = false;
                 }
                 self.counters.count("not changed: JoinerFailed");
             }
@@ -366,17 +375,23 @@ impl World {
         if self.nodes[node].log_cut {
             return;
         }
+        let image = image_id(image);
+        let publisher = Publisher::Node(self.nodes[node].id.clone());
+        let Some(envelope) = self.envelope(node, subject::image(image, &publisher)) else {
+            return;
+        };
+        let fact = Box::new(Fact::LocationsChanged { image, change });
         let us = self.chance.delay(5_000, 500_000, 50);
         if self.plan.faults.contains(&crate::plan::Fault::LogCut) && self.chance.happens(50) {
             // Its outcome is not known for long, and it may come twice.
             let us = self.chance.within(100_000, 10_000_000);
-            let change = change.clone();
-            self.after(us, Event::Published { image, change });
+            let (envelope, fact) = (envelope.clone(), fact.clone());
+            self.after(us, Event::Posted { envelope, fact });
             if self.chance.happens(500) {
                 return;
             }
         }
-        self.after(us, Event::Published { image, change });
+        self.after(us, Event::Posted { envelope, fact });
     }
 
     /// A client asks at a node.

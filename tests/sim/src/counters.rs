@@ -30,6 +30,22 @@ pub const STATES: &[&str] = &[
     "torn write",
     "void change in the log",
     "rolled back and recovered",
+    "scheduler leads",
+    "scheduler leads no more",
+    "scheduler started from a snapshot",
+    "scheduler started from nothing",
+    "scheduler published again what was in doubt",
+    "leader gave up a tick that the log lost",
+    "digests equal",
+    "void command in the log",
+    "command of an ended term left alone",
+    "said twice in the log",
+    "image detached",
+    "repair ordered",
+    "repair begun",
+    "repair refused: not the owner at that epoch",
+    "repaired by policy",
+    "log replayed",
     "given up: Overtaken",
     "given up: MemberLost",
     "given up: NoMember",
@@ -55,8 +71,10 @@ pub struct Counters {
     pub seeds: u64,
     /// Simulated time.
     pub simulated_us: u64,
-    /// The longest time from the last fault until everything was well.
+    /// The longest time from the last fault until everything was well, where the operator replaced lost copies.
     pub healing_us_max: u64,
+    /// The same where the scheduler's policy did.
+    pub repairing_us_max: u64,
     /// Steps of sessions.
     pub steps: u64,
     /// Each thing by name.
@@ -79,6 +97,7 @@ impl Counters {
         self.seeds += other.seeds;
         self.simulated_us += other.simulated_us;
         self.healing_us_max = self.healing_us_max.max(other.healing_us_max);
+        self.repairing_us_max = self.repairing_us_max.max(other.repairing_us_max);
         self.steps += other.steps;
         for (what, count) in &other.counts {
             *self.counts.entry(what.clone()).or_default() += count;
@@ -99,12 +118,16 @@ impl fmt::Display for Counters {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let hours = self.simulated_us as f64 / 3.6e9;
         let healing = self.healing_us_max as f64 / 1e6;
+        let repairing = self.repairing_us_max as f64 / 1e6;
         writeln!(
             f,
             "{} seeds, {hours:.1} simulated hours, {} steps",
             self.seeds, self.steps
         )?;
-        writeln!(f, "well again {healing:.1} s after the last fault at the latest")?;
+        writeln!(
+            f,
+            "well again {healing:.1} s after the last fault at the latest, {repairing:.1} s where the policy repairs"
+        )?;
         for (what, count) in &self.counts {
             writeln!(f, "  {count:>9}  {what}")?;
         }

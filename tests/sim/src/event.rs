@@ -2,9 +2,11 @@
 
 use std::cmp::Ordering;
 
-use hearth_protocol::aggregate::Change;
+use hearth_protocol::{Command, Envelope, Event as Fact, Seq, TickNo};
 
+use crate::lead::Failure;
 use crate::net::{Key, Letter};
+use crate::scheduler::Outgoing;
 
 /// Something that happens at a time.
 #[derive(Debug)]
@@ -36,10 +38,50 @@ pub enum Event {
     Tidy { node: usize, image: usize },
     /// A node reads the log.
     Reads { node: usize, life: u64 },
-    /// The schedulers read the log.
+    /// An event log has all of the log.
     Seen,
-    /// A change arrives at the log.
-    Published { image: usize, change: Change },
+    /// A change of an image arrives at the log.
+    Posted { envelope: Box<Envelope>, fact: Box<Fact> },
+    /// A daemon says something in the log.
+    Tells {
+        node: usize,
+        life: u64,
+        envelope: Box<Envelope>,
+        fact: Box<Fact>,
+    },
+    /// A daemon's second is over.
+    Reports { node: usize, life: u64 },
+    /// A daemon has what it needs for a command.
+    Executes {
+        node: usize,
+        life: u64,
+        command: Box<Command>,
+        tick: TickNo,
+    },
+    /// A scheduler starts.
+    SchedulerStarts { scheduler: usize },
+    /// A stopped scheduler goes on.
+    SchedulerContinues { scheduler: usize },
+    /// A scheduler reaches the log again.
+    SchedulerReaches { scheduler: usize },
+    /// A scheduler reads the log.
+    Ingests { scheduler: usize, life: u64 },
+    /// A campaign or a tick of a scheduler may be due.
+    Acts { scheduler: usize, life: u64 },
+    /// What a scheduler published arrives at the log; `again`: it may have arrived before.
+    PostedBy {
+        envelope: Box<Envelope>,
+        out: Box<Outgoing>,
+        answer: Option<(usize, u64)>,
+        again: bool,
+    },
+    /// A scheduler learns what became of it.
+    Acked {
+        scheduler: usize,
+        life: u64,
+        out: Box<Outgoing>,
+        result: Result<Seq, Failure>,
+    },
     /// The log is put back.
     Recovered,
     /// A client asks something.
@@ -48,6 +90,8 @@ pub enum Event {
     Operator { image: usize },
     /// Something goes wrong.
     Fault,
+    /// The node that comes and goes does.
+    Flaps,
     /// A stopped daemon goes on.
     Continues { node: usize },
     /// A node gets power, or a daemon starts.

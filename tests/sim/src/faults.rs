@@ -136,17 +136,57 @@ impl World {
                 self.after(down_us, Event::Reaches { node });
             }
             Fault::LogLoss => {
-                if self.log.is_rolled_back() || self.log.len == 0 {
+                if self.log.is_rolled_back() || self.log.len == self.log.begins() {
                     return Ok(false);
                 }
-                let lost = self.chance.within(1, 3) as usize;
-                let len = self.log.len.saturating_sub(lost);
-                if self.log.lose(len) {
+                let most = if self.chance.happens(500) { 3 } else { 20 };
+                let lost = self.chance.within(1, most) as usize;
+                if self.log.lose(lost) {
                     self.after(down_us, Event::Recovered);
                 }
             }
+            Fault::SchedulerKill | Fault::SchedulerStop | Fault::SchedulerCut | Fault::SchedulerClock => {
+                return Ok(self.scheduler_fault(fault));
+            }
         }
         Ok(true)
+    }
+
+    fn scheduler_fault(&mut self, fault: Fault) -> bool {
+        let mut scheduler = self.chance.index(self.schedulers.len());
+        if self.chance.happens(500) {
+            // A leader is hit more often.
+            let leads =
+                |of: &crate::scheduler::Scheduler| of.running().is_some_and(|process| process.leads().is_some());
+            scheduler = self.schedulers.iter().position(leads).unwrap_or(scheduler);
+        }
+        let us = self.chance.delay(2_000_000, 15_000_000, 300);
+        let here = &mut self.schedulers[scheduler];
+        match fault {
+            Fault::SchedulerKill => {
+                if here.process.is_none() {
+                    return false;
+                }
+                self.scheduler_dies(scheduler);
+                self.after(us, Event::SchedulerStarts { scheduler });
+            }
+            Fault::SchedulerStop => {
+                if here.running().is_none() {
+                    return false;
+                }
+                here.stopped = Some(Vec::new());
+                self.after(us, Event::SchedulerContinues { scheduler });
+            }
+            Fault::SchedulerCut => {
+                here.cut = true;
+                self.after(us, Event::SchedulerReaches { scheduler });
+            }
+            _ => {
+                let off = self.chance.within(0, 7_200_000) as i64 - 3_600_000;
+                here.off_ms = off;
+            }
+        }
+        true
     }
 
     fn cuts(&mut self, from: usize, to: usize, us: u64) {

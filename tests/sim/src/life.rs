@@ -1,15 +1,16 @@
 //! Nodes and daemons start, die, stop and go on, and read the log.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
-use hearth_protocol::aggregate::Change;
+use hearth_protocol::Event as Fact;
 use hearth_replication::session::{Input, Session};
 
 use crate::event::Event;
-use crate::log::Published;
+use crate::facts::Facts;
+use crate::log::image_of;
 use crate::net::Key;
 use crate::node::{Clock, Daemon, Phase, Shell};
-use crate::text::text;
 use crate::world::World;
 
 impl World {
@@ -21,8 +22,13 @@ impl World {
         let read = if self.chance.happens(500) {
             seen
         } else {
-            self.chance.index(seen + 1)
+            let begins = self.log.begins();
+            begins + self.chance.index(seen - begins + 1)
         };
+        let mut facts = Facts::of(self.nodes[node].id.clone());
+        for entry in &self.log.entries[..read] {
+            facts.apply(&entry.envelope, &entry.event);
+        }
         let here = &mut self.nodes[node];
         if !here.power {
             here.power = true;
@@ -34,6 +40,7 @@ impl World {
         }
         here.starts += 1;
         here.stopped = None;
+        here.seen = here.seen.max(read);
         let (life, store, id) = (here.starts, here.store(), here.id.clone());
         let shells = (0..self.images.len()).map(|image| {
             let replica = self.nodes[node].disks[image].as_ref().map(|disk| disk.replica(store));
@@ -43,7 +50,12 @@ impl World {
         let daemon = Daemon {
             life,
             shells: shells.collect(),
-            read,
+            facts,
+            published: 0,
+            joined_at: None,
+            reports: 0,
+            executing: false,
+            answered: BTreeSet::new(),
             frozen,
             dies_in: None,
             late: BTreeSet::new(),
@@ -56,6 +68,7 @@ impl World {
             }
         }
         self.after(1, Event::Reads { node, life });
+        self.joins(node);
         Ok(())
     }
 
@@ -132,7 +145,7 @@ impl World {
             return Ok(());
         };
         let life = daemon.life;
-        let (read, len, frozen) = (daemon.read, self.log.len.min(self.log.seen), daemon.frozen);
+        let (read, len, frozen) = (daemon.facts.read, self.log.len.min(self.log.seen), daemon.frozen);
         self.after(usual, Event::Reads { node, life });
         if self.nodes[node].log_cut {
             return Ok(());
@@ -151,7 +164,9 @@ impl World {
             if self.log.len >= self.nodes[node].seen {
                 if let Some(daemon) = &mut self.nodes[node].daemon {
                     daemon.frozen = false;
-                    daemon.read = len;
+                    for entry in &self.log.entries[read..len] {
+                        daemon.facts.apply(&entry.envelope, &entry.event);
+                    }
                 }
                 self.nodes[node].seen = len;
                 for image in 0..self.images.len() {
@@ -162,38 +177,28 @@ impl World {
             return Ok(());
         }
         for at in read..len {
-            let (image, change) = self.log.entries[at].clone();
+            let entry = Arc::clone(&self.log.entries[at]);
             let here = &mut self.nodes[node];
             here.seen = here.seen.max(at + 1);
-            match &mut here.daemon {
-                Some(daemon) => daemon.read = at + 1,
+            let counts = match &mut here.daemon {
+                Some(daemon) => daemon.facts.apply(&entry.envelope, &entry.event),
                 None => return Ok(()),
+            };
+            if counts != entry.counts {
+                return Err(format!("n{node}: entry {} counts: {counts} here", at + 1));
             }
-            self.step(node, image, Input::Logged(change), None)?;
-        }
-        Ok(())
-    }
-
-    pub fn published(&mut self, image: usize, change: Change) -> Result<(), String> {
-        let takes_void = self.chance.happens(300);
-        let (by, to) = (change.by.clone(), change.to.clone());
-        match self.log.publish(image, change, takes_void) {
-            Published::Counts(before) => {
-                self.note(|| format!("log: image {image}, {by}: {}", text(&to)));
-                if before.epoch() != to.epoch() {
-                    self.images[image].reference.granted(to.epoch(), before);
-                } else if to.members().len() < before.members().len() {
-                    self.counters.count("set shrunk");
+            match &entry.event {
+                Fact::LocationsChanged { image, change } => {
+                    let change = change.clone();
+                    self.step(node, image_of(*image), Input::Logged(change), None)?;
                 }
-                if to.runs().len() > 1 {
-                    self.counters.count("map of several runs");
+                Fact::CommandGiven(command) if !counts && command.node == self.nodes[node].id => {
+                    self.counters.count("command of an ended term left alone");
                 }
+                _ => {}
             }
-            Published::Void => self.counters.count("void change in the log"),
-            Published::Refused => return Ok(()),
         }
-        let us = self.chance.within(0, 20_000);
-        self.after(us, Event::Seen);
-        Ok(())
+        self.joins_again(node);
+        self.next_command(node)
     }
 }

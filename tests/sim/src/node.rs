@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use hearth_protocol::record::Extent;
-use hearth_protocol::{Incarnation, NodeId, SetVersion};
+use hearth_protocol::{CommandId, Incarnation, NodeId, Seq, SetVersion};
 use hearth_replication::owner::{Ask, OpId};
 use hearth_replication::request::RequestId;
 use hearth_replication::session::Session;
@@ -11,6 +11,7 @@ use hearth_replication::time::BootMs;
 
 use crate::disk::Disk;
 use crate::event::Event;
+use crate::facts::Facts;
 use crate::reference::By;
 
 /// Longer than a new owner waits.
@@ -104,6 +105,8 @@ pub struct Shell {
     pub joining: Option<(NodeId, Extent)>,
     /// It is copied only what changed.
     pub copies_changes: bool,
+    /// A scheduler ordered it.
+    pub ordered: bool,
 }
 
 impl Shell {
@@ -120,6 +123,7 @@ impl Shell {
             wake_us: None,
             joining: None,
             copies_changes: false,
+            ordered: false,
         }
     }
 
@@ -137,8 +141,18 @@ pub struct Daemon {
     pub life: u64,
     /// One per image.
     pub shells: Vec<Shell>,
-    /// How much of the log it has read.
-    pub read: usize,
+    /// What it has read of the log.
+    pub facts: Facts,
+    /// Numbers what it publishes.
+    pub published: u64,
+    /// Where the log acknowledged that it joined, until it has read as far.
+    pub joined_at: Option<Seq>,
+    /// Numbers its reports.
+    pub reports: u64,
+    /// It executes a command.
+    pub executing: bool,
+    /// Commands that it has executed and not yet read the end of.
+    pub answered: BTreeSet<CommandId>,
     /// It has noticed that the log lost its end.
     pub frozen: bool,
     /// It dies when so many more outputs are carried out.

@@ -1,12 +1,12 @@
-//! The operator: what schedulers and people do in production, from what nodes report.
+//! The operator: what people do in production, from what nodes report.
 //!
-//! It attaches an image elsewhere when nobody serves it, sometimes too early; gives blocks the copies they are to have,
-//! replaces failed disks, moves copies, hands over and detaches. When faults are over it only repairs.
+//! It attaches an image elsewhere when nobody serves it, sometimes too early; replaces failed disks, moves copies, hands over
+//! and detaches. Where the plan does not leave that to the schedulers' policy, it gives blocks the copies they are to have.
+//! When faults are over it only repairs.
 
 use hearth_protocol::record::{Extent, Nodes, Record};
 use hearth_protocol::{BlockIndex, NodeId};
 use hearth_replication::member::Durable;
-use hearth_replication::owner::Ask;
 use hearth_replication::session::Input;
 
 use crate::disk::{Disk, NOTHING};
@@ -33,7 +33,7 @@ pub struct Operator {
 
 impl World {
     /// What a node reports; nothing if it is down, stopped, or cannot reach the log or most others.
-    fn phase(&self, node: usize, image: usize) -> Option<(Phase, u64)> {
+    pub fn phase(&self, node: usize, image: usize) -> Option<(Phase, u64)> {
         let here = &self.nodes[node];
         let others = (0..self.nodes.len()).filter(|other| *other != node);
         let cut = others.filter(|other| self.net.is_cut(node, *other)).count();
@@ -42,7 +42,8 @@ impl World {
         Some((shell.phase, self.now_us - shell.since_us))
     }
 
-    fn in_phase(&self, image: usize, wanted: &[Phase]) -> Vec<usize> {
+    /// The nodes that report one of some phases.
+    pub fn in_phase(&self, image: usize, wanted: &[Phase]) -> Vec<usize> {
         let is = |node: &usize| {
             self.phase(*node, image)
                 .is_some_and(|(phase, _)| wanted.contains(&phase))
@@ -85,6 +86,9 @@ impl World {
         }
         if !self.healed && self.chance.happens(self.plan.moves) {
             return self.moves(image, owner);
+        }
+        if self.plan.by_policy {
+            return Ok(());
         }
         self.repair(image, owner)
     }
@@ -187,7 +191,8 @@ impl World {
         Ok(())
     }
 
-    fn prepare(&mut self, node: usize, image: usize) -> Result<(), String> {
+    /// A store is made for a copy.
+    pub fn prepare(&mut self, node: usize, image: usize) -> Result<(), String> {
         let disk = Disk::new(self.plan.blocks, NOTHING, Durable::default());
         let replica = disk.replica(self.nodes[node].store());
         self.nodes[node].disks[image] = Some(disk);
@@ -252,7 +257,7 @@ impl World {
     }
 
     /// A run with too few copies, and who holds it.
-    fn thin(&self, record: &Record) -> Option<(Extent, Nodes)> {
+    pub fn thin(&self, record: &Record) -> Option<(Extent, Nodes)> {
         let runs = record.runs();
         let at = runs.iter().position(|run| run.members.len() < self.plan.copies)?;
         let end = runs.get(at + 1).map_or(self.plan.blocks, |next| next.first.0) - 1;
@@ -268,10 +273,15 @@ impl World {
         if here.running().is_none() || here.disks[image].as_ref().is_some_and(|disk| disk.failed) {
             return Ok(());
         }
-        let id = here.id.clone();
         if here.disks[image].is_none() {
             self.prepare(node, image)?;
         }
+        self.begins_join(owner, image, node, extent)
+    }
+
+    /// The owner begins to copy.
+    pub fn begins_join(&mut self, owner: usize, image: usize, node: usize, extent: Extent) -> Result<(), String> {
+        let id = self.nodes[node].id.clone();
         let blocks = self.chance.within(1, 8);
         let Some(shell) = self.shell(owner, image) else {
             return Ok(());
@@ -287,90 +297,5 @@ impl World {
             blocks,
         };
         self.step(owner, image, join, None)
-    }
-
-    /// What is not well in a healed world, for a report.
-    pub fn unwell(&self) -> String {
-        (0..self.images.len())
-            .filter_map(|image| Some(format!("image {image} {}; ", self.complaint(image)?)))
-            .collect()
-    }
-
-    fn complaint(&self, image: usize) -> Option<String> {
-        let record = &self.log.now[image].record;
-        let open = self.in_phase(image, &[Phase::Open]);
-        let served = |node: &usize| {
-            let shell = self.nodes[*node].running().map(|daemon| &daemon.shells[image]);
-            shell.is_some_and(|shell| shell.session.is_open() && shell.session.record() == Some(record))
-        };
-        let phases: Vec<_> = (0..self.nodes.len()).map(|node| self.phase(node, image)).collect();
-        if open.len() != 1 || !open.iter().all(served) {
-            return Some(format!(
-                "is not served by one node under {}: {phases:?}",
-                crate::text::text(record)
-            ));
-        }
-        if self.thin(record).is_some() || record.runs().iter().any(|run| !run.joiners.is_empty()) {
-            return Some(format!(
-                "has too few copies or an unfinished one: {}",
-                crate::text::text(record)
-            ));
-        }
-        let held = |node: &crate::node::Node| {
-            node.daemon
-                .iter()
-                .map(|daemon| daemon.shells[image].held.len())
-                .sum::<usize>()
-        };
-        let held: usize = self.nodes.iter().map(held).sum();
-        let waiting = self.images[image].reference.waiting();
-        if held + waiting > 0 {
-            return Some(format!("{held} held and {waiting} sent operations are not answered"));
-        }
-        None
-    }
-
-    /// Whether everything is well: then every block is read, everything flushed, and all copies are compared.
-    ///
-    /// # Errors
-    /// Copies differ.
-    pub fn is_settled(&mut self) -> Result<bool, String> {
-        for image in 0..self.images.len() {
-            if self.complaint(image).is_some() {
-                return Ok(false);
-            }
-            if !self.images[image].operator.read_back {
-                self.images[image].operator.read_back = true;
-                let Some(node) = self.in_phase(image, &[Phase::Open]).first().copied() else {
-                    return Ok(false);
-                };
-                for block in 0..self.plan.blocks {
-                    self.asks(node, image, Ask::Read(Extent::block(BlockIndex(block))))?;
-                }
-                self.asks(node, image, Ask::Flush)?;
-                return Ok(false);
-            }
-        }
-        for image in 0..self.images.len() {
-            let record = self.log.now[image].record.clone();
-            for block in 0..self.plan.blocks {
-                let values: Vec<_> = record
-                    .members_of(Extent::block(BlockIndex(block)))
-                    .iter()
-                    .map(|id| {
-                        self.nodes[self.number(id)].disks[image]
-                            .as_ref()
-                            .map(|disk| disk.stable(block))
-                    })
-                    .collect();
-                if values.windows(2).any(|two| two[0] != two[1]) || values.iter().any(|value| value.is_none()) {
-                    return Err(format!(
-                        "i{image}: copies of block {block} differ: {values:?} of {}",
-                        crate::text::text(&record)
-                    ));
-                }
-            }
-        }
-        Ok(true)
     }
 }

@@ -33,6 +33,14 @@ pub enum Fault {
     LogCut,
     /// The log loses its end.
     LogLoss,
+    /// A scheduler is killed.
+    SchedulerKill,
+    /// A scheduler is stopped, often for longer than a standby waits, and goes on.
+    SchedulerStop,
+    /// A scheduler does not reach the log.
+    SchedulerCut,
+    /// A scheduler's wall clock jumps.
+    SchedulerClock,
 }
 
 impl Fault {
@@ -52,6 +60,10 @@ impl Fault {
         (Fault::BitFlip, "f12 bit flip"),
         (Fault::LogCut, "f13 log out of reach"),
         (Fault::LogLoss, "f14 log loses its end"),
+        (Fault::SchedulerKill, "f15 scheduler killed"),
+        (Fault::SchedulerStop, "f16 scheduler stopped and continued"),
+        (Fault::SchedulerCut, "f17 scheduler out of the log's reach"),
+        (Fault::SchedulerClock, "f18 scheduler's wall clock jumps"),
     ];
 }
 
@@ -80,8 +92,20 @@ pub struct Plan {
     pub net_us: u64,
     /// What a disk takes, usually.
     pub disk_us: u64,
+    /// Of a thousand works of a disk, how many take seconds.
+    pub slow: u64,
     /// Of a thousand looks of the operator, how many move something.
     pub moves: u64,
+    /// Schedulers.
+    pub schedulers: usize,
+    /// Lost copies are replaced by the scheduler's policy, not by the operator.
+    pub by_policy: bool,
+    /// Fault domains.
+    pub racks: usize,
+    /// Ticks between two snapshots of a scheduler.
+    pub snapshot_ticks: u64,
+    /// The last node comes and goes.
+    pub flaps: bool,
 }
 
 impl Plan {
@@ -97,19 +121,57 @@ impl Plan {
                 }
             }
         }
+        let by_policy = chance.happens(500);
+        // With one copy left the policy waits for 30 ticks, else for 600: few runs are that long.
+        let three = chance.happens(if by_policy { 60 } else { 500 });
+        let end_s = if by_policy {
+            chance.within(40, 110)
+        } else {
+            chance.within(15, 45)
+        };
         Self {
             nodes,
             images: chance.within(1, 2) as usize,
             blocks: chance.within(12, 36),
-            copies: chance.within(2, 3) as usize,
-            end_us: chance.within(15, 45) * 1_000_000,
+            copies: if three { 3 } else { 2 },
+            end_us: end_s * 1_000_000,
             faults,
             fault_us: chance.within(500, 6_000) * 1_000,
             client_us: chance.within(20, 200) * 1_000,
             in_flight: chance.within(2, 8) as usize,
             net_us: chance.within(100, 5_000),
             disk_us: chance.within(100, 10_000),
+            slow: 2,
             moves: chance.within(0, 300),
+            schedulers: if chance.happens(850) { 2 } else { 1 },
+            by_policy,
+            racks: chance.within(1, nodes as u64) as usize,
+            snapshot_ticks: chance.within(1, 40),
+            flaps: false,
+        }
+    }
+
+    /// The plan in which one node comes and goes.
+    pub fn flapping(seconds: u64, nodes: usize) -> Self {
+        Self {
+            nodes,
+            images: 2,
+            blocks: 16,
+            copies: 2,
+            end_us: seconds * 1_000_000,
+            faults: Vec::new(),
+            fault_us: seconds * 1_000_000,
+            client_us: 400_000,
+            in_flight: 4,
+            net_us: 500,
+            disk_us: 1_000,
+            slow: 0,
+            moves: 0,
+            schedulers: 2,
+            by_policy: true,
+            racks: nodes,
+            snapshot_ticks: 40,
+            flaps: true,
         }
     }
 }

@@ -329,3 +329,108 @@ impl Reference {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use hearth_protocol::BlockIndex;
+    use hearth_protocol::SetVersion;
+    use hearth_protocol::aggregate::Aggregate;
+
+    use super::*;
+
+    const BLOCK: Extent = Extent {
+        first: BlockIndex(0),
+        last: BlockIndex(0),
+    };
+    const WRITE: Ask = Ask::Write {
+        extent: BLOCK,
+        fua: false,
+    };
+
+    fn by(node: &str, epoch: u64) -> By {
+        By {
+            node: node.parse().unwrap(),
+            epoch: Epoch(epoch),
+            lease: LeaseId(u128::from(epoch)),
+        }
+    }
+
+    fn record() -> Arc<Record> {
+        let members = ["a", "b"].map(|node| node.parse().unwrap());
+        Aggregate::new(SetVersion(1), members.into()).unwrap().record
+    }
+
+    /// An image of one block, served by `a` under epoch 1.
+    fn served() -> Reference {
+        let mut reference = Reference::new(1);
+        reference.granted(Epoch(1), record());
+        reference.open(&by("a", 1), &record(), false).unwrap();
+        reference
+    }
+
+    fn is_wrong<T: std::fmt::Debug>(said: Result<T, String>, why: &str) {
+        let wrong = said.unwrap_err();
+        assert!(wrong.contains(why), "{wrong}");
+    }
+
+    #[test]
+    fn an_acknowledged_write_is_read_and_an_unanswered_one_does_not_flicker() {
+        let mut image = served();
+        let a = by("a", 1);
+        image.ask(OpId(1), WRITE, Epoch(1));
+        image.acknowledge(OpId(1), &a, &[]).unwrap();
+        image.ask(OpId(2), Ask::Read(BLOCK), Epoch(1));
+        is_wrong(image.clone().acknowledge(OpId(2), &a, &[0]), "read 0, possible is {1}");
+        image.acknowledge(OpId(2), &a, &[1]).unwrap();
+        // Nobody knows whether it took effect, until it is read.
+        image.ask(OpId(3), WRITE, Epoch(1));
+        image.deny(OpId(3)).unwrap();
+        for (op, found) in [(4, 1), (5, 3)] {
+            image.ask(OpId(op), Ask::Read(BLOCK), Epoch(1));
+            image.acknowledge(OpId(op), &a, &[found]).unwrap();
+        }
+        image.ask(OpId(6), Ask::Read(BLOCK), Epoch(1));
+        is_wrong(image.acknowledge(OpId(6), &a, &[1]), "read 1, possible is {3}");
+    }
+
+    #[test]
+    fn an_epoch_has_one_writer_and_none_answers_behind_a_newer_one() {
+        let mut image = served();
+        for op in [1, 2, 3] {
+            image.ask(OpId(op), WRITE, Epoch(1));
+        }
+        is_wrong(
+            image.clone().acknowledge(OpId(1), &by("b", 1), &[]),
+            "answered under that epoch",
+        );
+        let other_lease = By {
+            lease: LeaseId(7),
+            ..by("a", 1)
+        };
+        is_wrong(
+            image.clone().acknowledge(OpId(1), &other_lease, &[]),
+            "answered under that epoch",
+        );
+        is_wrong(image.clone().open(&by("b", 1), &record(), false), "has the epoch");
+        is_wrong(
+            image.clone().open(&by("b", 2), &record(), false),
+            "the log did not grant it",
+        );
+        image.granted(Epoch(2), record());
+        image.open(&by("b", 2), &record(), false).unwrap();
+        is_wrong(image.acknowledge(OpId(1), &by("a", 1), &[]), "epoch 2 has opened");
+    }
+
+    #[test]
+    fn a_member_has_what_was_acknowledged_and_keeps_what_was_flushed() {
+        let mut image = served();
+        let (a, node) = (by("a", 1), "b".parse().unwrap());
+        image.ask(OpId(1), WRITE, Epoch(1));
+        image.acknowledge(OpId(1), &a, &[]).unwrap();
+        is_wrong(image.check(&node, 0, 0, 0), "has 0, possible is {1}");
+        image.check(&node, 0, 1, 0).unwrap();
+        image.ask(OpId(2), Ask::Flush, Epoch(1));
+        image.acknowledge(OpId(2), &a, &[]).unwrap();
+        is_wrong(image.check(&node, 0, 1, 0), "has 0 for certain, flushed is {1}");
+    }
+}

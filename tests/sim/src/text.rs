@@ -40,7 +40,12 @@ fn said(message: &Message) -> String {
         Message::Raise { record, over } => format!("Raise {} over {}", text(record), stamp(over)),
         Message::Raised(standing) | Message::Told { standing, .. } => {
             let record = standing.record.as_ref().map_or_else(String::new, |record| text(record));
-            let lost = if standing.lost { ", lost" } else { "" };
+            let lost: Vec<u64> = standing.lost.iter().map(|block| block.0).collect();
+            let lost = if lost.is_empty() {
+                String::new()
+            } else {
+                format!(", lost {lost:?}")
+            };
             let failed = if standing.failed { ", failed" } else { "" };
             let doubt: Vec<u64> = standing.doubt.iter().map(|block| block.0).collect();
             let what = if matches!(message, Message::Raised(_)) {

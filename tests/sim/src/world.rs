@@ -3,16 +3,15 @@
 //! Everything that is left to chance is drawn from one stream, and nothing else differs between two runs of a seed.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
-use std::sync::Arc;
+use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 
 use hearth_protocol::aggregate::Aggregate;
-use hearth_protocol::record::{Nodes, Record, Run};
-use hearth_protocol::{BlockIndex, Epoch, LeaseId, NodeId, SetVersion};
+use hearth_protocol::chain::Hash;
+use hearth_protocol::{LeaseId, NodeId, Seq};
 use hearth_replication::member::Durable;
 use hearth_replication::mutants::Rules;
 use hearth_replication::owner::OpId;
-use hearth_replication::request::{RequestId, Stamp};
+use hearth_replication::request::RequestId;
 use hearth_replication::session::Input;
 
 use crate::chance::Chance;
@@ -25,13 +24,14 @@ use crate::node::{Clock, Node, Shell};
 use crate::operator::Operator;
 use crate::plan::Plan;
 use crate::reference::Reference;
+use crate::reports::Report;
+use crate::scheduler::Scheduler;
 
 /// How many of the last events a failure shows.
 const TRACE_MAX: usize = 1_000;
 
-/// Simulated time in which everything has to be well again after the last fault: several takeovers one after another, each
-/// with a member to be given up, and copies of all blocks.
-const HEALED_US: u64 = 180_000_000;
+/// For how long the node that comes and goes is there, and away.
+const FLAPS_US: u64 = 20_000_000;
 
 /// One image.
 #[derive(Debug)]
@@ -60,14 +60,24 @@ pub struct World {
     pub nodes: Vec<Node>,
     /// Images.
     pub images: Vec<Image>,
+    /// Schedulers.
+    pub schedulers: Vec<Scheduler>,
     /// The log.
     pub log: Log,
+    /// The stream of heat reports.
+    pub heard: Vec<Report>,
+    /// The digest of the state at places in the log, as whoever came there first folded it.
+    pub digests: BTreeMap<Seq, Hash>,
+    /// When the last tick stood in the log.
+    pub ticked_us: u64,
     /// The network.
     pub net: Net,
     /// What happened.
     pub counters: Counters,
     /// Faults are over.
     pub healed: bool,
+    /// How often a set has lost a member since then.
+    pub lost_healed: u64,
     leases: u128,
     jobs: u64,
     trace: Option<VecDeque<String>>,
@@ -78,10 +88,16 @@ impl World {
     pub fn new(seed: u64, rules: Rules, traced: bool) -> Self {
         let mut chance = Chance::new(seed);
         let plan = Plan::new(&mut chance);
+        Self::of(plan, chance, rules, traced)
+    }
+
+    /// The world of a plan.
+    pub fn of(plan: Plan, mut chance: Chance, rules: Rules, traced: bool) -> Self {
         let ids: Vec<NodeId> = (0..plan.nodes)
             .map(|node| format!("n{node}").parse().expect("a node's name"))
             .collect();
-        let first: Vec<Aggregate> = (0..plan.images).map(|_| first(&plan, &ids, &mut chance)).collect();
+        let log = crate::begins::log(&plan, &ids, &mut chance);
+        let first: Vec<Aggregate> = log.now.clone();
         let node = |(at, id): (usize, &NodeId)| {
             let disk = |aggregate: &Aggregate| {
                 let record = aggregate.record.clone();
@@ -120,10 +136,15 @@ impl World {
             rules,
             nodes: ids.iter().enumerate().map(node).collect(),
             images: (0..plan.images).map(image).collect(),
-            log: Log::new(first),
+            schedulers: (0..plan.schedulers).map(Scheduler::new).collect(),
+            log,
+            heard: Vec::new(),
+            digests: BTreeMap::new(),
+            ticked_us: 0,
             net: Net::default(),
             counters: Counters::default(),
             healed: false,
+            lost_healed: 0,
             leases: 1_000,
             jobs: 0,
             trace: traced.then(VecDeque::new),
@@ -131,6 +152,10 @@ impl World {
         };
         for node in 0..world.nodes.len() {
             world.after(0, Event::Starts { node });
+        }
+        for scheduler in 0..world.schedulers.len() {
+            let us = world.chance.within(0, 1_000_000);
+            world.after(us, Event::SchedulerStarts { scheduler });
         }
         for image in 0..world.images.len() {
             world.after(1_000, Event::Operator { image });
@@ -140,6 +165,9 @@ impl World {
         world.after(5_000_000 + fault, Event::Fault);
         let end = world.plan.end_us;
         world.after(end, Event::Heal);
+        if world.plan.flaps {
+            world.after(FLAPS_US, Event::Flaps);
+        }
         world
     }
 
@@ -155,10 +183,15 @@ impl World {
             if settled && self.is_settled()? {
                 self.counters.seeds += 1;
                 self.counters.simulated_us += self.now_us;
-                self.counters.healing_us_max = self.now_us - self.plan.end_us;
+                let took_us = self.now_us - self.plan.end_us;
+                if self.plan.by_policy {
+                    self.counters.repairing_us_max = took_us;
+                } else {
+                    self.counters.healing_us_max = took_us;
+                }
                 return Ok(());
             }
-            if self.now_us > self.plan.end_us + HEALED_US {
+            if settled && self.now_us > self.plan.end_us + self.healed_within_us() {
                 return Err(format!("nothing is well long after the last fault: {}", self.unwell()));
             }
         }
@@ -234,12 +267,36 @@ impl World {
         }
     }
 
+    /// What happens to a process of a scheduler that is gone is dropped, to a stopped one it is kept for later.
+    fn is_for_scheduler(&mut self, event: Event) -> Option<Event> {
+        let (scheduler, life) = match &event {
+            Event::Ingests { scheduler, life }
+            | Event::Acts { scheduler, life }
+            | Event::Acked { scheduler, life, .. } => (*scheduler, *life),
+            _ => return Some(event),
+        };
+        let here = &mut self.schedulers[scheduler];
+        if here.process.as_ref().is_none_or(|process| process.life != life) {
+            return None;
+        }
+        match &mut here.stopped {
+            Some(kept) => {
+                kept.push(event);
+                None
+            }
+            None => Some(event),
+        }
+    }
+
     fn happens(&mut self, event: Event) -> Result<(), String> {
         let node = match &event {
             Event::Wake { node, life, .. }
             | Event::Lost { node, life, .. }
             | Event::Worked { node, life, .. }
             | Event::Persisted { node, life, .. }
+            | Event::Tells { node, life, .. }
+            | Event::Reports { node, life }
+            | Event::Executes { node, life, .. }
             | Event::Reads { node, life } => {
                 if !self.lives(*node, *life) {
                     return Ok(());
@@ -254,7 +311,10 @@ impl World {
                 Some(event) => event,
                 None => return Ok(()),
             },
-            None => event,
+            None => match self.is_for_scheduler(event) {
+                Some(event) => event,
+                None => return Ok(()),
+            },
         };
         match event {
             Event::Wake { node, image, .. } => {
@@ -300,7 +360,42 @@ impl World {
                 }
                 Ok(())
             }
-            Event::Published { image, change } => self.published(image, change),
+            Event::Posted { envelope, fact } => self.posts(*envelope, *fact, None).map(drop),
+            Event::Tells {
+                node,
+                life,
+                envelope,
+                fact,
+            } => self.told(node, life, envelope, fact),
+            Event::Reports { node, life } => {
+                self.reports(node, life);
+                Ok(())
+            }
+            Event::Executes {
+                node, command, tick, ..
+            } => self.executes(node, &command, tick),
+            Event::SchedulerStarts { scheduler } => self.scheduler_starts(scheduler),
+            Event::SchedulerContinues { scheduler } => {
+                for event in self.schedulers[scheduler].stopped.take().into_iter().flatten() {
+                    self.after(1, event);
+                }
+                Ok(())
+            }
+            Event::SchedulerReaches { scheduler } => {
+                self.schedulers[scheduler].cut = false;
+                Ok(())
+            }
+            Event::Ingests { scheduler, life } => self.ingests(scheduler, life),
+            Event::Acts { scheduler, .. } => self.acts(scheduler),
+            Event::PostedBy {
+                envelope,
+                out,
+                answer,
+                again,
+            } => self.posted_by_scheduler(*envelope, *out, answer, again),
+            Event::Acked {
+                scheduler, out, result, ..
+            } => self.acked(scheduler, &out, result),
             Event::Recovered => {
                 if self.log.is_rolled_back() {
                     self.log.recover();
@@ -311,6 +406,7 @@ impl World {
             Event::Client { image } => self.client(image),
             Event::Operator { image } => self.operate(image),
             Event::Fault => self.fault(),
+            Event::Flaps => self.flaps(),
             Event::Continues { node } => {
                 self.goes_on(node)?;
                 for event in self.nodes[node].stopped.take().into_iter().flatten() {
@@ -339,6 +435,19 @@ impl World {
         }
     }
 
+    fn flaps(&mut self) -> Result<(), String> {
+        let node = self.nodes.len() - 1;
+        if self.healed {
+            return Ok(());
+        }
+        self.after(FLAPS_US, Event::Flaps);
+        if self.nodes[node].daemon.is_some() {
+            self.dies(node)
+        } else {
+            self.starts(node)
+        }
+    }
+
     fn heal(&mut self) -> Result<(), String> {
         self.note(|| "faults end".to_owned());
         self.healed = true;
@@ -350,40 +459,16 @@ impl World {
             self.after(1, Event::Continues { node });
             self.after(1_000, Event::Starts { node });
         }
+        for scheduler in 0..self.schedulers.len() {
+            self.schedulers[scheduler].cut = false;
+            self.after(1, Event::SchedulerContinues { scheduler });
+            self.after(1_000, Event::SchedulerStarts { scheduler });
+        }
         for (from, to) in self.net.cut.clone() {
             self.heals(from, to);
         }
         self.after(500_000, Event::Settled);
         Ok(())
-    }
-}
-
-/// The first record of an image, of one run or some.
-fn first(plan: &Plan, ids: &[NodeId], chance: &mut Chance) -> Aggregate {
-    let mut starts = BTreeSet::from([0]);
-    if chance.happens(400) {
-        starts.extend((0..2).map(|_| chance.below(plan.blocks)));
-    }
-    let runs = starts.into_iter().map(|first| {
-        let mut members = Nodes::new();
-        while members.len() < plan.copies {
-            members.extend(chance.pick(ids));
-        }
-        Run {
-            first: BlockIndex(first),
-            members,
-            joiners: Nodes::new(),
-        }
-    });
-    let stamp = Stamp {
-        epoch: Epoch(0),
-        lease: LeaseId(0),
-        set_version: SetVersion(1),
-    };
-    Aggregate {
-        record: Arc::new(Record::new(stamp, runs.collect()).expect("a record")),
-        owner: None,
-        ended: BTreeMap::new(),
     }
 }
 

@@ -15,8 +15,21 @@ fn found(mutant: Mutant, seeds: u64) -> Option<(u64, String)> {
     })
 }
 
-/// Seeds that each of these is found within; twice as many as it takes.
-const FOUND: &[(Mutant, u64)] = &[];
+/// Seeds that each of these is found within; more than twice as many as it takes.
+const FOUND: &[(Mutant, u64)] = &[
+    (Mutant::AckBeforeSetDurable, 10),
+    (Mutant::JoinBeforeFlush, 10),
+    (Mutant::LateWriteAfterFence, 20),
+    (Mutant::NoWait, 10),
+    (Mutant::StaleSetServed, 10),
+    (Mutant::DoubtIgnored, 10),
+    (Mutant::ReadOvertakesWrite, 10),
+    (Mutant::CopyUnlocked, 10),
+    (Mutant::JoinCountsLate, 40),
+    (Mutant::UnmarkedAlone, 40),
+    (Mutant::EqualUnflushed, 10),
+    (Mutant::WritesUnmissed, 40),
+];
 
 #[test]
 fn broken_rules_are_found() {

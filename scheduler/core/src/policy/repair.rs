@@ -27,7 +27,7 @@ use crate::state::Facts;
 pub const REPLICATE: &str = "repair/replicate";
 
 /// Version of the numbers below, which commands carry; it grows when one of them changes.
-pub const VERSION: u64 = 1;
+pub const VERSION: u64 = 2;
 
 /// Ticks before a lost member is replaced: a node that restarts, also with a new kernel, is back before.
 pub const GRACE_TICKS: u64 = 600;
@@ -52,6 +52,10 @@ pub const TRIED_KEPT_TICKS: u64 = 2 * REST_TICKS_MAX;
 /// Ticks after the owner's answer in which the joiner must show in the image's record.
 pub const JOIN_TICKS: u64 = 60;
 
+/// Ticks after an owner's epoch began, or its daemon started anew, in which it is told nothing: it does not serve the image
+/// yet, and what it refuses for that would count against the node that was to get the replica.
+pub const OWNER_TICKS: u64 = 10;
+
 /// Where the repair of a degraded image stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Standing {
@@ -63,6 +67,8 @@ pub(crate) enum Standing {
     Detached,
     /// Its owner is not there.
     OwnerAbsent,
+    /// Its owner has only just begun.
+    OwnerBegins,
     /// The grace time runs for so many more ticks.
     Grace(u64),
     /// A replica is due.
@@ -98,6 +104,7 @@ pub(crate) fn standing(facts: &Facts, id: ImageId, image: &Image, short: &Short)
     }
     let (ticks, at) = grace(short);
     match ticks.saturating_sub(facts.tick.0.saturating_sub(at.tick.0)) {
+        0 if facts.tick < short.owner_ready => Standing::OwnerBegins,
         0 => Standing::Due,
         left => Standing::Grace(left),
     }
