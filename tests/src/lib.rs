@@ -5,9 +5,12 @@ use anyhow::{Context, Result, ensure};
 use xtask::cluster::{Cluster, ClusterSpec, Programs};
 use xtask::process;
 
+pub mod clients;
 pub mod fio;
 pub mod load;
 pub mod memory;
+pub mod nbd;
+pub mod netns;
 
 /// Starts a cluster, or says why there can be none here.
 ///
