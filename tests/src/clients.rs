@@ -210,11 +210,7 @@ impl Clients {
         let rows = self.shared.slots.len() as u64 / ROW;
         for row in 0..rows {
             while let Err(why) = client.read(row * ROW, ROW) {
-                ensure!(
-                    !matches!(why, NoResult::Refused(_)),
-                    "slot {}: {why:?}",
-                    row * ROW
-                );
+                ensure!(!matches!(why, NoResult::Refused(_)), "slot {}: {why:?}", row * ROW);
                 ensure!(began.elapsed() < within, "slot {} cannot be read: {why:?}", row * ROW);
                 std::thread::sleep(AGAIN);
             }
@@ -341,7 +337,11 @@ impl Client {
     ) -> Result<T, NoResult> {
         let shared = Arc::clone(&self.shared);
         let (seat, socket) = lock(&shared.seat).clone();
-        if self.connection.as_ref().is_some_and(|(made, _)| *made != seat && *made != u64::MAX) {
+        if self
+            .connection
+            .as_ref()
+            .is_some_and(|(made, _)| *made != seat && *made != u64::MAX)
+        {
             self.connection = None;
         }
         let at = self.connection.as_ref().map_or(seat, |(made, _)| *made);
@@ -368,7 +368,11 @@ impl Client {
     fn write(&mut self, first: u64, count: u64, fua: bool) -> Result<(), NoResult> {
         let shared = Arc::clone(&self.shared);
         let slots = &shared.slots[first as usize..(first + count) as usize];
-        self.version = slots.iter().map(|slot| slot.begun.load(SeqCst)).fold(self.version, u64::max) + 1;
+        self.version = slots
+            .iter()
+            .map(|slot| slot.begun.load(SeqCst))
+            .fold(self.version, u64::max)
+            + 1;
         let version = self.version;
         let mut data = Vec::with_capacity((count * SLOT_BYTES) as usize);
         for slot in first..first + count {

@@ -11,6 +11,8 @@ pub mod load;
 pub mod memory;
 pub mod nbd;
 pub mod netns;
+pub mod store_disk;
+pub mod trial;
 
 /// Starts a cluster, or says why there can be none here.
 ///

@@ -66,7 +66,12 @@ impl Network {
     /// # Errors
     /// A tool is missing, or this process may not make namespaces; what was made is removed.
     pub fn make(nodes: usize) -> Result<Self> {
-        for tool in [["ip", "-V"], ["tc", "-V"], ["nft", "--version"], ["nsenter", "--version"]] {
+        for tool in [
+            ["ip", "-V"],
+            ["tc", "-V"],
+            ["nft", "--version"],
+            ["nsenter", "--version"],
+        ] {
             ensure!(
                 process::succeeds(Command::new(tool[0]).arg(tool[1])),
                 "{} is not installed (Debian: iproute2, nftables, util-linux)",
@@ -77,7 +82,9 @@ impl Network {
         let number = MADE.fetch_add(1, Ordering::SeqCst);
         let network = Self {
             name: format!("{PREFIX}{}-{number}", std::process::id()),
-            places: std::iter::once(Place::Control).chain((0..nodes).map(Place::Node)).collect(),
+            places: std::iter::once(Place::Control)
+                .chain((0..nodes).map(Place::Node))
+                .collect(),
             cut: BTreeSet::new(),
             slowed: BTreeSet::new(),
         };
@@ -86,7 +93,9 @@ impl Network {
         ip(&["-n", &hub, "link", "add", "hub", "type", "bridge"])?;
         ip(&["-n", &hub, "link", "set", "hub", "up"])?;
         for place in &network.places {
-            network.add(*place).with_context(|| format!("cannot make the namespace of {place:?}"))?;
+            network
+                .add(*place)
+                .with_context(|| format!("cannot make the namespace of {place:?}"))?;
         }
         Ok(network)
     }
@@ -95,7 +104,10 @@ impl Network {
         let (hub, name, port) = (self.hub(), self.namespace(place), place.name());
         ip(&["netns", "add", &name])?;
         // Loopback addresses from a wire are dropped as impossible unless a link is told otherwise.
-        let allow = ["net.ipv4.conf.all.route_localnet=1", "net.ipv4.conf.default.route_localnet=1"];
+        let allow = [
+            "net.ipv4.conf.all.route_localnet=1",
+            "net.ipv4.conf.default.route_localnet=1",
+        ];
         self.run(place, "sysctl", &["-qw", allow[0], allow[1]])?;
         let peer = ["peer", "name", "eth0", "netns", &name];
         ip(&[&["-n", &hub, "link", "add", &port, "type", "veth"], &peer[..]].concat())?;
@@ -151,7 +163,11 @@ impl Network {
             .stdin(Stdio::piped())
             .spawn()
             .context("cannot start nft")?;
-        child.stdin.take().context("nft's input was not piped")?.write_all(rules.as_bytes())?;
+        child
+            .stdin
+            .take()
+            .context("nft's input was not piped")?
+            .write_all(rules.as_bytes())?;
         ensure!(child.wait()?.success(), "nft refuses:\n{rules}");
         self.cut.insert(to);
         Ok(())

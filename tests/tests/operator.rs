@@ -306,7 +306,11 @@ fn manual_pages_and_completions_know_every_command() -> Result<()> {
         hearth_tests::skip("the programs are not built");
         return Ok(());
     };
-    let hearth = Hearth::new(&programs.bin_dir.join("hearth"), "nats://127.0.0.1:1".into(), Host::default());
+    let hearth = Hearth::new(
+        &programs.bin_dir.join("hearth"),
+        "nats://127.0.0.1:1".into(),
+        Host::default(),
+    );
     let dir = tempfile::tempdir()?;
     hearth.text(&["man", "--dir", text(dir.path())?])?;
     for page in [
