@@ -331,8 +331,11 @@ impl Client {
         }
     }
 
+    /// Sends a request where the image is, over the connection that there is or a new one. `begins` is called when it is
+    /// about to be sent.
     fn with<T>(
         &mut self,
+        begins: impl FnOnce(),
         ask: impl FnOnce(&mut Connection, &dyn Fn() -> bool) -> Result<T, NoResult>,
     ) -> Result<T, NoResult> {
         let shared = Arc::clone(&self.shared);
@@ -354,6 +357,7 @@ impl Client {
             Some(made) => made,
             None => (seat, Connection::open(&socket, &shared.export, &waits)?),
         };
+        begins();
         let result = ask(&mut connection, &waits);
         if let Err(NoResult::Refused(error)) = &result {
             *lock(&shared.refused).entry(*error).or_default() += 1;
@@ -378,9 +382,12 @@ impl Client {
         for slot in first..first + count {
             fill(&mut data, slot, version);
         }
-        slots.iter().for_each(|slot| slot.begun.store(version, SeqCst));
-        let at = offset(first);
-        match self.with(|connection, waits| connection.write_at(at, &data, fua, waits)) {
+        let (at, mut sent) = (offset(first), false);
+        let begins = || {
+            sent = true;
+            slots.iter().for_each(|slot| slot.begun.store(version, SeqCst));
+        };
+        match self.with(begins, |connection, waits| connection.write_at(at, &data, fua, waits)) {
             Ok(()) => {
                 for slot in slots {
                     slot.acknowledged.fetch_max(version, SeqCst);
@@ -393,7 +400,7 @@ impl Client {
                 Ok(())
             }
             Err(error) => {
-                if !matches!(error, NoResult::Refused(_)) {
+                if sent && !matches!(error, NoResult::Refused(_)) {
                     shared.unknown.fetch_add(1, SeqCst);
                 }
                 Err(error)
@@ -404,7 +411,7 @@ impl Client {
     fn flush(&mut self) -> Result<(), NoResult> {
         let shared = Arc::clone(&self.shared);
         let covers: Vec<u64> = shared.slots.iter().map(|slot| slot.acknowledged.load(SeqCst)).collect();
-        self.with(Connection::flush)?;
+        self.with(|| {}, Connection::flush)?;
         for (slot, version) in shared.slots.iter().zip(covers) {
             slot.durable.fetch_max(version, SeqCst);
         }
@@ -418,7 +425,7 @@ impl Client {
         let floors: Vec<u64> = slots.iter().map(|slot| slot.floor.load(SeqCst)).collect();
         let mut data = vec![0; (count * SLOT_BYTES) as usize];
         let at = offset(first);
-        self.with(|connection, waits| connection.read_at(at, &mut data, waits))?;
+        self.with(|| {}, |connection, waits| connection.read_at(at, &mut data, waits))?;
         let found = data.chunks_exact(SLOT_BYTES as usize);
         for (((slot, floor), bytes), number) in slots.iter().zip(floors).zip(found).zip(first..) {
             let begun = slot.begun.load(SeqCst);
