@@ -7,7 +7,7 @@ use hearth_protocol::{ByteLen, ImageId};
 
 use super::requests::Requests;
 use crate::store::{ImageMeta, StoreError};
-use crate::volume::{Ailment, in_words};
+use crate::volume::{Ailment, STORE_FULL, in_words};
 
 fn damaged(error: &StoreError) -> Ailment {
     Ailment {
@@ -31,6 +31,12 @@ impl Requests {
                 what: format!("is to be served and cannot be: {why}"),
                 fix: "Remove what stands in the way; it is tried again every 2 s".into(),
             }];
+        }
+        // A member's copy: what was recovered here was made equal to the others', and is nothing to look after.
+        if let Some(copy) = self.replica(meta.id).and_then(|replica| replica.copy())
+            && let Some(full) = copy.volume.ailments().into_iter().find(|a| a.code == STORE_FULL)
+        {
+            return vec![full];
         }
         match self.node.store.closed(meta) {
             Ok(None) => Vec::new(),

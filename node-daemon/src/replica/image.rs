@@ -38,6 +38,12 @@ const SEAL_WITHIN: Duration = Duration::from_secs(10);
 /// Pause before a read at the destination of a hand-over is tried again.
 const READ_THROUGH_AGAIN: Duration = Duration::from_millis(20);
 
+/// Pause before a record that found no room is tried again.
+const ROOM_AGAIN: Duration = Duration::from_millis(100);
+
+/// How often a full store is told of in the journal.
+const FULL_TOLD_EVERY_MS: u64 = 10_000;
+
 /// This node's copy.
 #[derive(Clone)]
 pub struct Copy {
@@ -121,6 +127,8 @@ pub struct Replica {
     copy: RwLock<Option<Copy>>,
     quick: Quick,
     through: Through,
+    /// The reading of the boot-time clock up to which a full store is not told of again.
+    full_told_until_ms: AtomicU64,
     this: Weak<Replica>,
 }
 
@@ -153,6 +161,7 @@ impl Replica {
             copy: RwLock::new(copy),
             quick: Quick::default(),
             through: Through::default(),
+            full_told_until_ms: AtomicU64::new(0),
             this: this.clone(),
         })
     }
@@ -395,17 +404,28 @@ impl Replica {
                 anew,
                 piece,
             } => {
-                let done = self.perform(&work, &anew, piece);
-                let ok = done.is_ok();
-                let brought = done.unwrap_or_else(|error| {
-                    tracing::error!(image = %self.shape.name, %error, "this node's copy failed; it leaves the set");
-                    None
-                });
-                let ended = Input::Finished { from, id, ok };
+                let (ended, brought) = match self.perform(&work, &anew, piece) {
+                    Ok(brought) => (Input::Finished { from, id, ok: true }, brought),
+                    Err(error @ DiskError::NoSpace(_)) if matches!(work, Work::Write { .. }) && self.is_sound() => {
+                        self.tell_full(&error);
+                        (Input::NoRoom { from, id }, None)
+                    }
+                    Err(error) => {
+                        tracing::error!(image = %self.shape.name, %error, "this node's copy failed; it leaves the set");
+                        (Input::Finished { from, id, ok: false }, None)
+                    }
+                };
                 self.take(&mut self.core(), ended, None, brought)
             }
             Job::Persist(durable) => {
                 let put = self.around.store.put_durable(self.image, &durable);
+                if let Err(error @ StoreError::NoSpace(_)) = &put {
+                    // Nothing of it counts, so it is no failure of the disk. Until there is room this copy keeps to the
+                    // record it has, and whoever asked waits or goes on without it.
+                    tracing::warn!(image = %self.shape.name, %error, "a record waits for room in the store");
+                    std::thread::sleep(ROOM_AGAIN);
+                    return self.leave(vec![Job::Persist(durable)]);
+                }
                 if let Err(error) = &put {
                     tracing::error!(image = %self.shape.name, %error, "a record cannot be made durable here");
                 }
@@ -432,6 +452,23 @@ impl Replica {
             }
         };
         self.leave(jobs);
+    }
+
+    /// Whether this node's copy takes writes, if it has room.
+    fn is_sound(&self) -> bool {
+        self.copy().is_some_and(|copy| copy.volume.poisoned().is_none())
+    }
+
+    fn tell_full(&self, error: &DiskError) {
+        let now = boot_now();
+        if self.full_told_until_ms.load(Ordering::Relaxed) <= now.0 {
+            self.full_told_until_ms
+                .store(now.after(FULL_TOLD_EVERY_MS).0, Ordering::Relaxed);
+            tracing::error!(
+                image = %self.shape.name, %error,
+                "the store is full: beside other copies this one leaves the set, the last one refuses writes; make room"
+            );
+        }
     }
 
     /// A read at the destination of a hand-over. One that the source does not answer any more is asked here anew: then it
@@ -536,7 +573,8 @@ impl Replica {
             Work::Write { extent, .. } => {
                 // Also for a block that an earlier write has marked: that mark may still be on its way to the disk.
                 if !mutants::WRITE_UNMARKED.is_on() {
-                    copy.marks.before_write(*extent, self.around.store.incarnation())?;
+                    let marked = copy.marks.before_write(*extent, self.around.store.incarnation());
+                    marked.inspect_err(|error| copy.volume.note_refused(error))?;
                 }
                 (copy.volume, piece)
             }

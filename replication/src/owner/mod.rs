@@ -11,6 +11,7 @@
 
 mod missed;
 mod ops;
+mod room;
 mod set;
 mod words;
 
@@ -251,6 +252,7 @@ impl Owner {
             Answer::Failed => {
                 self.give_up(from);
             }
+            Answer::NoRoom => self.no_room(from, id, stamp),
             Answer::Refused(refusal) => match refusal {
                 Refusal::EpochEnded { .. } | Refusal::OtherLease { .. } | Refusal::Sealed { .. } => {
                     self.end(Denial::Deposed, out);
@@ -326,6 +328,7 @@ impl Owner {
         self.install(out);
         self.shrink(out);
         self.resync(out);
+        self.refuse(out);
         self.acknowledge(now, out);
         self.start(now, out);
         let idle = self.ops.is_empty() && !self.is_changing();
