@@ -537,7 +537,8 @@ fn a_refused_write_leaves_no_joining_node_with_what_the_set_has_not() {
     bench.step(Input::Committed(adding.clone()));
     bench.raised("a", &adding, 1);
     bench.raised("b", &adding, 1);
-    bench.renew();
+    let sent = bench.now;
+    bench.says("b", 0, Answer::Granted { sent });
     bench.asked();
     bench.write(1, 5, 5);
     let id = bench

@@ -59,6 +59,8 @@ struct Shared {
     unknown: AtomicU64,
     /// How often each error was answered.
     refused: Mutex<BTreeMap<u32, u64>>,
+    /// What was acknowledged when the power was cut.
+    before_cut: Mutex<Vec<u64>>,
     wrong: Mutex<Option<String>>,
 }
 
@@ -110,6 +112,7 @@ impl Clients {
             flushes: AtomicU64::new(0),
             unknown: AtomicU64::new(0),
             refused: Mutex::default(),
+            before_cut: Mutex::default(),
             wrong: Mutex::default(),
         });
         let run = |number| {
@@ -177,11 +180,23 @@ impl Clients {
 
     /// All copies lost what was not flushed: every slot may show any version from the last flushed one on.
     pub fn power_was_cut(&self) {
+        let acknowledged = |slot: &Slot| slot.acknowledged.load(SeqCst);
+        *lock(&self.shared.before_cut) = self.shared.slots.iter().map(acknowledged).collect();
         for slot in &self.shared.slots {
             let durable = slot.durable.load(SeqCst);
             slot.floor.store(durable, SeqCst);
             slot.acknowledged.store(durable, SeqCst);
         }
+    }
+
+    /// How many slots show less than was acknowledged before the power was cut, and are not written since: with none, the
+    /// cut took nothing.
+    pub fn lost_to_the_cut(&self) -> usize {
+        let before = lock(&self.shared.before_cut);
+        let slots = self.shared.slots.iter().zip(before.iter());
+        slots
+            .filter(|(slot, before)| slot.floor.load(SeqCst) < **before)
+            .count()
     }
 
     /// Connects to a socket where the image is; the visitor visits when told to. At most [`VISITORS`] at a time.

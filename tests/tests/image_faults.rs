@@ -153,6 +153,15 @@ fn owner_is_cut_off(trial: &mut Trial) -> Result<()> {
         (met.reads, met.writes) == (0, 0),
         "it answered without a lease: {met:?}"
     );
+    // Nobody can ask it, so its journal says why.
+    let owner = trial.owner;
+    let journal = std::fs::read_to_string(trial.cluster.node(owner).log())?;
+    let mut lines = journal.lines();
+    ensure!(
+        lines.any(|line| line.contains(IMAGE) && line.contains("reads and writes wait: these members do not answer")),
+        "it does not say why it answers nobody:\n{}",
+        trial.cluster.node(owner).log_tail()
+    );
     trial.heal()?;
     trial.clients.go_on(GOES_ON, WITHIN).map(drop)
 }

@@ -41,8 +41,10 @@ const READ_THROUGH_AGAIN: Duration = Duration::from_millis(20);
 /// Pause before a record that found no room is tried again.
 const ROOM_AGAIN: Duration = Duration::from_millis(100);
 
-/// How often a full store is told of in the journal.
-const FULL_TOLD_EVERY_MS: u64 = 10_000;
+/// How often one thing is told of in the journal.
+const TOLD_EVERY_MS: u64 = 10_000;
+/// How long a read lease may be missing before that is told of: a set that changes lacks one for a moment.
+const WAIT_UNTOLD_MS: u64 = 1_000;
 
 /// This node's copy.
 #[derive(Clone)]
@@ -127,8 +129,11 @@ pub struct Replica {
     copy: RwLock<Option<Copy>>,
     quick: Quick,
     through: Through,
-    /// The reading of the boot-time clock up to which a full store is not told of again.
+    /// Readings of the boot-time clock up to which something is not told of again.
     full_told_until_ms: AtomicU64,
+    wait_told_until_ms: AtomicU64,
+    /// The set version recorded here when a write last found no room; 0 if none did.
+    full_at: AtomicU64,
     this: Weak<Replica>,
 }
 
@@ -162,6 +167,8 @@ impl Replica {
             quick: Quick::default(),
             through: Through::default(),
             full_told_until_ms: AtomicU64::new(0),
+            wait_told_until_ms: AtomicU64::new(0),
+            full_at: AtomicU64::new(0),
             this: this.clone(),
         })
     }
@@ -461,12 +468,52 @@ impl Replica {
 
     fn tell_full(&self, error: &DiskError) {
         let now = boot_now();
+        let version = self.look(|session| Some(session.standing()?.record?.stamp().set_version.0));
+        self.full_at.store(version.unwrap_or(0), Ordering::Relaxed);
         if self.full_told_until_ms.load(Ordering::Relaxed) <= now.0 {
             self.full_told_until_ms
-                .store(now.after(FULL_TOLD_EVERY_MS).0, Ordering::Relaxed);
+                .store(now.after(TOLD_EVERY_MS).0, Ordering::Relaxed);
             tracing::error!(
                 image = %self.shape.name, %error,
                 "the store is full: beside other copies this one leaves the set, the last one refuses writes; make room"
+            );
+        }
+    }
+
+    /// Whether this node's copy is out of the set because it had no room for a write.
+    pub fn left_for_room(&self) -> bool {
+        let full_at = self.full_at.load(Ordering::Relaxed);
+        full_at != 0
+            && self.look(|session| {
+                let recorded = session.standing().and_then(|standing| standing.record);
+                recorded.is_some_and(|record| record.stamp().set_version.0 == full_at)
+                    && !session.aggregate().record.everyone().contains(&self.around.me)
+            })
+    }
+
+    /// The members that clients of this node wait for: their read leases have been missing for a while.
+    pub fn waits_for(&self) -> Vec<NodeId> {
+        let then = BootMs(boot_now().0.saturating_sub(WAIT_UNTOLD_MS));
+        self.look(|session| match session.owner().filter(|owner| owner.is_busy()) {
+            Some(owner) => owner.unleased(then).into_iter().collect(),
+            None => Vec::new(),
+        })
+    }
+
+    /// Says in the journal whom clients wait for. Who cannot reach the other nodes may not reach NATS either, so nobody
+    /// could ask.
+    pub fn tell_waiting(&self) {
+        let now = boot_now();
+        if self.wait_told_until_ms.load(Ordering::Relaxed) > now.0 {
+            return;
+        }
+        let members = self.waits_for();
+        if !members.is_empty() {
+            self.wait_told_until_ms
+                .store(now.after(TOLD_EVERY_MS).0, Ordering::Relaxed);
+            tracing::warn!(
+                image = %self.shape.name, ?members,
+                "reads and writes wait: these members do not answer, and they leave the set only through the log"
             );
         }
     }

@@ -160,6 +160,16 @@ impl Owner {
         self.remotes().iter().map(until).min()
     }
 
+    /// The members whose read lease is missing: nothing is answered until they renew it or have left the set.
+    pub fn unleased(&self, now: BootMs) -> Nodes {
+        let held = |node: &NodeId| {
+            self.leases
+                .get(node)
+                .is_some_and(|sent| now < sent.after(READ_LEASE_MS))
+        };
+        self.remotes().into_iter().filter(|node| !held(node)).collect()
+    }
+
     /// Takes an input; `now` is this node's boot-time clock.
     pub fn step(&mut self, now: BootMs, input: Input) -> Vec<Output> {
         let mut out = Vec::new();
