@@ -51,6 +51,8 @@ struct Shared {
     /// Where the image is; with its count of changes.
     seat: Mutex<(u64, PathBuf)>,
     stop: AtomicBool,
+    /// Whether nothing is made durable.
+    careless: AtomicBool,
     visitors: AtomicU64,
     writes: AtomicU64,
     reads: AtomicU64,
@@ -106,6 +108,7 @@ impl Clients {
             slots: (0..slots).map(|_| Slot::default()).collect(),
             seat: Mutex::new((0, socket.to_owned())),
             stop: AtomicBool::new(false),
+            careless: AtomicBool::new(false),
             visitors: AtomicU64::new(0),
             writes: AtomicU64::new(0),
             reads: AtomicU64::new(0),
@@ -127,6 +130,11 @@ impl Clients {
     pub fn go_to(&self, socket: &Path) {
         let mut seat = lock(&self.shared.seat);
         *seat = (seat.0 + 1, socket.to_owned());
+    }
+
+    /// Whether the clients ask from now on for nothing to be made durable.
+    pub fn be_careless(&self, careless: bool) {
+        self.shared.careless.store(careless, SeqCst);
     }
 
     /// What was seen so far.
@@ -311,7 +319,7 @@ impl Client {
         while !self.shared.stop.load(SeqCst) {
             step += 1;
             let result = match step % 32 {
-                0 => self.flush(),
+                0 if !self.shared.careless.load(SeqCst) => self.flush(),
                 odd if odd % 2 == 1 => self.any(true),
                 _ => self.any(false),
             };
@@ -339,7 +347,7 @@ impl Client {
             let each = WRITERS + VISITORS;
             let own = (row / each * each + self.number) % rows;
             let own = if own % each == self.number { own } else { self.number };
-            let fua = self.random(16) == 0;
+            let fua = self.random(16) == 0 && !self.shared.careless.load(SeqCst);
             self.write(own * ROW + first, count, fua)
         } else {
             self.read(row * ROW + first, count)

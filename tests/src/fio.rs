@@ -158,7 +158,13 @@ fn verify(target: &Target, bytes: u64, seed: u64) -> Result<()> {
             "--thread",
             "--iodepth=8",
         ])
-        .args(["--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--fsync=64"])
+        .args([
+            "--verify=crc32c",
+            "--do_verify=1",
+            "--verify_fatal=1",
+            "--verify_state_save=0",
+            "--fsync=64",
+        ])
         .arg(format!("--randseed={}", seed + 1))
         .arg(format!("--size={bytes}"))
         .arg(format!("--bs={READ_BYTES}"))
