@@ -97,6 +97,8 @@ pub enum Answer {
     },
     /// The disk failed; this member takes no more requests.
     Failed,
+    /// The disk has no room for a write. Of what was to be written anything may be there; everything else goes on.
+    NoRoom,
     /// Not admitted; nothing was done.
     Refused(Refusal),
 }

@@ -293,6 +293,25 @@ fn a_failed_request_ends_the_member() {
 }
 
 #[test]
+fn a_write_without_room_stays_marked_and_ends_nothing() {
+    let mut member = member();
+    member.step(request(1, now(), write(0)));
+    let out = member.step(Input::NoRoom {
+        from: node("a"),
+        id: RequestId(1),
+    });
+    assert_eq!(answer(&out), Some(&Answer::NoRoom));
+    let standing = member.standing();
+    assert!(
+        !standing.failed && standing.doubt.contains(&BlockIndex(0)),
+        "{standing:?}"
+    );
+    // A fence does not wait for it any more.
+    let out = member.step(raise(stamp(3, 30, 6), now()));
+    assert!(out.iter().any(|out| matches!(out, Output::Persist(_))), "{out:?}");
+}
+
+#[test]
 fn marks_of_an_earlier_life_say_that_writes_may_be_missing() {
     let durable = Durable {
         record: Some(record(now())),

@@ -471,3 +471,96 @@ fn a_join_up_to_the_last_block_leaves_no_run_behind_it() {
         reads.map(|(from, first, last)| (node(from), Work::Read(extent(first, last))))
     );
 }
+
+#[test]
+fn a_full_disk_beside_another_copy_leaves_the_set() {
+    let mut bench = Bench::new(&[(0, "a b")]);
+    bench.write(1, 0, 0);
+    bench.done("a", 1);
+    let smaller = published(&bench.says("b", 1, Answer::NoRoom));
+    assert_eq!(smaller.members(), nodes("a"));
+    bench.step(Input::Committed(smaller.clone()));
+    assert_eq!(acknowledged(&bench.raised("a", &smaller, 1)), [1]);
+    // It may come back: its disk is sound.
+    let join = Input::Join {
+        node: node("b"),
+        extent: extent(0, 9),
+        end: BlockIndex(9),
+        blocks: 1,
+    };
+    let out = bench.step(join);
+    assert!(published(&out).everyone().contains(&node("b")), "{out:?}");
+}
+
+#[test]
+fn the_last_copy_refuses_what_it_has_no_room_for_and_goes_on() {
+    let mut bench = Bench::new(&[(0, "a")]);
+    bench.write(1, 0, 0);
+    bench.write(2, 0, 0);
+    bench.asked();
+    assert_eq!(denied(&bench.says("a", 1, Answer::NoRoom)), [Denial::NoRoom]);
+    // What waited behind it goes on, and is done when there is room.
+    assert_eq!(acknowledged(&bench.done("a", 2)), [2]);
+    assert!(bench.owner.is_open());
+}
+
+#[test]
+fn the_last_of_several_full_copies_refuses_once_it_is_alone_in_force() {
+    let mut bench = Bench::new(&[(0, "a b")]);
+    bench.write(1, 0, 0);
+    let smaller = published(&bench.says("b", 1, Answer::NoRoom));
+    assert!(
+        denied(&bench.says("a", 1, Answer::NoRoom)).is_empty(),
+        "b is in the set still"
+    );
+    bench.step(Input::Committed(smaller.clone()));
+    bench.asked();
+    assert!(
+        denied(&bench.raised("a", &smaller, 1)).is_empty(),
+        "it is asked again under the new set"
+    );
+    assert_eq!(bench.asked(), ["a1"]);
+    assert_eq!(denied(&bench.says("a", 1, Answer::NoRoom)), [Denial::NoRoom]);
+    assert!(bench.owner.is_open());
+}
+
+#[test]
+fn a_refused_write_leaves_no_joining_node_with_what_the_set_has_not() {
+    let mut bench = Bench::new(&[(0, "a")]);
+    let join = Input::Join {
+        node: node("b"),
+        extent: extent(0, 9),
+        end: BlockIndex(9),
+        blocks: 1,
+    };
+    let adding = published(&bench.step(join));
+    bench.step(Input::Committed(adding.clone()));
+    bench.raised("a", &adding, 1);
+    bench.raised("b", &adding, 1);
+    let sent = bench.now;
+    bench.says("b", 0, Answer::Granted { sent });
+    bench.asked();
+    bench.write(1, 5, 5);
+    let id = bench
+        .asked()
+        .iter()
+        .find_map(|to| to.strip_prefix('a')?.parse().ok())
+        .unwrap();
+    let out = bench.says("a", id, Answer::NoRoom);
+    assert!(!out.iter().any(|out| matches!(out, Output::Deny { .. })), "b has it");
+    assert!(
+        out.iter().any(|out| matches!(
+            out,
+            Output::NotChanged {
+                denial: Denial::JoinerFailed,
+                ..
+            }
+        )),
+        "{out:?}"
+    );
+    let without = published(&out);
+    assert!(!without.everyone().contains(&node("b")));
+    bench.step(Input::Committed(without.clone()));
+    bench.raised("a", &without, 1);
+    assert_eq!(denied(&bench.says("a", id, Answer::NoRoom)), [Denial::NoRoom]);
+}

@@ -1,10 +1,13 @@
-//! Reads as fio makes and measures them: unbuffered, from a kernel device or over NBD.
+//! Reads as fio makes and measures them, and writes that it verifies: unbuffered, on a kernel device or over NBD.
 
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use xtask::{process, wait};
 
@@ -74,12 +77,7 @@ pub fn read(target: &Target, options: &[String]) -> Result<Measured> {
         .args(["--percentile_list=50:99", "--thread"])
         .arg(format!("--bs={READ_BYTES}"))
         .arg(format!("--ioengine={}", engine(target)));
-    match target {
-        Target::Device(device) => command.arg(format!("--filename={}", device.display())),
-        Target::Nbd { socket, export } => {
-            command.arg(format!("--uri=nbd+unix:///{export}?socket={}", socket.display()))
-        }
-    };
+    aim(&mut command, target);
     command.args(options);
     let output = tempfile::NamedTempFile::new()?;
     command.arg(format!("--output={}", output.path().display()));
@@ -113,4 +111,73 @@ pub fn read(target: &Target, options: &[String]) -> Result<Measured> {
         p99_us: number(&percentile["99.000000"], "a 99th percentile")? / 1e3,
         took_s: number(&read["runtime"], "how long it read")? / 1e3,
     })
+}
+
+/// fio writing all of a target in a random order and reading it back with checksums, again and again.
+#[derive(Debug)]
+pub struct Verifying {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<Result<u64>>,
+}
+
+impl Verifying {
+    /// Starts over the first `bytes` of a target.
+    pub fn start(target: Target, bytes: u64) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let seen = Arc::clone(&stop);
+        let thread = std::thread::spawn(move || {
+            let mut passes = 0;
+            while !seen.load(Ordering::SeqCst) {
+                verify(&target, bytes, passes)?;
+                passes += 1;
+            }
+            Ok(passes)
+        });
+        Self { stop, thread }
+    }
+
+    /// Ends it after the pass under way, and says how many there were.
+    ///
+    /// # Errors
+    /// A request failed, or read something else than was written.
+    pub fn stop(self) -> Result<u64> {
+        self.stop.store(true, Ordering::SeqCst);
+        self.thread
+            .join()
+            .unwrap_or_else(|_| bail!("the thread that runs fio panicked"))
+    }
+}
+
+fn verify(target: &Target, bytes: u64, seed: u64) -> Result<()> {
+    let mut command = Command::new("fio");
+    command
+        .args([
+            "--name=verify",
+            "--rw=randwrite",
+            "--direct=1",
+            "--thread",
+            "--iodepth=8",
+        ])
+        .args([
+            "--verify=crc32c",
+            "--do_verify=1",
+            "--verify_fatal=1",
+            "--verify_state_save=0",
+            "--fsync=64",
+        ])
+        .arg(format!("--randseed={}", seed + 1))
+        .arg(format!("--size={bytes}"))
+        .arg(format!("--bs={READ_BYTES}"))
+        .arg(format!("--ioengine={}", engine(target)));
+    aim(&mut command, target);
+    process::output(&mut command).map(drop)
+}
+
+fn aim(command: &mut Command, target: &Target) {
+    match target {
+        Target::Device(device) => command.arg(format!("--filename={}", device.display())),
+        Target::Nbd { socket, export } => {
+            command.arg(format!("--uri=nbd+unix:///{export}?socket={}", socket.display()))
+        }
+    };
 }

@@ -5,9 +5,14 @@ use anyhow::{Context, Result, ensure};
 use xtask::cluster::{Cluster, ClusterSpec, Programs};
 use xtask::process;
 
+pub mod clients;
 pub mod fio;
 pub mod load;
 pub mod memory;
+pub mod nbd;
+pub mod netns;
+pub mod store_disk;
+pub mod trial;
 
 /// Starts a cluster, or says why there can be none here.
 ///

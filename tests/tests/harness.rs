@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use hearth_tests::load::Load;
-use xtask::cluster::Nats;
+use xtask::cluster::{Host, Nats};
 use xtask::wait;
 use xtask::workspace::Workspace;
 
@@ -75,7 +75,7 @@ fn nats_server_comes_back_on_its_port() -> Result<()> {
         return Ok(());
     };
     let dir = tempfile::tempdir()?;
-    let mut nats = Nats::start(&program, dir.path())?;
+    let mut nats = Nats::start(&program, dir.path(), &Host::default())?;
     let (url, pid) = (nats.url(), nats.daemon().pid());
     nats.crash_and_restart()?;
     ensure!(nats.url() == url, "was on {url}, is on {}", nats.url());

@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use xtask::cluster::{Cluster, ClusterSpec, Hearth, Programs};
+use xtask::cluster::{Cluster, ClusterSpec, Hearth, Host, Programs};
 use xtask::process;
 
 const MIB: u64 = 1 << 20;
@@ -306,7 +306,11 @@ fn manual_pages_and_completions_know_every_command() -> Result<()> {
         hearth_tests::skip("the programs are not built");
         return Ok(());
     };
-    let hearth = Hearth::new(&programs.bin_dir.join("hearth"), "nats://127.0.0.1:1".into());
+    let hearth = Hearth::new(
+        &programs.bin_dir.join("hearth"),
+        "nats://127.0.0.1:1".into(),
+        Host::default(),
+    );
     let dir = tempfile::tempdir()?;
     hearth.text(&["man", "--dir", text(dir.path())?])?;
     for page in [

@@ -3,11 +3,11 @@
 use hearth_protocol::limits::NODE_HEALTH_MAX;
 use hearth_protocol::rpc::{ImageInfo, NodeHealth};
 use hearth_protocol::view::HealthItem;
-use hearth_protocol::{ByteLen, ImageId};
+use hearth_protocol::{ByteLen, ImageId, NodeId};
 
 use super::requests::Requests;
 use crate::store::{ImageMeta, StoreError};
-use crate::volume::{Ailment, in_words};
+use crate::volume::{Ailment, STORE_FULL, in_words};
 
 fn damaged(error: &StoreError) -> Ailment {
     Ailment {
@@ -18,11 +18,41 @@ fn damaged(error: &StoreError) -> Ailment {
     }
 }
 
+/// A copy that is out of the set for want of room.
+fn left_for_room() -> Ailment {
+    Ailment {
+        code: STORE_FULL,
+        error: false,
+        what: "the store is full, so this copy left the set, and the image goes on without it".into(),
+        fix: "Delete images or add disk space, then: hearth location add; or wait until the copy is replaced".into(),
+    }
+}
+
+/// An image whose clients wait for members.
+fn waits_for(members: &[NodeId]) -> Option<Ailment> {
+    let names: Vec<_> = members.iter().map(NodeId::as_str).collect();
+    (!names.is_empty()).then(|| Ailment {
+        code: "IMAGE_WAITS",
+        error: true,
+        what: format!("reads and writes wait: {} does not answer", names.join(", ")),
+        fix: "Start it, or bring its network back; others go on without it by themselves while the log can be written"
+            .into(),
+    })
+}
+
 impl Requests {
     /// What is wrong with an image.
     pub(super) fn ailments(&self, meta: &ImageMeta) -> Vec<Ailment> {
+        let replica = self.replica(meta.id);
+        let left = replica
+            .as_ref()
+            .filter(|replica| replica.left_for_room())
+            .map(|_| left_for_room());
         if let Some(served) = self.node.served.get(meta.id) {
-            return served.volume.ailments();
+            let waits = replica.and_then(|replica| waits_for(&replica.waits_for()));
+            let own = served.volume.ailments().into_iter();
+            let own = own.filter(|ailment| left.is_none() || ailment.code != STORE_FULL);
+            return waits.into_iter().chain(left.clone()).chain(own).collect();
         }
         if let Some(why) = self.node.waiting_why(meta.id) {
             return vec![Ailment {
@@ -31,6 +61,9 @@ impl Requests {
                 what: format!("is to be served and cannot be: {why}"),
                 fix: "Remove what stands in the way; it is tried again every 2 s".into(),
             }];
+        }
+        if let Some(left) = left {
+            return vec![left];
         }
         match self.node.store.closed(meta) {
             Ok(None) => Vec::new(),

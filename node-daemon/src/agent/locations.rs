@@ -255,10 +255,13 @@ impl Requests {
         known.owner.as_ref().map(|(node, _)| node.clone())
     }
 
-    /// Becomes the owner; tries again while members come and go.
+    /// Becomes the owner; tries again while members come and go and the owner of before does. Of two others that begin at
+    /// the same time the first one in the log goes on and the other one gives up: were both to try again, each would end
+    /// what the other began, for ever.
     pub(super) async fn own(&self, replica: &Arc<Replica>) -> Result<(Epoch, LeaseId), Failure> {
         let name = &replica.shape().name;
         let deadline = Instant::now() + TAKE_WITHIN;
+        let expected = [self.owner_of(replica.image()), Some(self.node.config.id.clone()), None];
         loop {
             let lease = LeaseId(hearth_bus::new_incarnation().0);
             let setback = match self.take(replica, lease, deadline).await? {
@@ -269,7 +272,11 @@ impl Requests {
                 Setback::Overtaken => FailureKind::Conflict,
                 _ => FailureKind::Refused,
             };
-            let again = matches!(setback, Setback::MemberLost { .. } | Setback::Overtaken);
+            let again = match setback {
+                Setback::MemberLost { .. } => true,
+                Setback::Overtaken => expected.contains(&self.owner_of(replica.image())),
+                _ => false,
+            };
             if !again || Instant::now() > deadline {
                 return Err(Failure::new(
                     kind,

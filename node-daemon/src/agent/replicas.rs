@@ -13,8 +13,8 @@ use tokio::sync::broadcast::error::RecvError;
 use super::link::Link;
 use super::node::Node;
 use super::requests::Requests;
-use crate::replica::Notice;
 use crate::replica::shape::Shape;
+use crate::replica::{Notice, Replica};
 
 /// Feeds sessions from the log.
 pub struct Feed {
@@ -187,6 +187,21 @@ fn ended(requests: &Requests, image: ImageId, denial: &Denial) {
     });
 }
 
+/// Whether the log says that an image that is to be served again is this node's. If not, it is forgotten that it is to be.
+/// The lease may be one that this node was granted when it last tried to serve the image again.
+fn is_still_owner(requests: &Requests, replica: &Replica) -> bool {
+    let (image, name) = (replica.image(), &replica.shape().name);
+    let owner = requests.owner_of(image);
+    if owner.as_ref() == Some(&requests.node.config.id) {
+        return true;
+    }
+    tracing::warn!(image = %name, ?owner, "is not served again here: it was detached or taken over meanwhile");
+    if let Err(failure) = requests.node.give_up(image) {
+        tracing::error!(image = %name, %failure, "cannot forget that an image was served");
+    }
+    false
+}
+
 /// Owns and serves again what the last process did, if nobody else took it over meanwhile.
 pub async fn resume(requests: &Requests) {
     for kept in requests.node.waiting() {
@@ -194,15 +209,7 @@ pub async fn resume(requests: &Requests) {
             continue;
         };
         let name = replica.shape().name.clone();
-        let owner = {
-            let facts = requests.link.facts();
-            facts.validity().image(kept.image).and_then(|known| known.owner.clone())
-        };
-        if owner != Some((requests.node.config.id.clone(), kept.lease)) {
-            tracing::warn!(image = %name, ?owner, "is not served again here: it was detached or taken over meanwhile");
-            if let Err(failure) = requests.node.give_up(kept.image) {
-                tracing::error!(image = %name, %failure, "cannot forget that an image was served");
-            }
+        if !is_still_owner(requests, &replica) {
             continue;
         }
         let requests = requests.clone();
@@ -221,7 +228,7 @@ pub async fn resume(requests: &Requests) {
                     Err(failure) => failure,
                 };
                 tracing::error!(image = %name, %failure, "cannot serve an image again; trying on");
-                if requests.node.waiting_why(kept.image).is_none() {
+                if requests.node.waiting_why(kept.image).is_none() || !is_still_owner(&requests, &replica) {
                     return;
                 }
                 tokio::time::sleep(super::run::RECONNECT).await;

@@ -120,8 +120,9 @@ async fn serve(node: Arc<Node>, listeners: Vec<Listener>, seen: Seen) -> anyhow:
     };
     tracing::info!(node = %node.config.id, socket = %node.config.socket.display(), heat = node.heat_source(), "serving");
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let mut agent = Box::pin(agent(Arc::clone(&node), connections, seen));
     tokio::select! {
-        () = agent(Arc::clone(&node), connections, seen) => unreachable!("the agent runs for ever"),
+        () = &mut agent => unreachable!("the agent runs for ever"),
         () = retry => unreachable!("images are waited for for ever"),
         // Without its sockets the daemon serves nobody: better started again than alive and deaf.
         ended = &mut nbd => return ended?.context("the NBD server ended by itself"),
@@ -129,19 +130,25 @@ async fn serve(node: Arc<Node>, listeners: Vec<Listener>, seen: Seen) -> anyhow:
         _ = int.recv() => {}
     }
     tracing::info!("stopping: images stay in the list of what is served, and are served again at the next start");
-    stop.notify_one();
-    nbd.await??;
-    tokio::task::spawn_blocking(move || {
-        for (_, served) in node.served.all() {
-            // This node's blocks only: the other nodes of an image may be gone, and nobody hears that any more.
-            if let Err(error) = served.volume.flush() {
-                tracing::error!(image = %served.name, %error, "the last flush failed");
+    let ending = async move {
+        stop.notify_one();
+        nbd.await??;
+        let last = move || {
+            for (_, served) in node.served.all() {
+                // This node's blocks only: the other nodes of an image may be gone.
+                if let Err(error) = served.volume.flush() {
+                    tracing::error!(image = %served.name, %error, "the last flush failed");
+                }
             }
-        }
-        node.replicas.close();
-    })
-    .await?;
-    Ok(())
+            node.replicas.close();
+        };
+        Ok(tokio::task::spawn_blocking(last).await?)
+    };
+    // What is under way may wait for a member that died, and that one leaves the set by way of the log.
+    tokio::select! {
+        () = &mut agent => unreachable!("the agent runs for ever"),
+        ended = ending => ended,
+    }
 }
 
 /// Everything that needs NATS. Images are served without it.

@@ -79,6 +79,7 @@ impl ReplicatedDisk {
 
 fn denied(denial: Denial) -> DiskError {
     match denial {
+        Denial::NoRoom => DiskError::NoSpace(denial.to_string()),
         Denial::Detached | Denial::Sealed { .. } => DiskError::ShuttingDown,
         other => DiskError::Poisoned(other.to_string()),
     }

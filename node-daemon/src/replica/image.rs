@@ -38,6 +38,14 @@ const SEAL_WITHIN: Duration = Duration::from_secs(10);
 /// Pause before a read at the destination of a hand-over is tried again.
 const READ_THROUGH_AGAIN: Duration = Duration::from_millis(20);
 
+/// Pause before a record that found no room is tried again.
+const ROOM_AGAIN: Duration = Duration::from_millis(100);
+
+/// How often one thing is told of in the journal.
+const TOLD_EVERY_MS: u64 = 10_000;
+/// How long a read lease may be missing before that is told of: a set that changes lacks one for a moment.
+const WAIT_UNTOLD_MS: u64 = 1_000;
+
 /// This node's copy.
 #[derive(Clone)]
 pub struct Copy {
@@ -121,6 +129,11 @@ pub struct Replica {
     copy: RwLock<Option<Copy>>,
     quick: Quick,
     through: Through,
+    /// Readings of the boot-time clock up to which something is not told of again.
+    full_told_until_ms: AtomicU64,
+    wait_told_until_ms: AtomicU64,
+    /// The set version recorded here when a write last found no room; 0 if none did.
+    full_at: AtomicU64,
     this: Weak<Replica>,
 }
 
@@ -153,6 +166,9 @@ impl Replica {
             copy: RwLock::new(copy),
             quick: Quick::default(),
             through: Through::default(),
+            full_told_until_ms: AtomicU64::new(0),
+            wait_told_until_ms: AtomicU64::new(0),
+            full_at: AtomicU64::new(0),
             this: this.clone(),
         })
     }
@@ -393,17 +409,28 @@ impl Replica {
                 anew,
                 piece,
             } => {
-                let done = self.perform(&work, &anew, piece);
-                let ok = done.is_ok();
-                let brought = done.unwrap_or_else(|error| {
-                    tracing::error!(image = %self.shape.name, %error, "this node's copy failed; it leaves the set");
-                    None
-                });
-                let ended = Input::Finished { from, id, ok };
+                let (ended, brought) = match self.perform(&work, &anew, piece) {
+                    Ok(brought) => (Input::Finished { from, id, ok: true }, brought),
+                    Err(error @ DiskError::NoSpace(_)) if matches!(work, Work::Write { .. }) && self.is_sound() => {
+                        self.tell_full(&error);
+                        (Input::NoRoom { from, id }, None)
+                    }
+                    Err(error) => {
+                        tracing::error!(image = %self.shape.name, %error, "this node's copy failed; it leaves the set");
+                        (Input::Finished { from, id, ok: false }, None)
+                    }
+                };
                 self.take(&mut self.core(), ended, None, brought)
             }
             Job::Persist(durable) => {
                 let put = self.around.store.put_durable(self.image, &durable);
+                if let Err(error @ StoreError::NoSpace(_)) = &put {
+                    // Nothing of it counts, so it is no failure of the disk. Until there is room this copy keeps to the
+                    // record it has, and whoever asked waits or goes on without it.
+                    tracing::warn!(image = %self.shape.name, %error, "a record waits for room in the store");
+                    std::thread::sleep(ROOM_AGAIN);
+                    return self.leave(vec![Job::Persist(durable)]);
+                }
                 if let Err(error) = &put {
                     tracing::error!(image = %self.shape.name, %error, "a record cannot be made durable here");
                 }
@@ -430,6 +457,63 @@ impl Replica {
             }
         };
         self.leave(jobs);
+    }
+
+    /// Whether this node's copy takes writes, if it has room.
+    fn is_sound(&self) -> bool {
+        self.copy().is_some_and(|copy| copy.volume.poisoned().is_none())
+    }
+
+    fn tell_full(&self, error: &DiskError) {
+        let now = boot_now();
+        let version = self.look(|session| Some(session.standing()?.record?.stamp().set_version.0));
+        self.full_at.store(version.unwrap_or(0), Ordering::Relaxed);
+        if self.full_told_until_ms.load(Ordering::Relaxed) <= now.0 {
+            self.full_told_until_ms
+                .store(now.after(TOLD_EVERY_MS).0, Ordering::Relaxed);
+            tracing::error!(
+                image = %self.shape.name, %error,
+                "the store is full: beside other copies this one leaves the set, the last one refuses writes; make room"
+            );
+        }
+    }
+
+    /// Whether this node's copy is out of the set because it had no room for a write.
+    pub fn left_for_room(&self) -> bool {
+        let full_at = self.full_at.load(Ordering::Relaxed);
+        full_at != 0
+            && self.look(|session| {
+                let recorded = session.standing().and_then(|standing| standing.record);
+                recorded.is_some_and(|record| record.stamp().set_version.0 == full_at)
+                    && !session.aggregate().record.everyone().contains(&self.around.me)
+            })
+    }
+
+    /// The members that clients of this node wait for: their read leases have been missing for a while.
+    pub fn waits_for(&self) -> Vec<NodeId> {
+        let then = BootMs(boot_now().0.saturating_sub(WAIT_UNTOLD_MS));
+        self.look(|session| match session.owner().filter(|owner| owner.is_busy()) {
+            Some(owner) => owner.unleased(then).into_iter().collect(),
+            None => Vec::new(),
+        })
+    }
+
+    /// Says in the journal whom clients wait for. Who cannot reach the other nodes may not reach NATS either, so nobody
+    /// could ask.
+    pub fn tell_waiting(&self) {
+        let now = boot_now();
+        if self.wait_told_until_ms.load(Ordering::Relaxed) > now.0 {
+            return;
+        }
+        let members = self.waits_for();
+        if !members.is_empty() {
+            self.wait_told_until_ms
+                .store(now.after(TOLD_EVERY_MS).0, Ordering::Relaxed);
+            tracing::warn!(
+                image = %self.shape.name, ?members,
+                "reads and writes wait: these members do not answer, and they leave the set only through the log"
+            );
+        }
     }
 
     /// A read at the destination of a hand-over. One that the source does not answer any more is asked here anew: then it
@@ -534,7 +618,8 @@ impl Replica {
             Work::Write { extent, .. } => {
                 // Also for a block that an earlier write has marked: that mark may still be on its way to the disk.
                 if !mutants::WRITE_UNMARKED.is_on() {
-                    copy.marks.before_write(*extent, self.around.store.incarnation())?;
+                    let marked = copy.marks.before_write(*extent, self.around.store.incarnation());
+                    marked.inspect_err(|error| copy.volume.note_refused(error))?;
                 }
                 (copy.volume, piece)
             }

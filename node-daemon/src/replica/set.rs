@@ -204,6 +204,7 @@ impl Replicas {
         for replica in self.all() {
             if replica.wake_at().is_some_and(|at| at <= now) {
                 replica.step(Input::Tick);
+                replica.tell_waiting();
             }
         }
     }

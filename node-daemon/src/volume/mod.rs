@@ -40,7 +40,7 @@ use stack::Stack;
 pub use stack::{BlockSource, NoPeers};
 pub use stats::VolumeCounters;
 use stats::{Stats, add};
-pub use trouble::{Ailment, in_words};
+pub use trouble::{Ailment, STORE_FULL, in_words};
 
 /// An image (or a sealed layer, read-only) being served.
 pub struct Volume {

@@ -56,6 +56,9 @@ impl Trouble {
     }
 }
 
+/// The code of an image whose store is full.
+pub const STORE_FULL: &str = "STORE_FULL";
+
 /// One thing that is wrong with an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ailment {
@@ -96,6 +99,11 @@ pub fn in_words(ailments: &[Ailment]) -> Option<String> {
 }
 
 impl Volume {
+    /// Counts a write that was refused before it came here.
+    pub fn note_refused(&self, err: &DiskError) {
+        self.trouble.note_write(err);
+    }
+
     /// What is wrong with the image, worst first.
     pub fn ailments(&self) -> Vec<Ailment> {
         let mut all = Vec::new();
@@ -112,7 +120,7 @@ impl Volume {
         let counts = self.trouble.counts.lock().expect("trouble lock");
         if self.trouble.full.load(Ordering::Acquire) {
             all.push(Ailment {
-                code: "STORE_FULL",
+                code: STORE_FULL,
                 error: true,
                 what: format!(
                     "the store is full: {} writes were refused since attach",

@@ -197,6 +197,7 @@ impl Member {
         match input {
             Input::Request { from, request } => self.request(from, request),
             Input::Finished { from, id, ok } => self.finished(from, id, ok),
+            Input::NoRoom { from, id } => self.no_room(from, id),
             Input::Raise { from, record, over } => self.raise(from, record, over),
             Input::Seal { grant } => self.seal(grant),
             Input::Persisted { ok } => self.persisted(ok),
@@ -327,6 +328,27 @@ impl Member {
             answer: if ok { Answer::Done } else { Answer::Failed },
             bytes,
         });
+        out.extend(self.drained());
+        out
+    }
+
+    /// The blocks stay marked: what was to be written may be there in part, and elsewhere whole.
+    fn no_room(&mut self, from: NodeId, id: RequestId) -> Vec<Output> {
+        let key = (from, id);
+        let writes = |admitted: &Admitted| matches!(admitted.work, Work::Write { .. });
+        if !self.admitted.get(&key).is_some_and(writes) {
+            return self.finished(key.0, id, false);
+        }
+        let Some(Admitted { stamp, .. }) = self.admitted.remove(&key) else {
+            return Vec::new();
+        };
+        let mut out = vec![Output::Answer {
+            to: key.0,
+            id,
+            stamp,
+            answer: Answer::NoRoom,
+            bytes: Bytes::None,
+        }];
         out.extend(self.drained());
         out
     }

@@ -28,6 +28,13 @@ pub enum Input {
         /// Whether it worked. What failed is never tried again (rule 5).
         ok: bool,
     },
+    /// An admitted write ended because the disk has no room for it. What the disk holds otherwise is sound.
+    NoRoom {
+        /// The asking node.
+        from: NodeId,
+        /// Its request.
+        id: RequestId,
+    },
     /// A record that counts in the log is to be recorded.
     Raise {
         /// Who asks.

@@ -11,6 +11,7 @@
 
 mod missed;
 mod ops;
+mod room;
 mod set;
 mod words;
 
@@ -159,6 +160,16 @@ impl Owner {
         self.remotes().iter().map(until).min()
     }
 
+    /// The members whose read lease is missing: nothing is answered until they renew it or have left the set.
+    pub fn unleased(&self, now: BootMs) -> Nodes {
+        let held = |node: &NodeId| {
+            self.leases
+                .get(node)
+                .is_some_and(|sent| now < sent.after(READ_LEASE_MS))
+        };
+        self.remotes().into_iter().filter(|node| !held(node)).collect()
+    }
+
     /// Takes an input; `now` is this node's boot-time clock.
     pub fn step(&mut self, now: BootMs, input: Input) -> Vec<Output> {
         let mut out = Vec::new();
@@ -251,6 +262,7 @@ impl Owner {
             Answer::Failed => {
                 self.give_up(from);
             }
+            Answer::NoRoom => self.no_room(from, id, stamp),
             Answer::Refused(refusal) => match refusal {
                 Refusal::EpochEnded { .. } | Refusal::OtherLease { .. } | Refusal::Sealed { .. } => {
                     self.end(Denial::Deposed, out);
@@ -326,6 +338,7 @@ impl Owner {
         self.install(out);
         self.shrink(out);
         self.resync(out);
+        self.refuse(out);
         self.acknowledge(now, out);
         self.start(now, out);
         let idle = self.ops.is_empty() && !self.is_changing();

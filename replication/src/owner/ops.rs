@@ -40,6 +40,8 @@ pub(super) struct Op {
     /// Who was sent it, under which set version.
     pub(super) sent: BTreeMap<NodeId, SetVersion>,
     pub(super) done: Nodes,
+    /// Who has no room for it and is no node that may leave.
+    pub(super) full: Nodes,
 }
 
 impl Op {
@@ -54,6 +56,7 @@ impl Op {
         self.started = false;
         self.sent.clear();
         self.done.clear();
+        self.full.clear();
         if let Kind::Copy { from, .. } = &mut self.kind {
             *from = None;
         }
@@ -89,6 +92,7 @@ impl Owner {
             started: false,
             sent: BTreeMap::new(),
             done: Nodes::new(),
+            full: Nodes::new(),
         };
         self.ops.insert(self.next, op);
         self.next = RequestId(self.next.0 + 1);
@@ -136,6 +140,7 @@ impl Owner {
         let stamp = self.record.stamp();
         if let Some(op) = self.ops.get_mut(&id) {
             op.sent.insert(to.clone(), stamp.set_version);
+            op.full.remove(&to);
         }
         let store = self.store_of(&to);
         let request = Request { id, stamp, store, work };

@@ -158,6 +158,11 @@ pub enum Denial {
     /// Too many operations wait for the image to open.
     #[error("{HELD_WRITES_MAX} operations wait for the image to open here: wait until it is open, or detach")]
     Full,
+    /// The last copy of some blocks lies on a disk that is full.
+    #[error(
+        "the last copy of these blocks has no room for the write: make room in that node's store, then write again"
+    )]
+    NoRoom,
     /// No member is left that holds what was acknowledged.
     #[error(
         "every copy of some blocks failed or started anew since this session began, so acknowledged writes may be \

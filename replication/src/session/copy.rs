@@ -112,7 +112,7 @@ impl Session {
                 },
             },
             Input::Seal { .. } => Wants::Sealed(false),
-            Input::Finished { .. } | Input::Persisted { .. } | Input::Drop { .. } => return,
+            Input::Finished { .. } | Input::NoRoom { .. } | Input::Persisted { .. } | Input::Drop { .. } => return,
         };
         self.copy_wants(output, &Bytes::None, step);
     }

@@ -194,6 +194,10 @@ impl Session {
                 let finished = member::Input::Finished { from, id, ok };
                 step.todo.push_back(Inner::Member(finished, none));
             }
+            Input::NoRoom { from, id } => {
+                let refused = member::Input::NoRoom { from, id };
+                step.todo.push_back(Inner::Member(refused, none));
+            }
             Input::Persisted { ok } => {
                 step.todo
                     .push_back(Inner::Member(member::Input::Persisted { ok }, none));

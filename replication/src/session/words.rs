@@ -107,6 +107,13 @@ pub enum Input {
         /// Whether it worked.
         ok: bool,
     },
+    /// [`Output::Perform`] of a write ended because the disk has no room for it.
+    NoRoom {
+        /// The asking node.
+        from: NodeId,
+        /// Its request.
+        id: RequestId,
+    },
     /// [`Output::Persist`] ended.
     Persisted {
         /// Whether it is on stable storage.

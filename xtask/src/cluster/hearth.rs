@@ -6,6 +6,7 @@ use std::process::Command;
 use anyhow::{Context, Result};
 use serde_json::Value;
 
+use super::host::Host;
 use crate::process;
 
 /// The `hearth` program and the cluster it talks to.
@@ -13,20 +14,22 @@ use crate::process;
 pub struct Hearth {
     program: PathBuf,
     nats: String,
+    host: Host,
 }
 
 impl Hearth {
-    /// For the cluster behind this nats-server.
-    pub fn new(program: &Path, nats: String) -> Self {
+    /// For the cluster behind this nats-server, run on a host that reaches it.
+    pub fn new(program: &Path, nats: String, host: Host) -> Self {
         Self {
             program: program.to_owned(),
             nats,
+            host,
         }
     }
 
     /// A command line, ready to run.
     pub fn command(&self, words: &[&str]) -> Command {
-        let mut command = Command::new(&self.program);
+        let mut command = self.host.command(&self.program);
         command.env("HEARTH_NATS", &self.nats).args(words);
         command
     }

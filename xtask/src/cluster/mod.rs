@@ -7,10 +7,12 @@
 
 mod daemon;
 mod hearth;
+mod host;
 mod leftovers;
 mod nats;
 
 use std::env;
+use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -22,12 +24,16 @@ use tempfile::TempDir;
 
 pub use daemon::Daemon;
 pub use hearth::Hearth;
+pub use host::Host;
 pub use nats::Nats;
 
 use crate::wait;
 
 /// Time in which all parts of a fresh cluster must have found each other.
 const READY_WITHIN: Duration = Duration::from_secs(120);
+
+/// Where a node with a host of its own listens for its peers.
+const PEER_PORT: u16 = 10_809;
 
 /// Enters the control groups named before `--` and runs what follows.
 const ENTER_GROUPS: &str =
@@ -97,6 +103,10 @@ pub struct ClusterSpec {
     pub under: Option<PathBuf>,
     /// Folders of control groups that the nodes start in, so that the groups' accounts hold them whole.
     pub node_groups: Vec<PathBuf>,
+    /// Where nats-server, the scheduler and the `hearth` command run.
+    pub control: Host,
+    /// Where the nodes run, which then speak to each other over TCP; those without a place run here, on unix sockets.
+    pub node_hosts: Vec<Host>,
 }
 
 impl Default for ClusterSpec {
@@ -109,6 +119,8 @@ impl Default for ClusterSpec {
             heat: "auto",
             under: None,
             node_groups: Vec::new(),
+            control: Host::default(),
+            node_hosts: Vec::new(),
         }
     }
 }
@@ -125,6 +137,8 @@ pub struct Cluster {
     dir: TempDir,
     programs: Programs,
     node_groups: Vec<PathBuf>,
+    control: Host,
+    node_hosts: Vec<Host>,
     hearth: Hearth,
 }
 
@@ -139,8 +153,8 @@ impl Cluster {
             .prefix("hearth-")
             .tempdir_in(&under)
             .with_context(|| format!("cannot make a folder under {}", under.display()))?;
-        let nats = Nats::start(&programs.nats_server, &dir.path().join("nats"))?;
-        let hearth = Hearth::new(&programs.path("hearth"), nats.url());
+        let nats = Nats::start(&programs.nats_server, &dir.path().join("nats"), &spec.control)?;
+        let hearth = Hearth::new(&programs.path("hearth"), nats.url(), spec.control.clone());
         let mut cluster = Self {
             nodes: Vec::new(),
             fd_holders: Vec::new(),
@@ -150,6 +164,8 @@ impl Cluster {
             dir,
             programs,
             node_groups: spec.node_groups.clone(),
+            control: spec.control.clone(),
+            node_hosts: spec.node_hosts.clone(),
             hearth,
         };
         cluster.start_scheduler()?;
@@ -232,7 +248,7 @@ impl Cluster {
     pub fn start_scheduler(&mut self) -> Result<()> {
         let dir = self.scheduler_dir();
         fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
-        let mut command = Command::new(self.programs.path("hearth-scheduler"));
+        let mut command = self.control.command(&self.programs.path("hearth-scheduler"));
         command
             .args(["--nats", &self.nats.url(), "--nats-monitor", &self.nats.monitor_url()])
             // One server keeps one copy; everything else is as in production.
@@ -344,7 +360,7 @@ impl Cluster {
             fs::create_dir_all(&part).with_context(|| format!("cannot make {}", part.display()))?;
         }
         let id = Self::node_id(index);
-        let text = format!(
+        let mut text = format!(
             "id = {id:?}\nnats = {nats:?}\nstore_dir = {store:?}\nram_bytes = {ram}\nfront_percent = {front}\n\
              socket = {socket:?}\nfd_holder = {fds:?}\ndevice_link_root = {links:?}\n\
              mount_root = {mounts:?}\nheat = {heat:?}\nfault_domain = \"rack-{rack}\"\n",
@@ -359,6 +375,9 @@ impl Cluster {
             heat = spec.heat,
             rack = index + 1,
         );
+        if let Some(host) = self.node_hosts.get(index) {
+            let _ = writeln!(text, "peer_listen = \"tcp:{}:{PEER_PORT}\"", host.address());
+        }
         let path = dir.join("node.toml");
         fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
         Ok(path)
@@ -366,11 +385,12 @@ impl Cluster {
 
     fn launch_node(&self, index: usize, config: &Path) -> Result<Daemon> {
         let program = self.programs.path("hearth-node");
+        let host = self.node_hosts.get(index).cloned().unwrap_or_default();
         let mut command = if self.node_groups.is_empty() {
-            Command::new(program)
+            host.command(&program)
         } else {
             // The shell moves itself into the groups and becomes the daemon: the same process.
-            let mut shell = Command::new("sh");
+            let mut shell = host.command(Path::new("sh"));
             shell.args(["-c", ENTER_GROUPS, "sh"]).args(&self.node_groups);
             shell.arg("--").arg(program);
             shell

@@ -1,14 +1,14 @@
-//! A nats-server of our own: loopback, a free port, and every acknowledged message on disk.
+//! A nats-server of our own: a loopback address, a free port, and every acknowledged message on disk.
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde_json::Value;
 
 use super::daemon::Daemon;
+use super::host::Host;
 use crate::wait;
 
 const START_WITHIN: Duration = Duration::from_secs(20);
@@ -25,6 +25,7 @@ struct Ports {
 pub struct Nats {
     program: PathBuf,
     dir: PathBuf,
+    host: Host,
     ports: Ports,
     daemon: Daemon,
 }
@@ -34,12 +35,13 @@ impl Nats {
     ///
     /// # Errors
     /// It does not start; its log is in the text.
-    pub fn start(program: &Path, dir: &Path) -> Result<Self> {
+    pub fn start(program: &Path, dir: &Path, host: &Host) -> Result<Self> {
         fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
-        let (daemon, ports) = launch(program, dir, Ports::default())?;
+        let (daemon, ports) = launch(program, dir, host, Ports::default())?;
         Ok(Self {
             program: program.to_owned(),
             dir: dir.to_owned(),
+            host: host.clone(),
             ports,
             daemon,
         })
@@ -47,12 +49,12 @@ impl Nats {
 
     /// Where it listens.
     pub fn url(&self) -> String {
-        format!("nats://127.0.0.1:{}", self.ports.clients)
+        format!("nats://{}:{}", self.host.address(), self.ports.clients)
     }
 
     /// Where it tells its settings.
     pub fn monitor_url(&self) -> String {
-        format!("http://127.0.0.1:{}", self.ports.monitor)
+        format!("http://{}:{}", self.host.address(), self.ports.monitor)
     }
 
     /// The process.
@@ -75,17 +77,18 @@ impl Nats {
     pub fn crash_and_restart_after(&mut self, meanwhile: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
         self.daemon.kill()?;
         meanwhile(&self.dir.join("streams"))?;
-        (self.daemon, self.ports) = launch(&self.program, &self.dir, self.ports)?;
+        (self.daemon, self.ports) = launch(&self.program, &self.dir, &self.host, self.ports)?;
         Ok(())
     }
 }
 
-fn launch(program: &Path, dir: &Path, ports: Ports) -> Result<(Daemon, Ports)> {
+fn launch(program: &Path, dir: &Path, host: &Host, ports: Ports) -> Result<(Daemon, Ports)> {
     let config = dir.join("nats.conf");
     let any = |port: u16| if port == 0 { "-1".to_owned() } else { port.to_string() };
     let text = format!(
-        "listen: \"127.0.0.1:{clients}\"\nhttp: \"127.0.0.1:{monitor}\"\nserver_name: hearth\n\
+        "listen: \"{address}:{clients}\"\nhttp: \"{address}:{monitor}\"\nserver_name: hearth\n\
          ports_file_dir: {dir:?}\njetstream {{ store_dir: {store:?}, sync_interval: always }}\n",
+        address = host.address(),
         clients = any(ports.clients),
         monitor = any(ports.monitor),
         store = dir.join("streams"),
@@ -93,7 +96,7 @@ fn launch(program: &Path, dir: &Path, ports: Ports) -> Result<(Daemon, Ports)> {
     fs::write(&config, text).with_context(|| format!("cannot write {}", config.display()))?;
     let mut daemon = Daemon::start(
         "nats-server",
-        Command::new(program).arg("--config").arg(&config),
+        host.command(program).arg("--config").arg(&config),
         &dir.join("nats.log"),
     )?;
     let file = dir.join(format!("nats-server_{}.ports", daemon.pid()));

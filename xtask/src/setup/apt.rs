@@ -66,6 +66,8 @@ const PACKAGES: &[Package] = &[
         Needed::ByTests,
     ),
     program("fio", "fio", "load with verification", Needed::ByTests),
+    program("iproute2", "ip", "networks that tests take apart", Needed::ByTests),
+    program("nftables", "nft", "networks that tests take apart", Needed::ByTests),
 ];
 
 pub(super) fn missing(workspace: &Workspace, purpose: Purpose) -> Vec<Missing> {
