@@ -34,6 +34,13 @@ pub(crate) struct Short {
     pub fell: At,
     /// Nodes that were members and are none any more.
     pub lost: Nodes,
+    /// An operator asked for more since it last had as many as wanted.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub asked: bool,
+}
+
+fn is_false(flag: &bool) -> bool {
+    !flag
 }
 
 /// An order to replicate that has not shown in the record yet.
@@ -104,6 +111,7 @@ impl Repairs {
             since: at,
             fell: at,
             lost: Nodes::new(),
+            asked: false,
         });
         if after.fewest < short.fewest {
             short.fell = at;
@@ -111,6 +119,22 @@ impl Repairs {
         short.fewest = after.fewest;
         short.lost.extend(before.members.difference(&after.members).cloned());
         short.lost.retain(|node| !after.members.contains(node));
+    }
+
+    /// An operator wants another number of replicas. More are made at once: nobody is expected back.
+    pub(crate) fn wanted(&mut self, id: ImageId, replicas: &Replicas, at: At) {
+        if replicas.fewest >= replicas.wanted {
+            self.short.remove(&id);
+            return;
+        }
+        let short = self.short.entry(id).or_insert_with(|| Short {
+            fewest: replicas.fewest,
+            since: at,
+            fell: at,
+            lost: Nodes::new(),
+            asked: true,
+        });
+        short.asked = true;
     }
 
     /// An image has another owner: what the one before was told counts no more.

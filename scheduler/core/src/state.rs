@@ -11,7 +11,7 @@ use hearth_protocol::heat::{LatencySummary, TierUse};
 use hearth_protocol::limits::{ABSENT_AFTER_TICKS, TICK_MS};
 use hearth_protocol::policy::TierPolicy;
 use hearth_protocol::publishers::{Arrival, Publishers};
-use hearth_protocol::validity::{Validity, Verdict};
+use hearth_protocol::validity::{self, Validity, Verdict};
 use hearth_protocol::view::Totals;
 use hearth_protocol::{
     BlockIndex, ByteLen, CommandId, Envelope, Event, HeatScore, ImageId, ImageName, Incarnation, LayerId, NodeId,
@@ -22,6 +22,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use crate::blocks::{HeatAt, NodeBlocks, Place};
 use crate::catalog::{Catalog, LastWindow};
 use crate::decay::{DecayClock, Weight, shifted};
+use crate::marks::Marks;
 use crate::mutants;
 use crate::orders::{Given, Orders};
 use crate::repairs::{At, Repairs};
@@ -134,6 +135,8 @@ pub(crate) struct Facts {
     pub decisions: [u8; 32],
     #[serde(default, skip_serializing_if = "Repairs::is_none")]
     pub repairs: Repairs,
+    #[serde(default, skip_serializing_if = "Marks::is_none")]
+    pub marks: Marks,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -172,6 +175,7 @@ impl Default for State {
                     commanded_last: None,
                     decisions: [0; 32],
                     repairs: Repairs::default(),
+                    marks: Marks::default(),
                 },
                 blocks: BTreeMap::new(),
             },
@@ -200,6 +204,15 @@ impl Facts {
     /// What the promotion threshold weighs now.
     fn threshold(&self) -> Weight {
         self.clock.weight(HeatScore::whole(self.policy.threshold_bursts))
+    }
+
+    /// When an event at this position came to be.
+    pub(crate) fn now(&self, seq: Seq) -> At {
+        At {
+            seq,
+            tick: self.tick,
+            time: self.time,
+        }
     }
 
     /// Whether a node reported lately and did not leave.
@@ -238,6 +251,9 @@ impl State {
                 Event::PolicySet { policy, .. } if policy.check().is_err() => {
                     Some("the policy breaks the rules for its numbers")
                 }
+                other if validity::marked(other).is_some_and(|node| !facts.nodes.contains_key(node)) => {
+                    Some(validity::NO_SUCH_NODE)
+                }
                 _ => None,
             },
         };
@@ -268,11 +284,7 @@ impl State {
                 }
             }
             Event::LocationsChanged { image, change } => {
-                let at = At {
-                    seq,
-                    tick: facts.tick,
-                    time: facts.time,
-                };
+                let at = facts.now(seq);
                 let before = facts.catalog.images.get(image).map(|i| (i.epoch, i.replicas.clone()));
                 if let (Some(top), Some(on)) = (facts.catalog.located(*image, change), blocks.get_mut(&change.by)) {
                     on.layer_out(top);
@@ -299,6 +311,16 @@ impl State {
                 sealed,
                 top,
             } => facts.catalog.resized(*image, *size, *sealed, *top),
+            Event::ReplicasSet { image, wanted } => {
+                let at = facts.now(seq);
+                let replicas = facts.catalog.images.get_mut(image).and_then(|i| i.replicas.as_mut());
+                if let Some(replicas) = replicas {
+                    replicas.wanted = *wanted;
+                    facts.repairs.wanted(*image, replicas, at);
+                }
+            }
+            Event::NodeDrainSet { node, draining, .. } => facts.marks.drain(node, *draining, facts.now(seq)),
+            Event::FaultDomainSet { node, fault_domain, .. } => facts.marks.place(node, fault_domain, facts.now(seq)),
             Event::ImageExported { .. } => {}
             Event::SnapshotDeleted { image, name } => facts.catalog.snapshot_deleted(*image, name),
             Event::ImageDeleted { image } => {
@@ -674,6 +696,11 @@ impl State {
             .nodes
             .get(node)
             .map(|n| (n.joined.incarnation, n.report_seq))
+    }
+
+    /// Whether a node of that id ever joined.
+    pub fn knows_node(&self, node: &NodeId) -> bool {
+        self.data.facts.nodes.contains_key(node)
     }
 
     /// The image of that name.

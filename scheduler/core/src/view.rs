@@ -6,15 +6,17 @@ use hearth_protocol::chain::hex;
 use hearth_protocol::limits::{ABSENT_AFTER_TICKS, DEGRADED_IN_VIEW_MAX, TICK_MS};
 use hearth_protocol::record::Nodes;
 use hearth_protocol::view::{
-    ClusterView, DecisionView, HealthItem, HeatCell, ImageHeatView, ImageView, NodeView, ReplicasView,
+    ClusterView, DecisionView, DrainView, HealthItem, HeatCell, ImageHeatView, ImageView, NodeView, ReplicasView,
 };
-use hearth_protocol::{BlockIndex, ByteLen, HeatScore, ImageId};
+use hearth_protocol::{BlockIndex, ByteLen, HeatScore, ImageId, NodeId};
 
 use crate::blocks::Place;
 use crate::catalog::{Image, Replicas};
+use crate::place::held;
 use crate::policy::repair::{Standing, has_place, standing};
 use crate::repairs::Short;
 use crate::state::{Facts, State};
+use crate::stop::draining;
 
 /// Ticks for which a loss of samples stays a health item.
 const LOSS_SHOWN_TICKS: u64 = 60;
@@ -26,6 +28,7 @@ pub fn view(state: &State) -> ClusterView {
     for image in facts.catalog.images.values().filter(|i| i.attached) {
         *attached.entry(&image.node).or_default() += 1;
     }
+    let (held, drains) = (held(facts), draining(facts));
     let nodes = facts
         .nodes
         .iter()
@@ -40,7 +43,7 @@ pub fn view(state: &State) -> ClusterView {
                 id: id.clone(),
                 present: facts.present(node),
                 last_report: node.last_report,
-                fault_domain: node.joined.fault_domain.clone(),
+                fault_domain: facts.fault_domain(id).to_owned(),
                 tier,
                 heat_source: node.joined.heat_source.clone(),
                 probe_events_total: node.probe_events_total,
@@ -48,6 +51,8 @@ pub fn view(state: &State) -> ClusterView {
                 in_flight: ByteLen(state.data.blocks.get(id).map_or(0, |b| b.arriving_bytes)),
                 images: attached.get(id).copied().unwrap_or(0),
                 disk_read: node.disk_read,
+                held: ByteLen(held.get(id).copied().unwrap_or(0)),
+                drain: drains.get(id).copied(),
             }
         })
         .collect();
@@ -260,6 +265,31 @@ fn degraded_fix(facts: &Facts, id: ImageId, image: &Image, replicas: &Replicas, 
     }
 }
 
+fn drain_words(facts: &Facts, node: &NodeId, view: &DrainView) -> (String, String) {
+    let since = view.since;
+    if view.is_done() {
+        return (
+            format!("node {node} drains since tick {since} and holds nothing any more"),
+            format!("stop it, or hearth node undrain {node}"),
+        );
+    }
+    let DrainView {
+        replicas, owned, alone, ..
+    } = view;
+    let message = format!(
+        "node {node} drains since tick {since}: {replicas} replicas to move, {owned} images owned there or by nobody, \
+         {alone} without a copy elsewhere"
+    );
+    let fix = if *owned > 0 || *alone > 0 {
+        format!("hearth node ok-to-stop {node} says what to do for each image")
+    } else if facts.takers().next().is_none() {
+        "add a node: none of those that are there can take a replica".into()
+    } else {
+        "nothing: they are moved a few at a time".into()
+    };
+    (message, fix)
+}
+
 /// What is wrong, errors before warnings, then by code and text.
 fn health(facts: &Facts) -> Vec<HealthItem> {
     let mut items = Vec::new();
@@ -319,6 +349,10 @@ fn health(facts: &Facts) -> Vec<HealthItem> {
         }
     }
     degraded(facts, &mut add);
+    for (node, view) in draining(facts) {
+        let (message, fix) = drain_words(facts, node, &view);
+        add("NODE_DRAINING", false, message, fix);
+    }
     if facts.odd.damaged_packs > 0 {
         add(
             "HEAT_DAMAGED",

@@ -70,8 +70,11 @@ pub(crate) enum Standing {
 }
 
 /// The grace time of an image, and since when it runs. There are two clocks, a long one since the first member went and a
-/// short one since one is left: what ends first counts.
+/// short one since one is left: what ends first counts. Where an operator asked for more, nobody is waited for.
 fn grace(short: &Short) -> (u64, At) {
+    if short.asked {
+        return (0, short.since);
+    }
     let ends = |(ticks, at): &(u64, At)| at.tick.0.saturating_add(*ticks);
     let long = (GRACE_TICKS, short.since);
     let last = (GRACE_TICKS_LAST, short.fell);
@@ -183,7 +186,7 @@ pub(crate) fn decide(facts: &Facts) -> Vec<Command> {
     commands
 }
 
-/// The nodes that are there, and what lies on all.
+/// The nodes that can take a replica, and what lies on all.
 struct Places<'a> {
     present: Vec<(&'a NodeId, &'a str)>,
     /// Counted when the first replica is placed: it costs a pass over all images.
@@ -192,11 +195,8 @@ struct Places<'a> {
 
 impl<'a> Places<'a> {
     fn of(facts: &'a Facts) -> Self {
-        let present = facts.nodes.iter().filter(|(_, node)| facts.present(node));
         Self {
-            present: present
-                .map(|(id, node)| (id, node.joined.fault_domain.as_str()))
-                .collect(),
+            present: facts.takers().collect(),
             held: None,
         }
     }
@@ -243,10 +243,7 @@ impl<'a> Wanted<'a> {
             return None;
         }
         let held = places.held.get_or_insert_with(|| held(facts));
-        let domains = || {
-            let known = run.members.iter().filter_map(|node| facts.nodes.get(node));
-            known.map(|node| node.joined.fault_domain.as_str())
-        };
+        let domains = || run.members.iter().map(|node| facts.fault_domain(node));
         let mut free: Vec<Rank<'a>> = Vec::new();
         let mut lost: Vec<(&'a NodeId, &str)> = Vec::new();
         for (node, domain) in places.present.iter().filter(|(node, _)| !run.members.contains(*node)) {
@@ -268,13 +265,11 @@ impl<'a> Wanted<'a> {
         let best = *free.first()?;
         let mut told: Vec<(&NodeId, &str)> = free[1..].iter().map(|rank| (rank.3, why_lost(&best, rank))).collect();
         told.extend(lost);
-        told.extend(
-            facts
-                .nodes
-                .iter()
-                .filter(|(_, node)| !facts.present(node))
-                .map(|(id, _)| (id, "absent")),
-        );
+        let away = facts.nodes.iter().filter_map(|(id, node)| match facts.present(node) {
+            false => Some((id, "absent")),
+            true => facts.drains(id).then_some((id, "draining")),
+        });
+        told.extend(away);
         told.retain(|(node, _)| !run.members.contains(*node));
         // Who had the replica that is missing is asked after first.
         told.sort_by_key(|(node, _)| !self.short.lost.contains(*node));
@@ -309,6 +304,7 @@ impl<'a> Wanted<'a> {
                 to: best.3.clone(),
                 blocks,
                 bytes,
+                replaces: None,
             },
             reason: Reason {
                 rule: REPLICATE.into(),
@@ -341,9 +337,10 @@ fn why_lost(best: &Rank<'_>, other: &Rank<'_>) -> &'static str {
     }
 }
 
-/// Whether some present node could take a replica of a degraded image, now or after its rest.
+/// Whether some node could take a replica of a degraded image, now or after its rest.
 pub(crate) fn has_place(facts: &Facts, image: &Image) -> bool {
     let members = image.replicas.as_ref().map(|replicas| &replicas.members);
-    let mut present = facts.nodes.iter().filter(|(_, node)| facts.present(node));
-    present.any(|(id, _)| members.is_some_and(|members| !members.contains(id)))
+    facts
+        .takers()
+        .any(|(id, _)| members.is_some_and(|members| !members.contains(id)))
 }
