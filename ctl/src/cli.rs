@@ -303,8 +303,8 @@ systems in it are grown in the guest."
     },
     /// Sets how many nodes hold an image with replicas, while its guest goes on
     #[command(
-        after_help = "More: the scheduler has other nodes hold it at once. Fewer: it has the farthest copies dropped, one \
-after the other, never the owner's. Both need the image attached."
+        after_help = "More: the scheduler has other nodes hold it at once. Fewer: it has those dropped that are \
+missed least, one after the other, never the owner's. Both need the image attached."
     )]
     Set {
         /// The image
@@ -680,7 +680,7 @@ pub struct Replay {
 /// Operations on policies
 #[derive(Debug, Subcommand)]
 pub enum Policy {
-    /// The policy in force
+    /// The policy in force, and what moves of replicas won and cost
     Show,
     /// Changes the tier policy
     Set {

@@ -38,6 +38,30 @@ pub struct ClusterView {
     pub policy: (u64, TierPolicy),
     /// Counters since the log began.
     pub totals: Totals,
+    /// What moves of replicas won and cost, by rule; rules that moved nothing are left out.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub moves: Vec<MoveAccount>,
+}
+
+/// The pay-back ledger of one rule that moves replicas. Gains are in the rule's unit: replicas for `drain`, replicas
+/// that share a fault domain no more for `spread`, bytes nearer to balance for `rebalance`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MoveAccount {
+    /// The rule, such as `spread/replicate`.
+    pub rule: String,
+    /// Moves done.
+    pub done: u64,
+    /// Moves that came to nothing.
+    pub failed: u64,
+    /// Bytes copied by those done, at most.
+    pub bytes: ByteLen,
+    /// What the moves promised whose time to prove it is over.
+    pub predicted: u64,
+    /// What of it lasted.
+    pub realised: u64,
+    /// The last tick in which the rule is off, because its moves did not last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub off_until: Option<TickNo>,
 }
 
 /// Counters since the log began.

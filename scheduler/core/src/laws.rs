@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use hearth_protocol::command::{Alternative, Demotion, LostNode, Order, Outcome, Promotion, Reason};
 use hearth_protocol::heat::{BlockHeat, PackedHeat, TierUse};
 use hearth_protocol::policy::TierPolicy;
-use hearth_protocol::record::{Extent, Run};
+use hearth_protocol::record::{Extent, Record, Run};
 use hearth_protocol::{
     BlockIndex, ByteLen, Command, CommandId, Envelope, Epoch, Event, HeatScore, ImageId, Incarnation, LayerId, LeaseId,
     NodeId, Publisher, Seq, SetVersion, Term, TickNo, WallMs,
@@ -23,7 +23,7 @@ pub(crate) mod sim;
 
 use sim::{BLOCK, Sim, node_id};
 
-const NODES: [&str; 3] = ["n1", "n2", "n3"];
+const NODES: [&str; 4] = ["n1", "n2", "n3", "n4"];
 
 /// One thing that happens. Small ids, so that they meet; numbers from the edges, so that they overflow if they can.
 #[derive(Debug, Clone)]
@@ -570,8 +570,14 @@ fn check_decisions(state: &State) {
                 assert!(!promoted.contains_key(&command.node), "a demotion after a promotion");
                 *demoted.entry(&command.node).or_default() += bytes.0;
             }
+            Order::Replicate {
+                image,
+                to,
+                replaces: Some(from),
+                ..
+            } => check_move(facts, &command.node, *image, from, to),
             Order::Replicate { image, to, .. } => check_replicate(facts, &command.node, *image, to),
-            Order::Drop { .. } => panic!("nothing drops a replica"),
+            Order::Drop { image, from, keep, .. } => check_drop(facts, &command.node, *image, from, *keep),
         }
     }
     let targets: Vec<&NodeId> = commands
@@ -598,26 +604,57 @@ fn check_decisions(state: &State) {
     }
 }
 
-/// What every order to replicate keeps to.
-fn check_replicate(facts: &Facts, owner: &NodeId, image: ImageId, to: &NodeId) {
-    let is_present = |node: &NodeId| facts.nodes.get(node).is_some_and(|known| facts.present(known));
+/// What every order about a replica keeps to; the image's record.
+fn check_owned<'a>(facts: &'a Facts, owner: &NodeId, image: ImageId) -> &'a Record {
     let known = &facts.catalog.images[&image];
+    let is_present = facts.nodes.get(owner).is_some_and(|node| facts.present(node));
     assert!(
-        known.attached && known.node == *owner && is_present(owner),
+        known.attached && known.node == *owner && is_present,
         "nobody could copy it"
     );
-    assert!(
-        is_present(to) && !facts.drains(to),
-        "a node that is not there gets a replica"
-    );
     let record = &facts.validity.image(image).unwrap().locations.as_ref().unwrap().record;
+    assert!(
+        record.runs().iter().all(|run| run.joiners.is_empty()),
+        "two changes at once"
+    );
+    record
+}
+
+fn takes(facts: &Facts, node: &NodeId) -> bool {
+    facts.takers().any(|(taker, _)| taker == node)
+}
+
+/// What every order to move a replica keeps to.
+fn check_move(facts: &Facts, owner: &NodeId, image: ImageId, from: &NodeId, to: &NodeId) {
+    let record = check_owned(facts, owner, image);
+    assert!(takes(facts, to), "a node that takes nothing gets a replica");
+    assert!(from != owner, "the owner's copy moves");
+    assert!(record.members().contains(from) && !record.everyone().contains(to));
+    let wanted = facts.catalog.images[&image].replicas.as_ref().unwrap().wanted;
+    let has_all = |run: &Run| run.members.len() as u64 >= wanted;
+    assert!(record.runs().iter().all(has_all), "a degraded image moves");
+}
+
+/// What every order to drop a replica keeps to.
+fn check_drop(facts: &Facts, owner: &NodeId, image: ImageId, from: &NodeId, keep: u64) {
+    let record = check_owned(facts, owner, image);
+    let wanted = facts.catalog.images[&image].replicas.as_ref().unwrap().wanted;
+    assert!(keep >= 1 && keep == wanted && from != owner);
+    let left = |run: &Run| run.members.iter().filter(|node| *node != from).count() as u64;
+    assert!(
+        record.runs().iter().all(|run| left(run) >= keep),
+        "too few would be left"
+    );
+}
+
+/// What every order to replicate keeps to.
+fn check_replicate(facts: &Facts, owner: &NodeId, image: ImageId, to: &NodeId) {
+    let record = check_owned(facts, owner, image);
+    let known = &facts.catalog.images[&image];
+    assert!(takes(facts, to), "a node that takes nothing gets a replica");
     let wanted = known.replicas.as_ref().unwrap().wanted;
     let is_short = |run: &Run| (run.members.len() as u64) < wanted && !run.members.contains(to);
     assert!(record.runs().iter().any(is_short), "a replica too many");
-    assert!(
-        record.runs().iter().all(|run| run.joiners.is_empty()),
-        "two joiners at once"
-    );
     let short = &facts.repairs.short[&image];
     let over = |ticks: u64, tick: TickNo| facts.tick.0 - tick.0 >= ticks;
     let last = short.fewest == 1 && over(GRACE_TICKS_LAST, short.fell.tick);

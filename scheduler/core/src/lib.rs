@@ -7,7 +7,7 @@
 //!
 //! Where things are: [`State`] and its fold in `state`, per-block heat and places in `blocks`, integer decay in
 //! `decay`, images and layers in `catalog`, commands in flight in `orders`, where new replicas go in `place`, what
-//! operators said of nodes in `marks`, what repair remembers in `repairs`, whether a node may stop in `stop`, what moves and
+//! operators said of nodes in `marks`, what repair remembers in `repairs`, what moves of replicas leave behind in `moves`, whether a node may stop in `stop`, what moves and
 //! why in [`policy`], what people see in [`view()`], re-derivation in
 //! [`replay`], explanations in [`why`].
 
@@ -25,6 +25,7 @@ mod digest;
 #[cfg(test)]
 mod laws;
 mod marks;
+mod moves;
 pub mod mutants;
 mod orders;
 mod place;

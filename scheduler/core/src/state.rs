@@ -23,6 +23,7 @@ use crate::blocks::{HeatAt, NodeBlocks, Place};
 use crate::catalog::{Catalog, LastWindow};
 use crate::decay::{DecayClock, Weight, shifted};
 use crate::marks::Marks;
+use crate::moves::Moves;
 use crate::mutants;
 use crate::orders::{Given, Orders};
 use crate::repairs::{At, Repairs};
@@ -137,6 +138,8 @@ pub(crate) struct Facts {
     pub repairs: Repairs,
     #[serde(default, skip_serializing_if = "Marks::is_none")]
     pub marks: Marks,
+    #[serde(default, skip_serializing_if = "Moves::is_none")]
+    pub moves: Moves,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -176,6 +179,7 @@ impl Default for State {
                     decisions: [0; 32],
                     repairs: Repairs::default(),
                     marks: Marks::default(),
+                    moves: Moves::default(),
                 },
                 blocks: BTreeMap::new(),
             },
@@ -292,9 +296,11 @@ impl State {
                 if let (Some((epoch, Some(before))), Some(after)) = (before, facts.catalog.images.get(image)) {
                     if epoch != after.epoch {
                         facts.repairs.owner_changed(*image);
+                        facts.moves.owner_changed(*image);
                     }
                     if let Some(replicas) = &after.replicas {
                         facts.repairs.located(*image, &before, replicas, at);
+                        facts.moves.located(*image, after, &change.to, at);
                     }
                 }
             }
@@ -317,6 +323,7 @@ impl State {
                 if let Some(replicas) = replicas {
                     replicas.wanted = *wanted;
                     facts.repairs.wanted(*image, replicas, at);
+                    facts.moves.wanted(*image, replicas, at);
                 }
             }
             Event::NodeDrainSet { node, draining, .. } => facts.marks.drain(node, *draining, facts.now(seq)),
@@ -325,6 +332,7 @@ impl State {
             Event::SnapshotDeleted { image, name } => facts.catalog.snapshot_deleted(*image, name),
             Event::ImageDeleted { image } => {
                 facts.repairs.deleted(*image);
+                facts.moves.deleted(*image);
                 for layer in facts.catalog.deleted(*image) {
                     blocks.values_mut().for_each(|b| b.forget_layer(layer));
                 }
@@ -348,7 +356,7 @@ impl State {
                 }
             }
             Event::TermStarted { .. } => {
-                if facts.catalog.images.values().any(|image| image.replicas.is_some()) {
+                if facts.catalog.has_replicas() {
                     facts.repairs.led_since = facts.tick;
                 }
             }
@@ -372,6 +380,9 @@ impl State {
             if let Some(blocks) = blocks.get_mut(&joined.node) {
                 blocks.all_out();
             }
+        }
+        if restarted && facts.catalog.has_replicas() {
+            facts.moves.came.insert(joined.node.clone(), facts.tick);
         }
         let report_seq = match facts.nodes.get(&joined.node) {
             Some(known) if !restarted => known.report_seq,
@@ -405,6 +416,7 @@ impl State {
         facts.tick_ms = step.min(TICK_MS);
         let threshold = facts.threshold();
         let shift = facts.clock.advance(step);
+        facts.moves.ticked(tick, &facts.catalog.images);
         facts.floor = shift.map_or(threshold, |bits| shifted(threshold, bits)).max(1);
         let floor = facts.floor;
         for (node, blocks) in blocks.iter_mut() {
@@ -462,6 +474,10 @@ impl State {
         if heat.reports.0 <= node.report_seq {
             facts.totals.repeats += 1;
             return;
+        }
+        let was_away = node.left || tick.0.saturating_sub(node.last_report.0) > ABSENT_AFTER_TICKS;
+        if was_away && facts.catalog.has_replicas() {
+            facts.moves.came.insert(heat.node.clone(), tick);
         }
         facts.totals.report_gaps = facts.totals.report_gaps.saturating_add(heat.gap);
         node.report_seq = heat.reports.1.max(heat.reports.0);
@@ -546,9 +562,15 @@ impl State {
             .or_else(|| facts.catalog.layers.get(&layer).map(|l| l.block_size.0));
         facts.decisions = crate::digest::chain_decision(&facts.decisions, command);
         let new = facts.orders.give(seq, facts.time, command, block_bytes.unwrap_or(0));
-        if let Order::Replicate { image, to, .. } = &command.order {
-            if new && facts.catalog.images.contains_key(image) {
-                facts.repairs.given(*image, command, to, facts.tick);
+        if let Order::Replicate { image, .. } | Order::Drop { image, .. } = &command.order {
+            let at = facts.now(seq);
+            if let Some(known) = facts.catalog.images.get(image).filter(|_| new) {
+                if let Order::Replicate { to, .. } = &command.order {
+                    facts.repairs.given(*image, command, to, facts.tick);
+                }
+                if let Some(replicas) = &known.replicas {
+                    facts.moves.given(*image, command, replicas, at);
+                }
             }
             return;
         }
@@ -577,6 +599,7 @@ impl State {
         let Data { facts, blocks } = &mut self.data;
         if let Some(image) = given.replicates {
             facts.repairs.finished(image, id, outcome, facts.tick);
+            facts.moves.finished(image, id, outcome, facts.tick);
             return;
         }
         if let Outcome::Done { done, skipped, .. } = outcome {
@@ -651,7 +674,9 @@ impl State {
     /// The commands that the policies want now. Called after a valid tick; the order is fixed.
     pub fn decide(&self) -> Vec<Command> {
         let mut commands = crate::policy::tier::decide(&self.data);
-        commands.extend(crate::policy::repair::decide(&self.data.facts));
+        let repairs = crate::policy::repair::decide(&self.data.facts);
+        let moves = crate::policy::moves::decide(&self.data.facts, &repairs);
+        commands.extend(repairs.into_iter().chain(moves));
         if mutants::is_on("hash-order") {
             return mutants::in_hash_order(commands);
         }

@@ -6,12 +6,14 @@ use hearth_protocol::chain::hex;
 use hearth_protocol::limits::{ABSENT_AFTER_TICKS, DEGRADED_IN_VIEW_MAX, TICK_MS};
 use hearth_protocol::record::Nodes;
 use hearth_protocol::view::{
-    ClusterView, DecisionView, DrainView, HealthItem, HeatCell, ImageHeatView, ImageView, NodeView, ReplicasView,
+    ClusterView, DecisionView, DrainView, HealthItem, HeatCell, ImageHeatView, ImageView, MoveAccount, NodeView,
+    ReplicasView,
 };
 use hearth_protocol::{BlockIndex, ByteLen, HeatScore, ImageId, NodeId};
 
 use crate::blocks::Place;
 use crate::catalog::{Image, Replicas};
+use crate::moves::{Account, Rule};
 use crate::place::held;
 use crate::policy::repair::{Standing, has_place, standing};
 use crate::repairs::Short;
@@ -108,7 +110,21 @@ pub fn view(state: &State) -> ClusterView {
         health: health(facts),
         policy: (facts.policy_version, facts.policy.clone()),
         totals: facts.totals,
+        moves: move_accounts(facts),
     }
+}
+
+fn move_accounts(facts: &Facts) -> Vec<MoveAccount> {
+    let of = |(rule, account): (&Rule, &Account)| MoveAccount {
+        rule: rule.name().into(),
+        done: account.done,
+        failed: account.failed,
+        bytes: ByteLen(account.bytes),
+        predicted: account.predicted,
+        realised: account.realised,
+        off_until: facts.moves.is_off(*rule, facts.tick).then_some(account.off_until),
+    };
+    facts.moves.ledger.iter().map(of).collect()
 }
 
 /// Ticks for which a report speaks for the present: nodes and leader count their seconds each by itself, so every now
@@ -265,6 +281,50 @@ fn degraded_fix(facts: &Facts, id: ImageId, image: &Image, replicas: &Replicas, 
     }
 }
 
+/// Images that were moved in a circle, and rules whose moves did not last.
+fn moves(facts: &Facts, add: &mut impl FnMut(&str, bool, String, String)) {
+    let broken = facts
+        .moves
+        .breakers
+        .iter()
+        .filter(|(id, _)| facts.moves.is_broken(**id, facts.tick));
+    let broken: Vec<_> = broken
+        .filter_map(|(id, breaker)| Some((&facts.catalog.images.get(id)?.name, breaker)))
+        .collect();
+    for (name, breaker) in broken.iter().take(DEGRADED_IN_VIEW_MAX) {
+        add(
+            "MOVES_PAUSED",
+            false,
+            format!(
+                "a replica of image {name} was ordered back at tick {} to a node that it had been moved off: no automatic \
+                 moves of it until tick {}",
+                breaker.at.tick, breaker.until
+            ),
+            format!("hearth why {name}:0 shows the moves; nodes that come and go are often behind it"),
+        );
+    }
+    let more = broken.len().saturating_sub(DEGRADED_IN_VIEW_MAX);
+    if more > 0 {
+        add(
+            "MOVES_PAUSED",
+            false,
+            format!("replicas of {more} more images were moved in circles"),
+            "hearth log list --kind command_given shows the moves".into(),
+        );
+    }
+    for account in move_accounts(facts) {
+        if let Some(until) = account.off_until {
+            let rule = &account.rule;
+            add(
+                "MOVES_OFF",
+                false,
+                format!("the rule {rule} is off until tick {until}: its last moves did not last"),
+                format!("hearth log list --kind command_given shows them; {rule} goes on by itself"),
+            );
+        }
+    }
+}
+
 fn drain_words(facts: &Facts, node: &NodeId, view: &DrainView) -> (String, String) {
     let since = view.since;
     if view.is_done() {
@@ -353,6 +413,7 @@ fn health(facts: &Facts) -> Vec<HealthItem> {
         let (message, fix) = drain_words(facts, node, &view);
         add("NODE_DRAINING", false, message, fix);
     }
+    moves(facts, &mut add);
     if facts.odd.damaged_packs > 0 {
         add(
             "HEAT_DAMAGED",

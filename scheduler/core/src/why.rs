@@ -170,6 +170,9 @@ pub struct WhyReport {
     pub time: WallMs,
     /// One sentence.
     pub verdict: String,
+    /// The last tick without automatic moves of its replicas, because one went in a circle.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub moves_paused_until: Option<TickNo>,
     /// Policy version and threshold in force.
     pub policy_version: u64,
     /// The score from which a block is a candidate.
@@ -469,6 +472,12 @@ impl Why {
             tick: facts.tick,
             time: facts.time,
             verdict: String::new(),
+            moves_paused_until: facts
+                .moves
+                .breakers
+                .get(&id)
+                .map(|breaker| breaker.until)
+                .filter(|until| *until >= facts.tick),
             policy_version: facts.policy_version,
             threshold: facts.clock.score(facts.floor),
             places,

@@ -214,6 +214,7 @@ pub fn view(s: u64) -> ClusterView {
         });
     }
     ClusterView {
+        moves: Vec::new(),
         seq: Seq(s * 6 + 4),
         time: WallMs(START_MS + s * 1000),
         term: Term(3),

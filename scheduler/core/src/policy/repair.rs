@@ -106,18 +106,19 @@ pub(crate) fn standing(facts: &Facts, id: ImageId, image: &Image, short: &Short)
     }
 }
 
-fn is_present(facts: &Facts, node: &NodeId) -> bool {
+pub(super) fn is_present(facts: &Facts, node: &NodeId) -> bool {
     facts.nodes.get(node).is_some_and(|known| facts.present(known))
 }
 
 /// Copies that are being made now.
-struct InFlight<'a> {
+pub(super) struct InFlight<'a> {
     images: BTreeSet<ImageId>,
     targets: BTreeSet<&'a NodeId>,
 }
 
 impl<'a> InFlight<'a> {
-    fn of(facts: &'a Facts) -> Self {
+    /// Copies of repairs and of moves alike.
+    pub(super) fn of(facts: &'a Facts) -> Self {
         let mut all = Self {
             images: BTreeSet::new(),
             targets: BTreeSet::new(),
@@ -140,6 +141,21 @@ impl<'a> InFlight<'a> {
             }
         }
         all
+    }
+
+    /// One more begins.
+    pub(super) fn add(&mut self, image: ImageId, to: &'a NodeId) {
+        self.images.insert(image);
+        self.targets.insert(to);
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.images.len()
+    }
+
+    /// Whether a node is being given a replica.
+    pub(super) fn takes(&self, node: &NodeId) -> bool {
+        self.targets.contains(node)
     }
 }
 
@@ -178,8 +194,7 @@ pub(crate) fn decide(facts: &Facts) -> Vec<Command> {
             record: &locations.record,
         };
         if let Some((to, command)) = wanted.decide(facts, &mut places, &in_flight) {
-            in_flight.images.insert(id);
-            in_flight.targets.insert(to);
+            in_flight.add(id, to);
             commands.push(command);
         }
     }

@@ -93,6 +93,13 @@ impl fmt::Display for WhyReport {
             self.name, self.block, self.seq, self.tick
         )?;
         writeln!(f, "{}", self.verdict)?;
+        if let Some(until) = self.moves_paused_until {
+            writeln!(
+                f,
+                "paused   no automatic moves of its replicas until tick {until}: one was ordered back to a node that it had \
+                 been moved off"
+            )?;
+        }
         for place in &self.places {
             writeln!(
                 f,
