@@ -8,8 +8,7 @@ use std::time::{Duration, Instant};
 use hearth_bus::rpc;
 use hearth_protocol::aggregate::Aggregate;
 use hearth_protocol::event::ImageCreated;
-use hearth_protocol::limits::REPLICAS_MAX;
-use hearth_protocol::record::{Extent, Nodes, Record, Run};
+use hearth_protocol::record::{Extent, Nodes};
 use hearth_protocol::rpc::{
     Answer, Asked, ExportKind, Failure, FailureKind, NodeReply, NodeRequest, ReplicaSpec, SchedulerReply,
     SchedulerRequest,
@@ -402,6 +401,7 @@ impl Requests {
         let id = replica.image();
         let job = self.jobs.start(format!("have {node} hold {image}"), move |progress| {
             replica.step(join);
+            let mut cancelled = false;
             let deny = |denial: Denial| {
                 Err(Failure::new(
                     FailureKind::Refused,
@@ -416,6 +416,9 @@ impl Requests {
                         return Ok(());
                     }
                     Ok((of, Notice::NotChanged(node, denial))) if of == id && node == joining => {
+                        if cancelled {
+                            forget_joiner(&replica, &joining);
+                        }
                         return deny(denial);
                     }
                     Ok((of, Notice::Ended(denial))) if of == id => return deny(denial),
@@ -424,7 +427,11 @@ impl Requests {
                 }
                 let copied = replica.look(|session| session.owner().and_then(|owner| owner.copied_up_to()));
                 let done = copied.map_or(0, |block| block.0.saturating_sub(first.0));
-                progress(done.saturating_mul(replica.shape().block_size).min(total), total);
+                let goes_on = progress(done.saturating_mul(replica.shape().block_size).min(total), total);
+                if !goes_on && !cancelled {
+                    cancelled = true;
+                    replica.step(Input::Cancel(joining.clone()));
+                }
                 let held = replica.look(|session| session.record().is_some_and(|r| r.holds(&joining, extent)));
                 if held {
                     return Ok(());
@@ -432,90 +439,6 @@ impl Requests {
             }
         });
         Ok(NodeReply::Job(job))
-    }
-
-    /// Begins to have one more node hold an image, as the scheduler ordered.
-    ///
-    /// # Errors
-    /// This node does not own the image at that epoch, or the other node cannot.
-    pub(super) async fn replicate(
-        &self,
-        image: ImageId,
-        epoch: Epoch,
-        to: NodeId,
-        blocks: Option<Extent>,
-    ) -> Result<(), Failure> {
-        let replica = self.owned_at(image, epoch)?;
-        let name = replica.shape().name.clone();
-        let end = replica.shape().end();
-        let blocks = blocks.map(|extent| (extent.first, extent.last.min(end)));
-        self.clone().add_location(name, to, blocks).await.map(drop)
-    }
-
-    /// The image's replicas, if this node owns it at that epoch.
-    fn owned_at(&self, image: ImageId, epoch: Epoch) -> Result<Arc<Replica>, Failure> {
-        let at = |session: &Session| session.owner().is_some_and(|owner| owner.record().epoch() == epoch);
-        let replica = self.replica(image).filter(|replica| replica.look(at));
-        replica.ok_or_else(|| failed(format!("this node does not own image {image} at epoch {epoch}")))
-    }
-
-    /// Takes a node's copy of an image away, as the scheduler ordered; a copy that is gone already is no failure.
-    ///
-    /// # Errors
-    /// This node does not own the image at that epoch, is that node itself, or some block would have fewer members than
-    /// `keep`, or than the log says are wanted by now.
-    pub(super) async fn drop_replica(
-        &self,
-        image: ImageId,
-        epoch: Epoch,
-        from: NodeId,
-        keep: u64,
-    ) -> Result<(), Failure> {
-        let replica = self.owned_at(image, epoch)?;
-        if from == self.node.config.id {
-            return Err(failed(format!("image {image} is served here, so its copy here stays")));
-        }
-        let wanted = self.link.facts().wanted(image).unwrap_or(keep);
-        let may_go = replica.look(|session| match session.record() {
-            Some(record) if record.everyone().contains(&from) => Ok(leaves(record, &from, keep.max(wanted).max(1))),
-            Some(_) => Err(()),
-            None => Ok(false),
-        });
-        match may_go {
-            Err(()) => Ok(()),
-            Ok(false) => Err(failed(format!(
-                "without {from}, some block of image {image} has fewer members in sync than wanted"
-            ))),
-            Ok(true) => {
-                let name = replica.shape().name.clone();
-                self.clone().remove_location(name, from).await.map(drop)
-            }
-        }
-    }
-
-    /// Sets how many replicas an image is to have; the scheduler sees to it.
-    pub(super) async fn set_replicas(self, image: ImageName, replicas: u64) -> Answer<NodeReply> {
-        let meta = self.find(&image)?;
-        if self.replica(meta.id).is_none() {
-            return Err(Failure::new(
-                FailureKind::NotSupported,
-                format!("{image} has no replicas: this node alone holds it"),
-                "images get replicas when they are created: hearth image create --replicas 2",
-            ));
-        }
-        if !(1..=REPLICAS_MAX).contains(&replicas) {
-            return Err(Failure::new(
-                FailureKind::Usage,
-                format!("an image has 1 to {REPLICAS_MAX} replicas, not {replicas}"),
-                "",
-            ));
-        }
-        let event = Event::ReplicasSet {
-            image: meta.id,
-            wanted: replicas,
-        };
-        let seq = self.link.publish_image(meta.id, &event).await?;
-        Ok(NodeReply::Done { seq: Some(seq) })
     }
 
     /// Takes a node's copy of an image away.
@@ -576,10 +499,21 @@ impl Requests {
     }
 }
 
-/// Whether every run of a record has so many members without a node.
-fn leaves(record: &Record, without: &NodeId, members: u64) -> bool {
-    let left = |run: &Run| run.members.iter().filter(|member| *member != without).count() as u64;
-    record.runs().iter().all(|run| left(run) >= members)
+/// Has a node whose join was cancelled delete what it got, once the smaller set is in force. Where that takes too long, the
+/// half copy stays behind: it counts for nothing, and the node's next join begins with it.
+fn forget_joiner(replica: &Replica, joiner: &NodeId) {
+    let deadline = Instant::now() + ANSWER;
+    let is_out = |session: &Session| {
+        let owner = session.owner();
+        owner.is_none_or(|owner| !owner.is_changing() && !owner.record().everyone().contains(joiner))
+    };
+    while !replica.look(is_out) {
+        if Instant::now() > deadline {
+            return tracing::warn!(image = %replica.shape().name, node = %joiner, "a half copy stays behind");
+        }
+        std::thread::sleep(LOOK);
+    }
+    replica.step(Input::Leave(joiner.clone()));
 }
 
 /// Whether an image was never owned, as its record here says: then nothing was ever written to it.

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use hearth_protocol::record::Nodes;
 
 use crate::blocks::{NodeBlocks, Place};
+use crate::moves::is_too_many;
 use crate::state::{Facts, State};
 
 impl State {
@@ -77,7 +78,7 @@ fn audit_replicas(facts: &Facts) -> Result<(), String> {
     }
     for (id, at) in &moves.surplus {
         let replicas = facts.catalog.images.get(id).and_then(|image| image.replicas.as_ref());
-        if replicas.is_none_or(|replicas| replicas.fewest <= replicas.wanted) {
+        if replicas.is_none_or(|replicas| !is_too_many(replicas)) {
             return Err(format!(
                 "image {id} has no replica too many, though noted at {}",
                 at.seq

@@ -322,6 +322,27 @@ fn fewer_replicas_are_wanted_and_those_missed_least_go() {
 }
 
 #[test]
+fn what_is_being_synced_counts_when_fewer_are_wanted_again() {
+    let mut sim = cluster(&FOUR);
+    sim.replicated(&["a", "b"], 1, 100);
+    seconds(&mut sim, 10, &ALL);
+    sim.wanted("a", 1, 3);
+    let ordered = second(&mut sim, &ALL);
+    assert_eq!(briefs(&ordered), ["1: >d"]);
+    sim.wanted("a", 1, 2);
+    assert_eq!(briefs(&seconds(&mut sim, 10, &ALL)), [""; 0]);
+    sync(&mut sim, &ordered);
+    assert_eq!(briefs(&seconds(&mut sim, 10, &ALL)), ["1: -d"]);
+    // The same, and the sync fails: nothing is one too many.
+    sim.wanted("a", 1, 3);
+    let ordered = seconds(&mut sim, 100, &["a", "b", "c"]);
+    assert_eq!(briefs(&ordered), ["1: >c"]);
+    sim.wanted("a", 1, 2);
+    seconds(&mut sim, 100, &["a", "b", "c"]);
+    assert_eq!(members(&sim, 1), "a b");
+}
+
+#[test]
 fn replicas_that_share_a_fault_domain_are_spread_once_a_node_elsewhere_has_been_there_for_a_while() {
     let mut sim = cluster(&[("a", "r1"), ("b", "r1")]);
     sim.replicated(&["a", "b"], 1, 100);
