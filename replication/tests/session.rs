@@ -530,11 +530,7 @@ fn a_join_is_cancelled_until_the_node_counts_and_can_begin_again() {
     bench.cut.clear();
     bench.ask("a", 1, write(0));
     assert_eq!(answers(&bench.wanted()), ["1"]);
-    // Its half copy goes like any other.
-    bench.step("a", Input::Leave(node("b")));
-    assert!(bench.wanted().contains(&(node("b"), Output::Forget)));
     // Anew, and to its end; then there is nothing to cancel.
-    bench.step("b", Input::Prepare(replica(None)));
     bench.step("a", join());
     bench.pass("a", RENEW_AGAIN_MS);
     assert!(bench.wanted().contains(&(node("a"), Output::Joined(node("b")))));

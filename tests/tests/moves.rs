@@ -136,3 +136,41 @@ fn a_drained_node_is_emptied_while_the_guest_writes_and_the_number_of_replicas_c
     hearth_tests::digests_agree(&cluster)?;
     Ok(())
 }
+
+#[test]
+fn a_join_that_is_cancelled_leaves_nothing_behind() -> Result<()> {
+    let spec = ClusterSpec {
+        nodes: 3,
+        heat: "export",
+        ..ClusterSpec::default()
+    };
+    let Some(cluster) = hearth_tests::cluster(&spec)? else {
+        return Ok(());
+    };
+    let (hearth, owner) = (cluster.hearth(), Cluster::node_id(0));
+    // Large enough that it takes much longer to copy than to cancel.
+    hearth.text(&["image", "create", IMAGE, "64GiB", "--replicas", "2", "--node", &owner])?;
+    hearth.text(&["image", "attach", IMAGE, "--node", &owner])?;
+    let before = members(&cluster, &owner)?;
+    let ids = (0..3).map(Cluster::node_id);
+    let third = ids
+        .into_iter()
+        .find(|id| !before.contains(id))
+        .context("three members")?;
+    let job = hearth.json(&["location", "add", IMAGE, &third, "--detach"])?;
+    let job = job["id"].as_u64().context("a job without an id")?.to_string();
+    wait::until("the join to have begun", WITHIN, || {
+        let runs = hearth.json(&["location", "list", IMAGE, "--node", &owner])?;
+        Ok(runs.to_string().contains(&third).then_some(()))
+    })?;
+    hearth.text(&["job", "cancel", &job, "--node", &owner])?;
+    ensure!(members(&cluster, &owner)? == before, "the set is as it was");
+    wait::until("the half copy to be gone", WITHIN, || {
+        let images = hearth.json(&["image", "list", "--node", &third])?;
+        Ok(images.as_array().is_some_and(Vec::is_empty).then_some(()))
+    })?;
+    // Nothing is in the way of another one, of some blocks.
+    hearth.text(&["location", "add", IMAGE, &third, "--blocks", "0-63"])?;
+    ensure!(members(&cluster, &owner)?.contains(&third));
+    Ok(())
+}
