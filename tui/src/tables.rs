@@ -45,7 +45,6 @@ pub fn nodes(nodes: &[NodeView]) -> Table {
         Column::number("PROBE LOST").sort('X').minor(),
         Column::number("DISK P99").sort('D'),
         Column::text("DOMAIN").wide(),
-        Column::number("HELD").wide(),
         Column::number("PROBE EVENTS").wide(),
         Column::number("LAST TICK").wide(),
     ];
@@ -77,7 +76,6 @@ pub fn nodes(nodes: &[NodeView]) -> Table {
                         Cell::number(n.disk_read.p99_us, fmt::us(n.disk_read.p99_us))
                     },
                     Cell::text(n.fault_domain.clone()),
-                    Cell::number(n.held.0, fmt::bytes(n.held)),
                     Cell::number(n.probe_events_total, fmt::count(n.probe_events_total)),
                     Cell::number(n.last_report.0, fmt::count(n.last_report.0)),
                 ],
