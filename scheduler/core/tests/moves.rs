@@ -160,8 +160,8 @@ fn a_drain_moves_few_at_a_time_and_leaves_room_for_repairs() {
     }
     assert_eq!(ordered.len(), MOVES_MAX);
     // Repairs have the other places, and no move takes one of theirs.
-    for image in 3..=8 {
-        sim.loses(here[image], image as u128, "n00");
+    for (image, owner) in here.iter().enumerate().take(9).skip(3) {
+        sim.loses(owner, image as u128, "n00");
     }
     let mut repairs = Vec::new();
     for _ in 0..2 * GRACE_TICKS_LAST {
