@@ -154,6 +154,15 @@ fn blocks(text: &str) -> Result<(BlockIndex, BlockIndex), String> {
     }
 }
 
+fn fault_domain(text: &str) -> Result<String, String> {
+    let max = hearth_protocol::limits::FAULT_DOMAIN_BYTES_MAX;
+    if text.len() > max || text.chars().any(char::is_control) {
+        Err(format!("use a name of at most {max} bytes"))
+    } else {
+        Ok(text.to_owned())
+    }
+}
+
 fn image_size(text: &str) -> Result<ByteLen, String> {
     let len: ByteLen = text
         .parse()
@@ -195,7 +204,11 @@ pub enum Location {
         change: Change,
     },
     /// Deletes a node's copy; refused if it is the last one of any block
-    #[command(visible_alias = "rm")]
+    #[command(
+        visible_alias = "rm",
+        after_help = "The image is still to have as many replicas as before: left with fewer, it gets another one after \
+the repair policy's grace time. To have fewer for good: hearth image set IMAGE --replicas N"
+    )]
     Remove {
         /// The image
         image: ImageName,
@@ -285,6 +298,22 @@ systems in it are grown in the guest."
         /// Its new size, such as 8GiB
         #[arg(value_name = "SIZE", value_parser = image_size)]
         size: ByteLen,
+        #[command(flatten)]
+        on: OnNode,
+        #[command(flatten)]
+        change: Change,
+    },
+    /// Sets how many nodes hold an image with replicas, while its guest goes on
+    #[command(
+        after_help = "More: the scheduler has other nodes hold it at once. Fewer: it has those dropped that are \
+missed least, one after the other, never the owner's. Both need the image attached."
+    )]
+    Set {
+        /// The image
+        image: ImageName,
+        /// Nodes that hold it
+        #[arg(long, value_parser = clap::value_parser!(u64).range(1..=REPLICAS_MAX), value_name = "N")]
+        replicas: u64,
         #[command(flatten)]
         on: OnNode,
         #[command(flatten)]
@@ -507,6 +536,39 @@ pub enum Node {
         /// The node [default: the only one]
         node: Option<NodeId>,
     },
+    /// Empties a node: it gets nothing new, and the replicas there are moved away
+    #[command(
+        after_help = "Images whose guests run on the node, and images without a copy elsewhere, stay: hearth node \
+ok-to-stop says what to do for each. The drain is in the log, so it outlives restarts; hearth node undrain ends it."
+    )]
+    Drain {
+        /// The node
+        node: NodeId,
+        #[command(flatten)]
+        change: Change,
+    },
+    /// Has a node take images and replicas again; moves under way are finished
+    Undrain {
+        /// The node
+        node: NodeId,
+        #[command(flatten)]
+        change: Change,
+    },
+    /// Whether a node can be stopped without harm to an image; exit code 5 if it cannot
+    OkToStop {
+        /// The node
+        node: NodeId,
+    },
+    /// Sets what operators say of a node
+    Set {
+        /// The node
+        node: NodeId,
+        /// Its fault domain, such as a rack; empty for what the node's own configuration says
+        #[arg(long, value_name = "NAME", value_parser = fault_domain)]
+        fault_domain: String,
+        #[command(flatten)]
+        change: Change,
+    },
 }
 
 /// Operations on jobs
@@ -669,7 +731,7 @@ pub struct Replay {
 /// Operations on policies
 #[derive(Debug, Subcommand)]
 pub enum Policy {
-    /// The policy in force
+    /// The policy in force, and what moves of replicas won and cost
     Show,
     /// Changes the tier policy
     Set {

@@ -69,6 +69,25 @@ pub enum Order {
         blocks: Option<Extent>,
         /// Bytes to be copied, at most.
         bytes: ByteLen,
+        /// Of a move: the member that goes once the new one is in sync.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        replaces: Option<NodeId>,
+    },
+    /// Take a node's replica of an image away. It goes to the image's owner, and is done once the smaller set is in the
+    /// log; the owner refuses if any block would have fewer members than `keep`.
+    Drop {
+        /// The image's top layer when decided.
+        layer: LayerId,
+        /// Which image.
+        image: ImageId,
+        /// Its epoch when decided; an owner under another epoch refuses.
+        epoch: Epoch,
+        /// Location map version that the decision saw.
+        set_version: SetVersion,
+        /// The member that goes; never the owner itself.
+        from: NodeId,
+        /// Members that each block keeps at least.
+        keep: u64,
     },
 }
 
@@ -79,13 +98,17 @@ impl Order {
             Order::Promote { .. } => "promote",
             Order::Demote { .. } => "demote",
             Order::Replicate { .. } => "replicate",
+            Order::Drop { .. } => "drop",
         }
     }
 
     /// The layer concerned.
     pub fn layer(&self) -> LayerId {
         match self {
-            Order::Promote { layer, .. } | Order::Demote { layer, .. } | Order::Replicate { layer, .. } => *layer,
+            Order::Promote { layer, .. }
+            | Order::Demote { layer, .. }
+            | Order::Replicate { layer, .. }
+            | Order::Drop { layer, .. } => *layer,
         }
     }
 
@@ -97,6 +120,7 @@ impl Order {
             Order::Replicate { blocks, .. } => blocks.map_or(0, |extent| {
                 usize::try_from(extent.last.0.saturating_sub(extent.first.0).saturating_add(1)).unwrap_or(usize::MAX)
             }),
+            Order::Drop { .. } => 0,
         }
     }
 }
@@ -178,8 +202,8 @@ pub struct LostNode {
 /// How a command ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Outcome {
-    /// Done, as far as `done` says: a promote may find some blocks written meanwhile. A replicate has begun; it names no
-    /// blocks here.
+    /// Done, as far as `done` says: a promote may find some blocks written meanwhile. A replicate has begun, a drop is
+    /// committed; they name no blocks here.
     Done {
         /// Blocks now in the ordered state, ascending. A block to promote that was there before counts as done.
         done: Vec<BlockIndex>,

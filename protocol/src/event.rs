@@ -62,6 +62,13 @@ pub enum Event {
         /// Who changes what.
         change: Change,
     },
+    /// An image with replicas is to have another number of them.
+    ReplicasSet {
+        /// Which image.
+        image: ImageId,
+        /// How many, 1 to [`crate::limits::REPLICAS_MAX`].
+        wanted: u64,
+    },
     /// An image was copied into a file.
     ImageExported {
         /// Which image.
@@ -148,6 +155,30 @@ pub enum Event {
         version: u64,
         /// The policy.
         policy: TierPolicy,
+        /// The operator's words, if any.
+        reason: String,
+    },
+    /// An operator has a node drained, or no longer: a draining node gets nothing new, and what can leave it leaves. Void
+    /// for a node that never joined.
+    NodeDrainSet {
+        /// Under which term.
+        term: Term,
+        /// Which node.
+        node: NodeId,
+        /// Whether it drains from now on; what it did already changes nothing.
+        draining: bool,
+        /// The operator's words, if any.
+        reason: String,
+    },
+    /// An operator said in which fault domain a node is; that counts instead of what the node says when it joins. Void for
+    /// a node that never joined, and for a name outside the limits.
+    FaultDomainSet {
+        /// Under which term.
+        term: Term,
+        /// Which node.
+        node: NodeId,
+        /// The fault domain; empty for what the node says.
+        fault_domain: String,
         /// The operator's words, if any.
         reason: String,
     },
@@ -303,6 +334,7 @@ impl Event {
             Event::SnapshotDeleted { .. } => "snapshot_deleted",
             Event::ImageResized { .. } => "image_resized",
             Event::LocationsChanged { .. } => "locations_changed",
+            Event::ReplicasSet { .. } => "replicas_set",
             Event::ImageExported { .. } => "image_exported",
             Event::ImageDeleted { .. } => "image_deleted",
             Event::LayerSealed { .. } => "layer_sealed",
@@ -314,6 +346,8 @@ impl Event {
             Event::Ticked { .. } => "ticked",
             Event::HeatFolded(_) => "heat_folded",
             Event::PolicySet { .. } => "policy_set",
+            Event::NodeDrainSet { .. } => "node_drain_set",
+            Event::FaultDomainSet { .. } => "fault_domain_set",
             Event::DigestRecorded { .. } => "digest_recorded",
             Event::LogRecovered { .. } => "log_recovered",
             Event::LossAccepted { .. } => "loss_accepted",
@@ -327,6 +361,8 @@ impl Event {
             Event::TermStarted { term, .. }
             | Event::Ticked { term, .. }
             | Event::PolicySet { term, .. }
+            | Event::NodeDrainSet { term, .. }
+            | Event::FaultDomainSet { term, .. }
             | Event::DigestRecorded { term, .. }
             | Event::LogRecovered { term, .. }
             | Event::LossAccepted { term, .. } => Some(*term),

@@ -41,6 +41,12 @@ pub const DEGRADED_IN_VIEW_MAX: usize = 200;
 /// Nodes that hold one image: every write goes to all of them.
 pub const REPLICAS_MAX: u64 = 8;
 
+/// Longest name of a fault domain, in bytes.
+pub const FAULT_DOMAIN_BYTES_MAX: usize = 63;
+
+/// Images that one answer about a node names, the most serious first; it counts the rest.
+pub const IMAGES_OF_NODE_MAX: usize = 500;
+
 /// Largest image, in bytes (16 TiB): 2^28 blocks of 64 KiB keeps a validity bitmap under 32 MiB.
 pub const IMAGE_BYTES_MAX: u64 = 16 << 40;
 

@@ -8,7 +8,7 @@ use crate::ids::{ImageId, ImageName, LayerId, NodeId, SnapshotName};
 use crate::policy::TierPolicy;
 use crate::record::{Record, Run};
 use crate::units::{BlockIndex, ByteLen, Epoch, Seq};
-use crate::view::{ClusterView, HealthItem, ImageHeatView};
+use crate::view::{ClusterView, HealthItem, ImageHeatView, StopView};
 
 /// What kind of failure, as the exit code that scripts rely on (FIELD "CLI").
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -200,6 +200,13 @@ pub enum NodeRequest {
         /// First and last block; `None` for all.
         #[serde(default)]
         blocks: Option<(BlockIndex, BlockIndex)>,
+    },
+    /// Sets how many replicas an image is to have, asked of a node that holds it.
+    ImageSet {
+        /// Which image.
+        image: ImageName,
+        /// How many.
+        replicas: u64,
     },
     /// Takes a node's copy of an image away, asked of its owner.
     LocationRemove {
@@ -450,6 +457,29 @@ pub enum SchedulerRequest {
         /// How many nodes in all.
         replicas: u64,
     },
+    /// What would happen if a node stopped.
+    OkToStop {
+        /// The node.
+        node: NodeId,
+    },
+    /// Has a node drained, or no longer.
+    NodeDrain {
+        /// The node.
+        node: NodeId,
+        /// Whether it is to drain.
+        draining: bool,
+        /// The operator's words.
+        reason: String,
+    },
+    /// Says in which fault domain a node is.
+    NodeSet {
+        /// The node.
+        node: NodeId,
+        /// The fault domain; empty for what the node's own configuration says.
+        fault_domain: String,
+        /// The operator's words.
+        reason: String,
+    },
     /// Replaces the tier policy.
     PolicySet {
         /// The new policy.
@@ -489,6 +519,8 @@ pub enum SchedulerReply {
         /// The nodes, the one that was named first.
         nodes: Vec<NodeId>,
     },
+    /// See [`SchedulerRequest::OkToStop`].
+    Stop(StopView),
     /// The log position of the change.
     Done {
         /// The log position.

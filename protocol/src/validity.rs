@@ -9,6 +9,8 @@
 //!   `ImageAttached` carries another epoch than the last + 1;
 //! - an image with replicas is attached, or its nodes change, otherwise than by [`Event::LocationsChanged`], or that
 //!   does not follow from its record ([`crate::aggregate`]);
+//! - the number of replicas is set of an image that has none, or outside the limits;
+//! - an operator's mark on a node names one that never joined ([`marked`]), or a fault domain outside the limits;
 //! - the publisher has no right to that kind of event at all.
 
 use std::collections::BTreeMap;
@@ -18,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::aggregate::Aggregate;
 use crate::event::Event;
 use crate::ids::{ImageId, ImageName, LeaseId, NodeId, Publisher, SchedulerId};
-use crate::limits::{IMAGE_BYTES_MAX, LAYERS_PER_IMAGE_MAX};
+use crate::limits::{FAULT_DOMAIN_BYTES_MAX, IMAGE_BYTES_MAX, LAYERS_PER_IMAGE_MAX, REPLICAS_MAX};
 use crate::units::{Epoch, Term, TickNo, is_block_size};
 
 /// The verdict on one event.
@@ -51,6 +53,9 @@ pub struct Ownership {
     /// Its record, if it has replicas.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub locations: Option<Aggregate>,
+    /// How many replicas it is to have, if that was set after its creation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wanted: Option<u64>,
 }
 
 impl Ownership {
@@ -62,6 +67,18 @@ impl Ownership {
         }
     }
 }
+
+/// The node that an operator's mark is about. The mark is void, for [`NO_SUCH_NODE`], if that node never joined; who joined
+/// is for whoever folds to remember.
+pub fn marked(event: &Event) -> Option<&NodeId> {
+    match event {
+        Event::NodeDrainSet { node, .. } | Event::FaultDomainSet { node, .. } => Some(node),
+        _ => None,
+    }
+}
+
+/// Why a mark on an unknown node is void.
+pub const NO_SUCH_NODE: &str = "no node of that id ever joined";
 
 /// The memory of the rule: fold every event of the stream through [`Validity::judge`], in order.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -131,6 +148,11 @@ impl Validity {
         if self.leader.as_ref() != Some(id) {
             return Verdict::Void("the term was won by another scheduler");
         }
+        if let Event::FaultDomainSet { fault_domain, .. } = event
+            && fault_domain.len() > FAULT_DOMAIN_BYTES_MAX
+        {
+            return Verdict::Void("the fault domain's name is outside the limits");
+        }
         if let Event::Ticked { tick, .. } = event {
             if *tick <= self.tick {
                 return Verdict::Void("the tick is not above the last");
@@ -177,6 +199,7 @@ impl Validity {
                         epoch: Epoch(0),
                         owner: None,
                         locations,
+                        wanted: None,
                     },
                 );
                 Verdict::Valid
@@ -233,6 +256,20 @@ impl Validity {
                     return Verdict::Void("the image's size is outside the limits");
                 }
                 self.owned_by(*image, node)
+            }
+            Event::ReplicasSet { image, wanted } => {
+                if !(1..=REPLICAS_MAX).contains(wanted) {
+                    return Verdict::Void("the number of replicas is outside the limits");
+                }
+                let verdict = self.owned_by(*image, node);
+                match self.images.get_mut(image).filter(|_| verdict.is_valid()) {
+                    Some(known) if known.locations.is_none() => Verdict::Void("the image has no replicas"),
+                    Some(known) => {
+                        known.wanted = Some(*wanted);
+                        Verdict::Valid
+                    }
+                    None => verdict,
+                }
             }
             Event::SnapshotTaken { image, .. }
             | Event::SnapshotDeleted { image, .. }
@@ -417,5 +454,79 @@ mod tests {
         );
         check(&mut v, &a, Event::ImageDeleted { image: ImageId(1) }, false);
         check(&mut v, &b, Event::ImageDeleted { image: ImageId(1) }, true);
+    }
+
+    #[test]
+    fn the_number_of_replicas_is_set_by_who_holds_the_image_and_within_the_limits() {
+        let node = |id: &str| Publisher::Node(id.parse().unwrap());
+        let created = |image, name: &str, members: &[&str]| {
+            Event::ImageCreated(ImageCreated {
+                image: ImageId(image),
+                name: name.parse().unwrap(),
+                size: ByteLen(1 << 20),
+                block_size: ByteLen(65_536),
+                layers: vec![LayerId(image)],
+                parent: None,
+                node: "a".parse().unwrap(),
+                set_version: SetVersion(1),
+                members: members.iter().map(|id| id.parse().unwrap()).collect(),
+            })
+        };
+        let mut v = Validity::default();
+        let (a, b, c) = (node("a"), node("b"), node("c"));
+        check(&mut v, &a, created(1, "a/b", &["a", "b"]), true);
+        check(&mut v, &a, created(2, "a/c", &[]), true);
+        let set = |image, wanted| Event::ReplicasSet {
+            image: ImageId(image),
+            wanted,
+        };
+        check(&mut v, &c, set(1, 3), false);
+        check(&mut v, &b, set(1, 3), true);
+        check(&mut v, &a, set(1, 0), false);
+        check(&mut v, &a, set(1, REPLICAS_MAX + 1), false);
+        check(&mut v, &a, set(2, 2), false);
+        check(&mut v, &a, set(3, 2), false);
+        assert_eq!(v.image(ImageId(1)).unwrap().wanted, Some(3));
+        check(&mut v, &sched("s"), set(1, 2), false);
+    }
+
+    #[test]
+    fn marks_on_nodes_need_the_leader_and_a_name_within_the_limits() {
+        let mut v = Validity::default();
+        let domain = |term, fault_domain: &str| Event::FaultDomainSet {
+            term: Term(term),
+            node: "a".parse().unwrap(),
+            fault_domain: fault_domain.into(),
+            reason: String::new(),
+        };
+        let drain = |term| Event::NodeDrainSet {
+            term: Term(term),
+            node: "a".parse().unwrap(),
+            draining: true,
+            reason: String::new(),
+        };
+        check(&mut v, &sched("s"), drain(0), false);
+        let start = Event::TermStarted {
+            term: Term(1),
+            previous: None,
+        };
+        check(&mut v, &sched("s"), start, true);
+        check(&mut v, &sched("s"), drain(1), true);
+        check(&mut v, &sched("t"), drain(1), false);
+        check(&mut v, &Publisher::Node("a".parse().unwrap()), drain(1), false);
+        check(&mut v, &sched("s"), domain(1, ""), true);
+        check(
+            &mut v,
+            &sched("s"),
+            domain(1, &"d".repeat(FAULT_DOMAIN_BYTES_MAX)),
+            true,
+        );
+        check(
+            &mut v,
+            &sched("s"),
+            domain(1, &"d".repeat(FAULT_DOMAIN_BYTES_MAX + 1)),
+            false,
+        );
+        assert_eq!(marked(&drain(1)).map(NodeId::as_str), Some("a"));
     }
 }

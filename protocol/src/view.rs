@@ -38,6 +38,30 @@ pub struct ClusterView {
     pub policy: (u64, TierPolicy),
     /// Counters since the log began.
     pub totals: Totals,
+    /// What moves of replicas won and cost, by rule; rules that moved nothing are left out.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub moves: Vec<MoveAccount>,
+}
+
+/// The pay-back ledger of one rule that moves replicas. Gains are in the rule's unit: replicas for `drain`, replicas
+/// that share a fault domain no more for `spread`, bytes nearer to balance for `rebalance`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MoveAccount {
+    /// The rule, such as `spread/replicate`.
+    pub rule: String,
+    /// Moves done.
+    pub done: u64,
+    /// Moves that came to nothing.
+    pub failed: u64,
+    /// Bytes copied by those done, at most.
+    pub bytes: ByteLen,
+    /// What the moves promised whose time to prove it is over.
+    pub predicted: u64,
+    /// What of it lasted.
+    pub realised: u64,
+    /// The last tick in which the rule is off, because its moves did not last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub off_until: Option<TickNo>,
 }
 
 /// Counters since the log began.
@@ -84,6 +108,92 @@ pub struct NodeView {
     pub images: u64,
     /// Disk read latency of the last window, worst disk.
     pub disk_read: LatencySummary,
+    /// Bytes of the images that lie there.
+    #[serde(default)]
+    pub held: ByteLen,
+    /// What is left there, while it drains.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drain: Option<DrainView>,
+}
+
+/// What is left on a node that drains.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DrainView {
+    /// The last tick before it began.
+    pub since: TickNo,
+    /// Images of whose replicas one is there, and which are served elsewhere: these are moved.
+    pub replicas: u64,
+    /// Images with a copy elsewhere that are served there or by nobody: their guests migrate first, or they are attached
+    /// elsewhere.
+    pub owned: u64,
+    /// Images that need this node, because nobody else holds some blocks of them: nothing moves these.
+    pub alone: u64,
+}
+
+impl DrainView {
+    /// Whether the node holds nothing any more.
+    pub fn is_done(&self) -> bool {
+        (self.replicas, self.owned, self.alone) == (0, 0, 0)
+    }
+}
+
+/// What would happen if a node stopped now.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StopView {
+    /// The node.
+    pub node: NodeId,
+    /// Whether it is there at all.
+    pub present: bool,
+    /// Whether it drains.
+    pub draining: bool,
+    /// The images that would suffer, the most serious harm first, then by name; at most
+    /// [`crate::limits::IMAGES_OF_NODE_MAX`].
+    pub images: Vec<ImageAtRisk>,
+    /// How many more there are.
+    pub omitted: u64,
+}
+
+impl StopView {
+    /// Whether no image would suffer.
+    pub fn is_ok(&self) -> bool {
+        self.images.is_empty()
+    }
+}
+
+/// What the stop of a node does to an image, the most serious first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Harm {
+    /// Blocks of it would have no copy in sync until the node is back.
+    NoCopy,
+    /// Its guest runs there and would stall.
+    Stalled,
+    /// It would have fewer replicas than wanted.
+    Degraded,
+}
+
+impl Harm {
+    /// The words users see.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Harm::NoCopy => "no copy left",
+            Harm::Stalled => "guest stalls",
+            Harm::Degraded => "degraded",
+        }
+    }
+}
+
+/// One image that would suffer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageAtRisk {
+    /// The image.
+    pub image: ImageName,
+    /// How badly.
+    pub harm: Harm,
+    /// Why, in words.
+    pub why: String,
+    /// What to do first.
+    pub fix: String,
 }
 
 /// One image.
@@ -196,7 +306,7 @@ impl DecisionView {
         match &mut command.order {
             Order::Promote { blocks, .. } => cut(blocks),
             Order::Demote { blocks, .. } => cut(blocks),
-            Order::Replicate { .. } => {}
+            Order::Replicate { .. } | Order::Drop { .. } => {}
         }
         command.reason.lost.truncate(REASONS_IN_VIEW_MAX);
         command.reason.lost_nodes.truncate(REASONS_IN_VIEW_MAX);

@@ -138,7 +138,7 @@ fn command(order: Order) -> Event {
     })
 }
 
-fn replicate(blocks: Option<Extent>) -> Event {
+fn replicate(blocks: Option<Extent>, replaces: Option<&str>) -> Event {
     let Event::CommandGiven(mut command) = command(Order::Replicate {
         layer: TOP,
         image: IMAGE,
@@ -147,6 +147,7 @@ fn replicate(blocks: Option<Extent>) -> Event {
         to: "node-3".parse().unwrap(),
         blocks,
         bytes: ByteLen(1 << 30),
+        replaces: replaces.map(|node| node.parse().unwrap()),
     }) else {
         unreachable!()
     };
@@ -259,6 +260,13 @@ fn events() -> Vec<(&'static str, Event)> {
             },
         ),
         (
+            "replicas_set",
+            Event::ReplicasSet {
+                image: IMAGE,
+                wanted: 3,
+            },
+        ),
+        (
             "image_exported",
             Event::ImageExported {
                 image: IMAGE,
@@ -365,6 +373,24 @@ fn events() -> Vec<(&'static str, Event)> {
             },
         ),
         (
+            "node_drain_set",
+            Event::NodeDrainSet {
+                term: Term(3),
+                node: node(),
+                draining: true,
+                reason: "a new disk".into(),
+            },
+        ),
+        (
+            "fault_domain_set",
+            Event::FaultDomainSet {
+                term: Term(3),
+                node: node(),
+                fault_domain: "rack-2".into(),
+                reason: "moved".into(),
+            },
+        ),
+        (
             "digest_recorded",
             Event::DigestRecorded {
                 term: Term(3),
@@ -432,13 +458,28 @@ fn events() -> Vec<(&'static str, Event)> {
                 bytes: ByteLen(64 << 10),
             }),
         ),
-        ("command_given_replicate", replicate(None)),
+        ("command_given_replicate", replicate(None, None)),
+        ("command_given_replicate_move", replicate(None, Some("node-2"))),
+        (
+            "command_given_drop",
+            command(Order::Drop {
+                layer: TOP,
+                image: IMAGE,
+                epoch: Epoch(2),
+                set_version: SetVersion(7),
+                from: "node-2".parse().unwrap(),
+                keep: 2,
+            }),
+        ),
         (
             "command_given_replicate_blocks",
-            replicate(Some(Extent {
-                first: BlockIndex(16),
-                last: BlockIndex(31),
-            })),
+            replicate(
+                Some(Extent {
+                    first: BlockIndex(16),
+                    last: BlockIndex(31),
+                }),
+                None,
+            ),
         ),
     ]
 }
@@ -508,7 +549,7 @@ fn every_event_has_a_golden_file_and_still_reads_as_its_json() {
         );
     }
     // Every variant of `Event`: adding one without a golden file fails here.
-    assert_eq!(kinds.len(), 22);
+    assert_eq!(kinds.len(), 25);
 }
 
 #[test]

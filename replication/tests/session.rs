@@ -517,6 +517,43 @@ fn bytes_come_from_where_they_are_said_to_come_from() {
 }
 
 #[test]
+fn a_join_is_cancelled_until_the_node_counts_and_can_begin_again() {
+    let mut bench = Bench::open("a");
+    bench.step("b", Input::Prepare(replica(None)));
+    let join = || Input::Join {
+        node: node("b"),
+        extent: extent(0, u64::MAX),
+        end: BlockIndex(2),
+        blocks: 2,
+    };
+    // It does not answer, so it is no member soon.
+    bench.cut = nodes("b");
+    bench.step("a", join());
+    assert!(bench.at("a").owner().unwrap().join().is_some());
+    // Another node's name cancels nothing.
+    bench.step("a", Input::Cancel(node("c")));
+    assert!(bench.at("a").owner().unwrap().join().is_some());
+    bench.wanted();
+    bench.step("a", Input::Cancel(node("b")));
+    let failed = Output::NotChanged {
+        node: node("b"),
+        denial: Denial::JoinerFailed,
+    };
+    assert!(bench.wanted().contains(&(node("a"), failed)));
+    assert!(bench.at("a").owner().unwrap().join().is_none());
+    assert_eq!(bench.at("a").record().unwrap().everyone(), nodes("a"));
+    bench.cut.clear();
+    bench.ask("a", 1, write(0));
+    assert_eq!(answers(&bench.wanted()), ["1"]);
+    // Anew, and to its end; then there is nothing to cancel.
+    bench.step("a", join());
+    bench.pass("a", RENEW_AGAIN_MS);
+    assert!(bench.wanted().contains(&(node("a"), Output::Joined(node("b")))));
+    bench.step("a", Input::Cancel(node("b")));
+    assert_eq!(bench.at("a").record().unwrap().members(), nodes("a b"));
+}
+
+#[test]
 fn a_node_is_prepared_joins_and_leaves() {
     let mut bench = Bench::open("a");
     let join = |end| Input::Join {

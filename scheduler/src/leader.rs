@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use hearth_bus::{Bus, Fetched, LogPublisher, PublishError, wall_now};
 use hearth_protocol::rpc::{Answer, Failure, FailureKind, SchedulerReply, SchedulerRequest};
-use hearth_protocol::{Event, SchedulerId, Seq, Term, subject};
+use hearth_protocol::{Event, NodeId, SchedulerId, Seq, Term, subject};
 use scheduler_core::Judged;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
@@ -388,6 +388,31 @@ impl Leader {
                         "see who is there: hearth node list",
                     )
                 }),
+            SchedulerRequest::OkToStop { node } => scheduler_core::ok_to_stop(state, &node)
+                .map(SchedulerReply::Stop)
+                .ok_or_else(|| no_node(&node)),
+            SchedulerRequest::NodeDrain { node, draining, reason } => {
+                let asked = self.mark(&node, |term| Event::NodeDrainSet {
+                    term,
+                    node: node.clone(),
+                    draining,
+                    reason,
+                });
+                return self.record(asked, reply).await;
+            }
+            SchedulerRequest::NodeSet {
+                node,
+                fault_domain,
+                reason,
+            } => {
+                let asked = self.mark(&node, |term| Event::FaultDomainSet {
+                    term,
+                    node: node.clone(),
+                    fault_domain,
+                    reason,
+                });
+                return self.record(asked, reply).await;
+            }
             SchedulerRequest::PolicySet { policy, reason } => {
                 let asked = self.policy_set(policy, reason);
                 return self.record(asked, reply).await;
@@ -416,6 +441,14 @@ impl Leader {
         };
         // Who asked may have given up.
         let _ = reply.send(answer);
+    }
+
+    /// What an operator says of a node, if that ever joined.
+    fn mark(&self, node: &NodeId, event: impl FnOnce(Term) -> Event) -> Result<Event, Failure> {
+        match self.replica.state().knows_node(node) {
+            true => self.term().map(event),
+            false => Err(no_node(node)),
+        }
     }
 
     fn term(&self) -> Result<Term, Failure> {
@@ -485,6 +518,14 @@ impl Leader {
         };
         let _ = reply.send(answer);
     }
+}
+
+fn no_node(node: &NodeId) -> Failure {
+    Failure::new(
+        FailureKind::NotFound,
+        format!("there is no node {node}"),
+        "see who ever joined: hearth node list",
+    )
 }
 
 /// Answers requests as long as this scheduler leads; a standby stays silent.

@@ -176,6 +176,7 @@ fn a_decision_altered_with_its_chain_is_found_by_deriving_it_again() {
                 Order::Promote { blocks, .. } => drop(blocks.pop()),
                 Order::Demote { blocks, .. } => drop(blocks.pop()),
                 Order::Replicate { bytes, .. } => bytes.0 += 1,
+                Order::Drop { keep, .. } => *keep += 1,
             },
         ];
         for change in changes {

@@ -6,7 +6,7 @@ use hearth_protocol::aggregate::Change;
 use hearth_protocol::command::{Alternative, Outcome};
 use hearth_protocol::limits::TICK_MS;
 use hearth_protocol::record::Nodes;
-use hearth_protocol::view::{DecisionView, ImageView, NodeView, ReplicasView};
+use hearth_protocol::view::{DecisionView, DrainView, ImageView, NodeView, ReplicasView};
 use hearth_protocol::{
     BlockIndex, ByteLen, Command, Epoch, Event, HeatScore, ImageId, ImageName, LayerId, Order, Reason, Seq, SetVersion,
     WallMs,
@@ -19,7 +19,8 @@ pub fn brief(id: &str) -> &str {
     id.get(..8).unwrap_or(id)
 }
 
-fn plural(n: u64, one: &str) -> String {
+/// A count and the word for it.
+pub fn plural(n: u64, one: &str) -> String {
     format!("{} {one}{}", fmt::count(n), if n == 1 { "" } else { "s" })
 }
 
@@ -117,11 +118,37 @@ fn told(command: &Command, blocks: u64, images: &[ImageName]) -> String {
             }
             text
         }
+        Order::Replicate {
+            to,
+            replaces: Some(from),
+            ..
+        } => {
+            let mut text = format!("move a replica of {whose} from {from} to {to}");
+            let count = |name| count(command, name);
+            if let Some(ticks) = count("draining_ticks") {
+                text += &format!(": {from} drains for {}", fmt::seconds(ticks * TICK_MS / 1_000));
+            }
+            if let Some(together) = count("replicas_in_one_domain") {
+                text += &format!(": {together} replicas in one fault domain");
+            }
+            if let (Some(there), Some(here)) = (count("from_bytes"), count("to_bytes")) {
+                text += &format!(
+                    ": {} lie on {from}, {} on {to}",
+                    fmt::bytes(ByteLen(there)),
+                    fmt::bytes(ByteLen(here))
+                );
+            }
+            text
+        }
+        Order::Drop { from, .. } => {
+            let mut text = format!("drop the replica of {whose} on {from}");
+            if let (Some(members), Some(wanted)) = (count(command, "members"), count(command, "wanted")) {
+                text += &format!(": {members} in sync, {wanted} wanted");
+            }
+            text
+        }
         Order::Replicate { to, blocks: part, .. } => {
-            let count = |name: &str| {
-                let found = command.reason.numbers.iter().find(|(known, _)| known == name);
-                found.map(|(_, value)| *value)
-            };
+            let count = |name| count(command, name);
             let mut text = match part {
                 None => format!("replicate {whose} to {to}"),
                 Some(_) => format!("replicate {blocks} of {whose} to {to}"),
@@ -138,6 +165,12 @@ fn told(command: &Command, blocks: u64, images: &[ImageName]) -> String {
             text
         }
     }
+}
+
+/// A number of a command's reason.
+fn count(command: &Command, name: &str) -> Option<u64> {
+    let found = command.reason.numbers.iter().find(|(known, _)| known == name);
+    found.map(|(_, value)| *value)
 }
 
 fn span(low: HeatScore, high: HeatScore) -> String {
@@ -170,6 +203,7 @@ fn counted(outcome: &Outcome, (done, skipped): (u64, u64)) -> String {
 pub fn ended(decision: &DecisionView) -> String {
     match &decision.ended {
         Some((_, Outcome::Done { .. })) if matches!(decision.command.order, Order::Replicate { .. }) => "begun".into(),
+        Some((_, Outcome::Done { .. })) if matches!(decision.command.order, Order::Drop { .. }) => "done".into(),
         Some((_, result)) => counted(result, decision.done_skipped),
         None if decision.expired => "expired without an answer".into(),
         None => "running".into(),
@@ -295,6 +329,10 @@ pub fn decision(decision: &DecisionView) -> Vec<String> {
             fence(epoch, set_version, bytes);
             Vec::new()
         }
+        Order::Drop { epoch, set_version, .. } => {
+            fence(epoch, set_version, &ByteLen(0));
+            Vec::new()
+        }
     };
     lines.push(format!("layer     {}", c.order.layer()));
     if !decision.images.is_empty() {
@@ -307,7 +345,7 @@ pub fn decision(decision: &DecisionView) -> Vec<String> {
         more => format!(" and {} more", fmt::count(more)),
     };
     lines.push(match &c.order {
-        Order::Replicate { blocks: None, .. } => "blocks    all".into(),
+        Order::Replicate { blocks: None, .. } | Order::Drop { .. } => "blocks    all".into(),
         Order::Replicate {
             blocks: Some(extent), ..
         } => format!("blocks    {}-{}", extent.first, extent.last),
@@ -331,6 +369,27 @@ pub fn decision(decision: &DecisionView) -> Vec<String> {
     lines
 }
 
+/// What is left on a node that drains, in words.
+pub fn drain(view: &DrainView) -> String {
+    if view.is_done() {
+        return format!("since tick {}: nothing is left there", view.since);
+    }
+    let mut parts = Vec::new();
+    if view.replicas > 0 {
+        parts.push(format!("{} to move", plural(view.replicas, "replica")));
+    }
+    if view.owned > 0 {
+        parts.push(format!(
+            "{} to migrate or attach elsewhere",
+            plural(view.owned, "image")
+        ));
+    }
+    if view.alone > 0 {
+        parts.push(format!("{} without a copy elsewhere", plural(view.alone, "image")));
+    }
+    format!("since tick {}: {}", view.since, parts.join(", "))
+}
+
 /// Everything about a node, in lines.
 pub fn node(n: &NodeView) -> Vec<String> {
     let t = &n.tier;
@@ -344,9 +403,11 @@ pub fn node(n: &NodeView) -> Vec<String> {
                 "ABSENT: no report lately"
             }
         ),
+        format!("drains         {}", n.drain.as_ref().map_or("no".into(), drain)),
         format!("last report    tick {}", n.last_report),
         format!("fault domain   {}", n.fault_domain),
         format!("images         {}", n.images),
+        format!("lie there      {}", fmt::bytes(n.held)),
         String::new(),
         format!("RAM tier       {}", fmt::bytes(t.capacity)),
         format!(
@@ -489,6 +550,13 @@ fn located(image: &str, change: &Change) -> String {
     format!("{what}: {}", runs.join("; "))
 }
 
+fn because(reason: &str) -> String {
+    match reason {
+        "" => String::new(),
+        reason => format!(": {reason}"),
+    }
+}
+
 /// One line for an event; `name` knows images by id.
 pub fn event(event: &Event, name: &dyn Fn(ImageId) -> Option<ImageName>) -> String {
     let named = |id: ImageId| name(id).map_or_else(|| format!("image {}", brief(&id.to_string())), |n| n.to_string());
@@ -518,6 +586,7 @@ pub fn event(event: &Event, name: &dyn Fn(ImageId) -> Option<ImageName>) -> Stri
         Event::LocationsChanged { image, change } => located(&named(*image), change),
         Event::SnapshotTaken { image, name, .. } => format!("{}@{name} taken", named(*image)),
         Event::ImageResized { image, size, .. } => format!("{} resized to {}", named(*image), fmt::bytes(*size)),
+        Event::ReplicasSet { image, wanted } => format!("{} is to have {}", named(*image), plural(*wanted, "replica")),
         Event::ImageExported {
             image,
             snapshot,
@@ -587,6 +656,21 @@ pub fn event(event: &Event, name: &dyn Fn(ImageId) -> Option<ImageName>) -> Stri
                 format!("policy version {version} set: {reason}")
             }
         }
+        Event::NodeDrainSet {
+            node, draining, reason, ..
+        } => {
+            let what = if *draining { "drains" } else { "drains no more" };
+            format!("{node} {what}{}", because(reason))
+        }
+        Event::FaultDomainSet {
+            node,
+            fault_domain,
+            reason,
+            ..
+        } => match fault_domain.as_str() {
+            "" => format!("{node} is in the fault domain that it says itself{}", because(reason)),
+            domain => format!("{node} is in fault domain {domain}{}", because(reason)),
+        },
         Event::DigestRecorded { at, state, .. } => {
             format!("digest at #{at}: {}", brief(&hearth_protocol::chain::hex(state)))
         }
@@ -654,6 +738,7 @@ mod tests {
                 to: "node-3".parse().unwrap(),
                 blocks: None,
                 bytes: ByteLen(2 << 30),
+                replaces: None,
             },
             reason: Reason {
                 rule: "repair/replicate".into(),

@@ -57,11 +57,7 @@ pub fn nodes(nodes: &[NodeView]) -> Table {
                 id: RowId::Node(n.id.clone()),
                 cells: vec![
                     Cell::text(n.id.as_str()).tone(Tone::Accent),
-                    if n.present {
-                        Cell::text("present").tone(Tone::Good)
-                    } else {
-                        Cell::text("ABSENT").tone(Tone::Bad)
-                    },
+                    node_state(n),
                     Cell::number(n.images, n.images.to_string()),
                     Cell::number(n.tier.capacity.0, fmt::bytes(n.tier.capacity)),
                     Cell::number(share, fmt::permille(share)),
@@ -87,6 +83,18 @@ pub fn nodes(nodes: &[NodeView]) -> Table {
         })
         .collect();
     Table { columns, rows }
+}
+
+fn node_state(n: &NodeView) -> Cell {
+    match (n.present, &n.drain) {
+        (false, _) => Cell::text("ABSENT").tone(Tone::Bad),
+        (true, None) => Cell::text("present").tone(Tone::Good),
+        (true, Some(drain)) if drain.is_done() => Cell::text("drained").tone(Tone::Warn),
+        (true, Some(drain)) => {
+            let left = drain.replicas + drain.owned + drain.alone;
+            Cell::text(format!("draining, {left} left")).tone(Tone::Warn)
+        }
+    }
 }
 
 /// Images.
@@ -212,10 +220,10 @@ pub fn decisions(decisions: &[Arc<DecisionView>]) -> Table {
             let score = match &c.order {
                 Order::Promote { blocks, .. } => blocks.iter().map(|p| p.score).max(),
                 Order::Demote { blocks, .. } => blocks.iter().map(|b| b.score).max(),
-                Order::Replicate { .. } => None,
+                Order::Replicate { .. } | Order::Drop { .. } => None,
             };
             let blocks = match &c.order {
-                Order::Replicate { blocks: None, .. } => Cell::number(0, "all"),
+                Order::Replicate { blocks: None, .. } | Order::Drop { .. } => Cell::number(0, "all"),
                 order => Cell::number(order.block_count() as u64, fmt::count(order.block_count() as u64)),
             };
             Row {
@@ -242,14 +250,14 @@ fn order_cell(order: &Order) -> Cell {
     Cell::text(order.verb()).tone(match order {
         Order::Promote { .. } => Tone::Ram,
         Order::Demote { .. } => Tone::Dim,
-        Order::Replicate { .. } => Tone::Warn,
+        Order::Replicate { .. } | Order::Drop { .. } => Tone::Warn,
     })
 }
 
 /// The score of an order that names no blocks: none at all if it rests on no heat.
 fn no_score(order: &Order) -> Cell {
     match order {
-        Order::Replicate { .. } => Cell::number(0, "-").tone(Tone::Dim),
+        Order::Replicate { .. } | Order::Drop { .. } => Cell::number(0, "-").tone(Tone::Dim),
         Order::Promote { .. } | Order::Demote { .. } => Cell::number(0, fmt::score(HeatScore(0))),
     }
 }

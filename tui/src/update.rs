@@ -533,6 +533,7 @@ fn why(model: &mut Model) -> Option<Effect> {
                 Order::Promote { blocks, .. } => blocks.first()?.block,
                 Order::Demote { blocks, .. } => blocks.first()?.block,
                 Order::Replicate { blocks, .. } => blocks.map_or(BlockIndex(0), |extent| extent.first),
+                Order::Drop { .. } => BlockIndex(0),
             };
             Some(Effect::Why { image, block, at })
         }

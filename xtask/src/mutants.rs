@@ -167,6 +167,16 @@ const MUTANTS: &[Mutant] = &[
         test: ["scheduler-core", "", "laws::whatever_happens"],
     },
     Mutant {
+        name: "drop-unchecked",
+        rule: "a replica is dropped only where enough are in sync without it",
+        test: ["scheduler-core", "moves", "a_drain_adds"],
+    },
+    Mutant {
+        name: "circle-unseen",
+        rule: "a replica that goes in a circle trips the breaker",
+        test: ["scheduler-core", "moves", "a_replica_that_goes_in_a_circle"],
+    },
+    Mutant {
         name: "ack-before-set-durable",
         rule: "a write is acknowledged when the smaller set is committed and durable",
         test: ["hearth-replication", "model", "explorations::shrink_takeover"],

@@ -189,7 +189,7 @@ impl Node {
                 }
             }
             // One node has nowhere to put a replica; its images have none.
-            Order::Replicate { .. } => {
+            Order::Replicate { .. } | Order::Drop { .. } => {
                 return Answer::Refused {
                     why: "there is one node".into(),
                 };

@@ -138,6 +138,7 @@ impl<'a> Filter<'a> {
                 || match &event {
                     Event::CommandGiven(command) => &command.node == node,
                     Event::HeatFolded(heat) => &heat.node == node,
+                    Event::NodeDrainSet { node: of, .. } | Event::FaultDomainSet { node: of, .. } => of == node,
                     _ => false,
                 }
         });
@@ -156,6 +157,7 @@ fn about(event: &Event, image: ImageId, catalog: &Catalog) -> bool {
         | Event::SnapshotDeleted { image: i, .. }
         | Event::ImageResized { image: i, .. }
         | Event::LocationsChanged { image: i, .. }
+        | Event::ReplicasSet { image: i, .. }
         | Event::ImageExported { image: i, .. }
         | Event::ImageDeleted { image: i } => *i == image,
         Event::LayerSealed { layer, .. } | Event::LayerDropped { layer, .. } => stands_on(layer),

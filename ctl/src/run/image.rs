@@ -109,6 +109,17 @@ pub async fn run(context: &Context, verb: Image) -> Outcome {
             }
             Ok(())
         }
+        Image::Set {
+            image,
+            replicas,
+            on,
+            change,
+        } => {
+            let node = cluster.node_of(&image, on.node).await?;
+            let what = format!("have {} of {image}", narrate::plural(replicas, "replica"));
+            let request = NodeRequest::ImageSet { image, replicas };
+            act(context, &cluster, change, &what, "set", &node, request).await
+        }
         Image::Export {
             source,
             file,

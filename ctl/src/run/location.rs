@@ -8,6 +8,7 @@ use super::ask::{Ask, act_each};
 use super::{Context, job};
 use crate::Outcome;
 use crate::cli::Location;
+use crate::output;
 
 pub async fn run(context: &Context, verb: Location) -> Outcome {
     let cluster = context.cluster().await?;
@@ -54,10 +55,21 @@ pub async fn run(context: &Context, verb: Location) -> Outcome {
             let node = cluster.node_of(&image, on.node).await?;
             let ask = Ask {
                 what: format!("delete the copy of {image} on {location}"),
-                request: NodeRequest::LocationRemove { image, node: location },
+                request: NodeRequest::LocationRemove {
+                    image: image.clone(),
+                    node: location,
+                },
                 node,
             };
-            act_each(context, &cluster, change, "removed", vec![ask]).await
+            let dry_run = change.dry_run;
+            act_each(context, &cluster, change, "removed", vec![ask]).await?;
+            if !dry_run {
+                output::note(&format!(
+                    "left with fewer replicas than wanted, it gets another one after a grace time; to have fewer for good: \
+                     hearth image set {image} --replicas N"
+                ));
+            }
+            Ok(())
         }
     }
 }

@@ -1,14 +1,16 @@
 //! `hearth node`.
 
-use hearth_protocol::rpc::{NodeInfo, NodeReply, NodeRequest};
-use hearth_protocol::view::NodeView;
+use hearth_protocol::NodeId;
+use hearth_protocol::rpc::{Failure, FailureKind, NodeInfo, NodeReply, NodeRequest, SchedulerReply, SchedulerRequest};
+use hearth_protocol::view::{NodeView, StopView};
 use hearth_tui::{fmt, narrate, tables};
 use serde::Serialize;
 
-use super::{Context, watch};
+use super::{Context, plan, watch};
 use crate::Outcome;
-use crate::cli::Node;
-use crate::cluster::unexpected;
+use crate::cli::{Change, Node};
+use crate::cluster::{Cluster, unexpected};
+use crate::output;
 
 /// What the node and the scheduler know of a node.
 #[derive(Serialize)]
@@ -44,8 +46,107 @@ pub async fn run(context: &Context, verb: Node) -> Outcome {
             let shown = Shown { info, activity };
             context.out.one(&shown, || text(&shown));
         }
+        Node::Drain { node, change } => return drain(context, &cluster, node, true, change).await,
+        Node::Undrain { node, change } => return drain(context, &cluster, node, false, change).await,
+        Node::OkToStop { node } => return ok_to_stop(context, &cluster, node).await,
+        Node::Set {
+            node,
+            fault_domain,
+            change,
+        } => {
+            let what = match fault_domain.as_str() {
+                "" => format!("have {node} in the fault domain that it says itself"),
+                name => format!("have {node} in fault domain {name}"),
+            };
+            let request = SchedulerRequest::NodeSet {
+                node,
+                fault_domain,
+                reason: change.reason,
+            };
+            return ask(context, &cluster, &what, request, change.dry_run).await;
+        }
     }
     Ok(())
+}
+
+async fn drain(context: &Context, cluster: &Cluster, node: NodeId, draining: bool, change: Change) -> Outcome {
+    let what = match draining {
+        true => format!("drain {node}"),
+        false => format!("end the drain of {node}"),
+    };
+    let request = SchedulerRequest::NodeDrain {
+        node: node.clone(),
+        draining,
+        reason: change.reason,
+    };
+    ask(context, cluster, &what, request, change.dry_run).await?;
+    if draining && !change.dry_run {
+        output::note(&format!(
+            "it is emptied a few replicas at a time: hearth node list shows how far, hearth node ok-to-stop {node} what keeps it"
+        ));
+    }
+    Ok(())
+}
+
+/// Asks the scheduler for a change, or prints the plan.
+async fn ask(context: &Context, cluster: &Cluster, what: &str, request: SchedulerRequest, dry_run: bool) -> Outcome {
+    if dry_run {
+        plan::scheduler(context, what, &request);
+        return Ok(());
+    }
+    let reply = cluster.scheduler(&request).await?;
+    let SchedulerReply::Done { seq } = &reply else {
+        return Err(unexpected("the scheduler", &reply));
+    };
+    context.out.one(&reply, || format!("done at #{seq}: {what}\n"));
+    Ok(())
+}
+
+async fn ok_to_stop(context: &Context, cluster: &Cluster, node: NodeId) -> Outcome {
+    let stop = match cluster.scheduler(&SchedulerRequest::OkToStop { node }).await? {
+        SchedulerReply::Stop(stop) => stop,
+        other => return Err(unexpected("the scheduler", &other)),
+    };
+    context.out.one(&stop, || stop_text(&stop));
+    if stop.is_ok() {
+        return Ok(());
+    }
+    let node = &stop.node;
+    Err(Failure::new(
+        FailureKind::Refused,
+        format!(
+            "{} would suffer if {node} stopped",
+            narrate::plural(stop.images.len() as u64 + stop.omitted, "image")
+        ),
+        match stop.draining {
+            true => format!("it drains: look again, or see hearth health --detail; nothing was done to {node}"),
+            false => format!("hearth node drain {node} moves what can be moved"),
+        },
+    ))
+}
+
+fn stop_text(stop: &StopView) -> String {
+    let node = &stop.node;
+    if stop.is_ok() {
+        return match stop.present {
+            true => format!("{node} can be stopped: no image needs it\n"),
+            false => format!("{node} is not there, and no image needs it\n"),
+        };
+    }
+    let mut text = String::new();
+    for image in &stop.images {
+        text += &format!(
+            "{}: {}, {}\n  {}\n",
+            image.image,
+            image.harm.as_str(),
+            image.why,
+            image.fix
+        );
+    }
+    if stop.omitted > 0 {
+        text += &format!("and {} more\n", narrate::plural(stop.omitted, "image"));
+    }
+    text
 }
 
 fn text(shown: &Shown) -> String {

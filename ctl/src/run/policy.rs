@@ -3,7 +3,8 @@
 use hearth_protocol::ByteLen;
 use hearth_protocol::policy::TierPolicy;
 use hearth_protocol::rpc::{Failure, FailureKind, SchedulerReply, SchedulerRequest};
-use hearth_tui::fmt;
+use hearth_protocol::view::MoveAccount;
+use hearth_tui::{fmt, narrate};
 use serde::Serialize;
 
 use super::{Context, plan};
@@ -16,14 +17,21 @@ struct Shown<'a> {
     version: u64,
     #[serde(flatten)]
     tier: &'a TierPolicy,
+    moves: &'a [MoveAccount],
 }
 
 pub async fn run(context: &Context, verb: Policy) -> Outcome {
     let cluster = context.cluster().await?;
-    let (version, old) = cluster.view().await?.policy;
+    let view = cluster.view().await?;
+    let (version, old) = view.policy;
     match verb {
         Policy::Show => {
-            context.out.one(&Shown { version, tier: &old }, || text(version, &old));
+            let shown = Shown {
+                version,
+                tier: &old,
+                moves: &view.moves,
+            };
+            context.out.one(&shown, || text(version, &old) + &ledger(&view.moves));
             Ok(())
         }
         Policy::Set { settings, change } => {
@@ -81,4 +89,50 @@ fn text(version: u64, p: &TierPolicy) -> String {
         p.in_flight_bytes_max,
         fmt::bytes(ByteLen(p.in_flight_bytes_max)),
     )
+}
+
+/// What moves of replicas won and cost, a line for each rule.
+fn ledger(accounts: &[MoveAccount]) -> String {
+    let mut text = String::new();
+    for account in accounts {
+        text += &format!(
+            "{:<25} {}, {} failed, {} copied; of {} promised {} lasted",
+            account.rule,
+            narrate::plural(account.done, "move"),
+            account.failed,
+            fmt::bytes(account.bytes),
+            account.predicted,
+            account.realised
+        );
+        if let Some(until) = account.off_until {
+            text += &format!("; off until tick {until}");
+        }
+        text.push('\n');
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use hearth_protocol::TickNo;
+
+    use super::*;
+
+    #[test]
+    fn the_ledger_says_what_lasted_and_what_is_off() {
+        let account = MoveAccount {
+            rule: "spread/replicate".into(),
+            done: 3,
+            failed: 1,
+            bytes: ByteLen(3 << 30),
+            predicted: 2,
+            realised: 1,
+            off_until: Some(TickNo(99)),
+        };
+        let text = ledger(&[account]);
+        let expect =
+            "spread/replicate          3 moves, 1 failed, 3 GiB copied; of 2 promised 1 lasted; off until tick 99\n";
+        assert_eq!(text, expect);
+        assert_eq!(ledger(&[]), "");
+    }
 }

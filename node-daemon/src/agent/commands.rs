@@ -51,16 +51,26 @@ async fn execute(requests: &Requests, command: Command, tick: hearth_protocol::T
         };
     }
     tracing::debug!(command = %command.id, verb = command.order.verb(), blocks = command.order.block_count(), "executing");
-    if let Order::Replicate {
-        image,
-        epoch,
-        to,
-        blocks,
-        ..
-    } = command.order
-    {
-        let started = Instant::now();
-        return match requests.replicate(image, epoch, to, blocks).await {
+    let started = Instant::now();
+    let of_replicas = match &command.order {
+        Order::Replicate {
+            image,
+            epoch,
+            to,
+            blocks,
+            ..
+        } => Some(requests.replicate(*image, *epoch, to.clone(), *blocks).await),
+        Order::Drop {
+            image,
+            epoch,
+            from,
+            keep,
+            ..
+        } => Some(requests.drop_replica(*image, *epoch, from.clone(), *keep).await),
+        Order::Promote { .. } | Order::Demote { .. } => None,
+    };
+    if let Some(result) = of_replicas {
+        return match result {
             Ok(()) => Outcome::Done {
                 done: Vec::new(),
                 skipped: Vec::new(),

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use hearth_protocol::command::Outcome;
 use hearth_protocol::event::ImageCreated;
 use hearth_protocol::publishers::{Arrival, Publishers};
-use hearth_protocol::validity::{Validity, Verdict};
+use hearth_protocol::validity::{self, Validity, Verdict};
 use hearth_protocol::{
     Command, CommandId, Envelope, Event, ImageId, ImageName, Incarnation, LayerId, NodeId, Seq, SnapshotName, TickNo,
     subject,
@@ -54,6 +54,7 @@ pub struct ClusterFacts {
     holders: BTreeMap<LayerId, BTreeSet<NodeId>>,
     addresses: BTreeMap<NodeId, String>,
     joined: Option<Incarnation>,
+    draining: BTreeSet<NodeId>,
     verdicts: VecDeque<(Seq, Verdict)>,
     open: Vec<Command>,
     outcomes: VecDeque<(CommandId, Outcome)>,
@@ -75,7 +76,12 @@ impl ClusterFacts {
         if self.publishers.arrive(envelope) == Arrival::Repeat {
             return self.remember(seq, Verdict::Void("the event repeats an earlier one"));
         }
-        let verdict = self.validity.judge(&envelope.publisher, event);
+        let verdict = match self.validity.judge(&envelope.publisher, event) {
+            Verdict::Valid if validity::marked(event).is_some_and(|node| !self.addresses.contains_key(node)) => {
+                Verdict::Void(validity::NO_SUCH_NODE)
+            }
+            verdict => verdict,
+        };
         self.remember(seq, verdict);
         if let Some(image) = image_of(event).filter(|id| verdict.is_valid() || self.aggregates.contains_key(id)) {
             self.aggregates.insert(image, seq);
@@ -163,6 +169,12 @@ impl ClusterFacts {
                     self.holders.entry(*layer).or_default().insert(joined.node.clone());
                 }
             }
+            Event::NodeDrainSet {
+                node, draining: true, ..
+            } => drop(self.draining.insert(node.clone())),
+            Event::NodeDrainSet {
+                node, draining: false, ..
+            } => drop(self.draining.remove(node)),
             Event::Ticked { tick, .. } => self.tick = *tick,
             Event::CommandGiven(command) if &command.node == own => {
                 let known = self.open.iter().any(|c| c.id == command.id) || self.outcome(command.id).is_some();
@@ -250,6 +262,19 @@ impl ClusterFacts {
             .map(|f| &f.created.name)
     }
 
+    /// Whether an operator has a node drained: it gets nothing new.
+    pub fn drains(&self, node: &NodeId) -> bool {
+        self.draining.contains(node)
+    }
+
+    /// How many replicas an image is to have; `None` for one that has none.
+    pub fn wanted(&self, id: ImageId) -> Option<u64> {
+        let known = self.validity.image(id)?;
+        known.locations.as_ref()?;
+        let created = self.images.get(&id)?.created.members.len() as u64;
+        Some(known.wanted.unwrap_or(created))
+    }
+
     /// Where nodes listen for others.
     pub fn addresses(&self) -> &BTreeMap<NodeId, String> {
         &self.addresses
@@ -277,6 +302,7 @@ fn image_of(event: &Event) -> Option<ImageId> {
         | Event::SnapshotDeleted { image, .. }
         | Event::ImageResized { image, .. }
         | Event::LocationsChanged { image, .. }
+        | Event::ReplicasSet { image, .. }
         | Event::ImageExported { image, .. }
         | Event::ImageDeleted { image } => Some(*image),
         _ => None,
@@ -435,5 +461,64 @@ mod tests {
         assert_eq!(ids(&script), [3]);
         script.event(&sched, 5, &command(1, "node-1"));
         assert_eq!(ids(&script), [3], "a closed command is not executed again");
+    }
+
+    #[test]
+    fn a_drain_counts_for_nodes_that_joined_as_it_does_for_the_scheduler() {
+        let mut script = Script::new();
+        let sched = Publisher::Scheduler("s".parse().unwrap());
+        let (one, two): (NodeId, NodeId) = ("node-1".parse().unwrap(), "node-2".parse().unwrap());
+        let start = Event::TermStarted {
+            term: Term(1),
+            previous: None,
+        };
+        assert!(script.event(&sched, 1, &start).is_valid());
+        let joined = Event::NodeJoined(hearth_protocol::event::NodeJoined {
+            node: one.clone(),
+            incarnation: Incarnation(7),
+            storage_incarnation: Incarnation(8),
+            previous: None,
+            ram: ByteLen(0),
+            main: ByteLen(0),
+            fault_domain: "rack-1".into(),
+            peer_address: "tcp:127.0.0.1:10809".into(),
+            layers: vec![],
+            heat_source: "export".into(),
+        });
+        assert!(script.event(&Publisher::Node(one.clone()), 1, &joined).is_valid());
+        let drain = |node: &NodeId, draining| Event::NodeDrainSet {
+            term: Term(1),
+            node: node.clone(),
+            draining,
+            reason: String::new(),
+        };
+        assert!(!script.event(&sched, 2, &drain(&two, true)).is_valid());
+        assert!(script.event(&sched, 3, &drain(&one, true)).is_valid());
+        assert_eq!((script.facts.drains(&one), script.facts.drains(&two)), (true, false));
+        assert!(script.event(&sched, 4, &drain(&one, false)).is_valid());
+        assert!(!script.facts.drains(&one));
+    }
+
+    #[test]
+    fn as_many_replicas_are_wanted_as_the_image_was_created_with_until_that_is_set() {
+        let mut script = Script::new();
+        let one = Publisher::Node("node-1".parse().unwrap());
+        let Event::ImageCreated(mut with) = created(1, "a/b", "node-1") else {
+            unreachable!()
+        };
+        with.members = ["node-1", "node-2"].iter().map(|id| id.parse().unwrap()).collect();
+        script.event(&one, 1, &Event::ImageCreated(with));
+        script.event(&one, 2, &created(2, "a/c", "node-1"));
+        assert_eq!(
+            (script.facts.wanted(ImageId(1)), script.facts.wanted(ImageId(2))),
+            (Some(2), None)
+        );
+        let set = Event::ReplicasSet {
+            image: ImageId(1),
+            wanted: 3,
+        };
+        assert!(script.event(&one, 3, &set).is_valid());
+        assert_eq!(script.facts.wanted(ImageId(1)), Some(3));
+        assert_eq!(script.facts.tail(ImageId(1)), Seq(3));
     }
 }

@@ -370,6 +370,13 @@ impl Requests {
                 "",
             ));
         }
+        if self.link.facts().drains(&node) {
+            return Err(Failure::new(
+                FailureKind::Refused,
+                format!("node {node} drains, so it gets no replicas"),
+                format!("choose another one, or hearth node undrain {node}"),
+            ));
+        }
         let extent = Extent { first, last };
         let record = replica.look(|session| session.record().cloned());
         if record.is_some_and(|record| record.holds(&node, extent)) {
@@ -401,6 +408,7 @@ impl Requests {
         let id = replica.image();
         let job = self.jobs.start(format!("have {node} hold {image}"), move |progress| {
             replica.step(join);
+            let mut cancelled = false;
             let deny = |denial: Denial| {
                 Err(Failure::new(
                     FailureKind::Refused,
@@ -415,6 +423,9 @@ impl Requests {
                         return Ok(());
                     }
                     Ok((of, Notice::NotChanged(node, denial))) if of == id && node == joining => {
+                        if cancelled {
+                            forget_joiner(&replica, &joining);
+                        }
                         return deny(denial);
                     }
                     Ok((of, Notice::Ended(denial))) if of == id => return deny(denial),
@@ -423,7 +434,11 @@ impl Requests {
                 }
                 let copied = replica.look(|session| session.owner().and_then(|owner| owner.copied_up_to()));
                 let done = copied.map_or(0, |block| block.0.saturating_sub(first.0));
-                progress(done.saturating_mul(replica.shape().block_size).min(total), total);
+                let goes_on = progress(done.saturating_mul(replica.shape().block_size).min(total), total);
+                if !goes_on && !cancelled {
+                    cancelled = true;
+                    replica.step(Input::Cancel(joining.clone()));
+                }
                 let held = replica.look(|session| session.record().is_some_and(|r| r.holds(&joining, extent)));
                 if held {
                     return Ok(());
@@ -431,27 +446,6 @@ impl Requests {
             }
         });
         Ok(NodeReply::Job(job))
-    }
-
-    /// Begins to have one more node hold an image, as the scheduler ordered.
-    ///
-    /// # Errors
-    /// This node does not own the image at that epoch, or the other node cannot.
-    pub(super) async fn replicate(
-        &self,
-        image: ImageId,
-        epoch: Epoch,
-        to: NodeId,
-        blocks: Option<Extent>,
-    ) -> Result<(), Failure> {
-        let at = |session: &Session| session.owner().is_some_and(|owner| owner.record().epoch() == epoch);
-        let Some(replica) = self.replica(image).filter(|replica| replica.look(at)) else {
-            return Err(failed(format!("this node does not own image {image} at epoch {epoch}")));
-        };
-        let name = replica.shape().name.clone();
-        let end = replica.shape().end();
-        let blocks = blocks.map(|extent| (extent.first, extent.last.min(end)));
-        self.clone().add_location(name, to, blocks).await.map(drop)
     }
 
     /// Takes a node's copy of an image away.
@@ -510,6 +504,23 @@ impl Requests {
         let seq = self.link.publish_image(image, &Event::ImageDeleted { image }).await?;
         Ok(NodeReply::Done { seq: Some(seq) })
     }
+}
+
+/// Has a node whose join was cancelled delete what it got, once the smaller set is in force. Where that takes too long, the
+/// half copy stays behind: it counts for nothing, and the node's next join begins with it.
+fn forget_joiner(replica: &Replica, joiner: &NodeId) {
+    let deadline = Instant::now() + ANSWER;
+    let is_out = |session: &Session| {
+        let owner = session.owner();
+        owner.is_none_or(|owner| !owner.is_changing() && !owner.record().everyone().contains(joiner))
+    };
+    while !replica.look(is_out) {
+        if Instant::now() > deadline {
+            return tracing::warn!(image = %replica.shape().name, node = %joiner, "a half copy stays behind");
+        }
+        std::thread::sleep(LOOK);
+    }
+    replica.step(Input::Leave(joiner.clone()));
 }
 
 /// Whether an image was never owned, as its record here says: then nothing was ever written to it.

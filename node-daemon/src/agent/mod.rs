@@ -10,6 +10,7 @@ mod image_export;
 pub mod jobs;
 pub mod link;
 mod locations;
+mod moves;
 pub mod node;
 pub mod peers;
 mod reconcile;

@@ -495,7 +495,7 @@ impl Node {
                 (demoted.done, demoted.skipped, demoted.bytes)
             }
             // Needs the log: see `super::commands`.
-            Order::Replicate { .. } => {
+            Order::Replicate { .. } | Order::Drop { .. } => {
                 return Outcome::Refused {
                     why: "this order is carried out by the agent".into(),
                 };

@@ -57,6 +57,9 @@ impl Requests {
         if changes_images(&asked.request) {
             self.link.takes_changes()?;
         }
+        if makes_images(&asked.request) {
+            self.takes_images()?;
+        }
         match asked.request {
             NodeRequest::ImageCreate {
                 name,
@@ -79,6 +82,7 @@ impl Requests {
             NodeRequest::ImagePrewarm { image } => self.prewarm(image).await,
             NodeRequest::LocationAdd { image, node, blocks } => self.add_location(image, node, blocks).await,
             NodeRequest::LocationRemove { image, node } => self.remove_location(image, node).await,
+            NodeRequest::ImageSet { image, replicas } => self.set_replicas(image, replicas).await,
             NodeRequest::ReplicaPrepare(spec) => self.prepare_replica(spec).await,
             NodeRequest::ReplicaForget { image } => self.forget_replica(image).await,
             NodeRequest::ImageDetach { image } => self.detach(image).await,
@@ -159,6 +163,19 @@ impl Requests {
                 FailureKind::Conflict,
                 format!("image {name} exists already, on {}", taken.created.node),
                 "choose another name",
+            )),
+        }
+    }
+
+    /// Refuses new images while this node drains.
+    fn takes_images(&self) -> Result<(), Failure> {
+        let id = &self.node.config.id;
+        match self.link.facts().drains(id) {
+            false => Ok(()),
+            true => Err(Failure::new(
+                FailureKind::Refused,
+                format!("node {id} drains, so it gets no new images"),
+                format!("choose another one with --node, or hearth node undrain {id}"),
             )),
         }
     }
@@ -546,6 +563,7 @@ fn changes_images(request: &NodeRequest) -> bool {
         | NodeRequest::ImageHandOver { .. }
         | NodeRequest::LocationAdd { .. }
         | NodeRequest::LocationRemove { .. }
+        | NodeRequest::ImageSet { .. }
         | NodeRequest::ReplicaPrepare(_)
         | NodeRequest::ReplicaForget { .. }
         | NodeRequest::ImageResize { .. } => true,
@@ -558,6 +576,14 @@ fn changes_images(request: &NodeRequest) -> bool {
         | NodeRequest::NodeShow
         | NodeRequest::Health => false,
     }
+}
+
+/// Whether a request is to put a new image on this node.
+fn makes_images(request: &NodeRequest) -> bool {
+    matches!(
+        request,
+        NodeRequest::ImageCreate { .. } | NodeRequest::ImageImport { .. } | NodeRequest::ImageClone { .. }
+    )
 }
 
 /// Where peers reach this node's NBD server.

@@ -139,6 +139,12 @@ impl Owner {
         self.join.as_ref()
     }
 
+    /// Whether a node joins and holds nothing yet that counts, by any record that may count.
+    pub fn may_cancel(&self, node: &NodeId) -> bool {
+        let joins = self.join.as_ref().is_some_and(|join| join.node() == node);
+        joins && !self.needed().contains(node)
+    }
+
     /// Whether a set change is proposed or not in force yet.
     pub fn is_changing(&self) -> bool {
         self.proposed.is_some() || self.committed != self.record

@@ -254,6 +254,13 @@ impl Session {
                 }
                 _ => self.not_changed(node, step),
             },
+            // What a joiner that failed leaves behind is the same.
+            Input::Cancel(node) => match &self.role {
+                Role::Owning(owner) if owner.may_cancel(&node) => {
+                    step.todo.push_back(Inner::Owner(owner::Input::MemberFailed(node)));
+                }
+                _ => {}
+            },
             Input::Leave(node) => match &self.role {
                 Role::Owning(_) => step.todo.push_back(Inner::Owner(owner::Input::Leave(node))),
                 _ => self.not_changed(node, step),

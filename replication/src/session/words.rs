@@ -149,6 +149,8 @@ pub enum Input {
         /// Blocks of one copy.
         blocks: u64,
     },
+    /// A node that joins is to get no copy after all. Ignored once it counts as a member of some blocks: then it finishes.
+    Cancel(NodeId),
     /// A member's copy is to go.
     Leave(NodeId),
     /// End here: an owner drains, seals durably and hands over to a node, if one is named. What is not open yet ends at once.

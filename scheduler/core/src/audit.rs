@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use hearth_protocol::record::Nodes;
 
 use crate::blocks::{NodeBlocks, Place};
+use crate::moves::is_too_many;
 use crate::state::{Facts, State};
 
 impl State {
@@ -64,6 +65,25 @@ fn audit_replicas(facts: &Facts) -> Result<(), String> {
     let known = |id| facts.catalog.images.contains_key(id);
     if !repairs.ordered.keys().chain(repairs.tried.keys()).all(known) {
         return Err("repair remembers orders for images that are gone".into());
+    }
+    let moves = &facts.moves;
+    let ended = moves.unscored.iter().chain(&moves.recent).map(|ended| &ended.image);
+    let kept = moves
+        .under_way
+        .keys()
+        .chain(moves.surplus.keys())
+        .chain(moves.dropping.keys());
+    if !kept.chain(moves.breakers.keys()).chain(ended).all(known) {
+        return Err("moves are remembered of images that are gone".into());
+    }
+    for (id, at) in &moves.surplus {
+        let replicas = facts.catalog.images.get(id).and_then(|image| image.replicas.as_ref());
+        if replicas.is_none_or(|replicas| !is_too_many(replicas)) {
+            return Err(format!(
+                "image {id} has no replica too many, though noted at {}",
+                at.seq
+            ));
+        }
     }
     Ok(())
 }

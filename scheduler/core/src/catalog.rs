@@ -34,7 +34,7 @@ pub(crate) struct Image {
 /// Where an image's replicas are, as its record says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Replicas {
-    /// How many there should be: as many as the image was created with.
+    /// How many there should be: as many as the image was created with, until an operator says otherwise.
     pub wanted: u64,
     /// Members of the runs that have the fewest.
     pub fewest: u64,
@@ -102,6 +102,11 @@ pub(crate) struct Catalog {
 }
 
 impl Catalog {
+    /// Whether some image has replicas. A pass over all images where none has.
+    pub(crate) fn has_replicas(&self) -> bool {
+        self.images.values().any(|image| image.replicas.is_some())
+    }
+
     pub(crate) fn created(&mut self, event: &ImageCreated) {
         let parent = event.parent.as_ref().map(|(id, snapshot)| {
             // A parent that is gone keeps a readable place holder: its id is a valid name part.

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use hearth_protocol::command::{Alternative, Demotion, LostNode, Order, Outcome, Promotion, Reason};
 use hearth_protocol::heat::{BlockHeat, PackedHeat, TierUse};
 use hearth_protocol::policy::TierPolicy;
-use hearth_protocol::record::{Extent, Run};
+use hearth_protocol::record::{Extent, Record, Run};
 use hearth_protocol::{
     BlockIndex, ByteLen, Command, CommandId, Envelope, Epoch, Event, HeatScore, ImageId, Incarnation, LayerId, LeaseId,
     NodeId, Publisher, Seq, SetVersion, Term, TickNo, WallMs,
@@ -23,7 +23,7 @@ pub(crate) mod sim;
 
 use sim::{BLOCK, Sim, node_id};
 
-const NODES: [&str; 3] = ["n1", "n2", "n3"];
+const NODES: [&str; 4] = ["n1", "n2", "n3", "n4"];
 
 /// One thing that happens. Small ids, so that they meet; numbers from the edges, so that they overflow if they can.
 #[derive(Debug, Clone)]
@@ -49,6 +49,9 @@ enum Op {
     Replicated(usize, u128, usize),
     Record(usize, u128, usize, Edit),
     Later(u64),
+    Drain(usize, bool),
+    Domain(usize, u64),
+    Wanted(usize, u128, u64),
     Any(Publisher, u64, Box<Event>),
 }
 
@@ -155,6 +158,15 @@ fn order() -> impl Strategy<Value = Order> {
             to: node_id(NODES[to]),
             blocks: part.then_some(sim::WHOLE),
             bytes: ByteLen(epoch),
+            replaces: part.then_some(node_id(NODES[(to + 1) % NODES.len()])),
+        }),
+        (1..5u128, number(), 0..NODES.len()).prop_map(|(image, epoch, from)| Order::Drop {
+            layer: LayerId(image),
+            image: ImageId(image),
+            epoch: Epoch(epoch),
+            set_version: SetVersion(epoch),
+            from: node_id(NODES[from]),
+            keep: epoch,
         }),
     ]
 }
@@ -223,6 +235,22 @@ fn any_event() -> impl Strategy<Value = Event> {
             node
         }),
         node().prop_map(|node| Event::NodeLeft { node }),
+        (number(), node(), any::<bool>()).prop_map(|(term, node, draining)| Event::NodeDrainSet {
+            term: Term(term),
+            node,
+            draining,
+            reason: String::new(),
+        }),
+        (number(), node(), 0..4u64).prop_map(|(term, node, rack)| Event::FaultDomainSet {
+            term: Term(term),
+            node,
+            fault_domain: format!("rack-{rack}"),
+            reason: String::new(),
+        }),
+        (1..5u128, 0..10u64).prop_map(|(image, wanted)| Event::ReplicasSet {
+            image: ImageId(image),
+            wanted,
+        }),
         (number(), policy()).prop_map(|(term, policy)| Event::PolicySet {
             term: Term(term),
             version: 9,
@@ -266,6 +294,9 @@ fn op() -> impl Strategy<Value = Op> {
         2 => (node(), id(), node()).prop_map(|(n, i, other)| Op::Replicated(n, i, other)),
         6 => (node(), id(), node(), edit()).prop_map(|(n, i, other, e)| Op::Record(n, i, other, e)),
         3 => (1..700u64).prop_map(Op::Later),
+        1 => (node(), any::<bool>()).prop_map(|(n, on)| Op::Drain(n, on)),
+        1 => (node(), 0..3u64).prop_map(|(n, rack)| Op::Domain(n, rack)),
+        2 => (node(), id(), 1..4u64).prop_map(|(n, i, wanted)| Op::Wanted(n, i, wanted)),
         2 => (publisher(), number(), any_event()).prop_map(|(p, n, e)| Op::Any(p, n, Box::new(e))),
     ]
 }
@@ -317,7 +348,7 @@ fn run(sim: &mut Sim, given: &mut Vec<Command>, op: &Op) {
                 Order::Promote { blocks, .. } => blocks.iter().map(|p| p.block).collect(),
                 Order::Demote { blocks, .. } => blocks.iter().map(|d| d.block).collect(),
                 // An answer that names blocks where none are asked for.
-                Order::Replicate { .. } => vec![BlockIndex(1), BlockIndex(2)],
+                Order::Replicate { .. } | Order::Drop { .. } => vec![BlockIndex(1), BlockIndex(2)],
             };
             let half = blocks.len().div_ceil(2);
             let outcome = if *ok {
@@ -400,6 +431,9 @@ fn node_op(sim: &mut Sim, op: &Op) {
         | Op::Capacity(n, ..)
         | Op::Damaged(n, ..)
         | Op::Replicated(n, ..)
+        | Op::Drain(n, ..)
+        | Op::Domain(n, ..)
+        | Op::Wanted(n, ..)
         | Op::Record(n, ..) => *n,
         _ => return,
     };
@@ -497,6 +531,18 @@ fn node_op(sim: &mut Sim, op: &Op) {
                 sim.change(name, *image, |_| edited);
             }
         }
+        Op::Drain(_, on) => {
+            sim.drain(name, *on);
+        }
+        Op::Domain(_, 0) => {
+            sim.domain(name, "");
+        }
+        Op::Domain(_, rack) => {
+            sim.domain(name, &format!("rack-{rack}"));
+        }
+        Op::Wanted(_, image, wanted) => {
+            sim.wanted(name, *image, *wanted);
+        }
         Op::Damaged(_, layer, bytes) => {
             sim.heat_with(name, 1, *layer, &[], |h| {
                 h.images[0].layers[0].blocks = PackedHeat(bytes.clone());
@@ -524,14 +570,21 @@ fn check_decisions(state: &State) {
                 assert!(!promoted.contains_key(&command.node), "a demotion after a promotion");
                 *demoted.entry(&command.node).or_default() += bytes.0;
             }
+            Order::Replicate {
+                image,
+                to,
+                replaces: Some(from),
+                ..
+            } => check_move(facts, &command.node, *image, from, to),
             Order::Replicate { image, to, .. } => check_replicate(facts, &command.node, *image, to),
+            Order::Drop { image, from, keep, .. } => check_drop(facts, &command.node, *image, from, *keep),
         }
     }
     let targets: Vec<&NodeId> = commands
         .iter()
         .filter_map(|c| match &c.order {
             Order::Replicate { to, .. } => Some(to),
-            Order::Promote { .. } | Order::Demote { .. } => None,
+            Order::Promote { .. } | Order::Demote { .. } | Order::Drop { .. } => None,
         })
         .collect();
     assert!(targets.len() <= IN_FLIGHT_MAX, "too many replicas at once");
@@ -551,27 +604,64 @@ fn check_decisions(state: &State) {
     }
 }
 
-/// What every order to replicate keeps to.
-fn check_replicate(facts: &Facts, owner: &NodeId, image: ImageId, to: &NodeId) {
-    let is_present = |node: &NodeId| facts.nodes.get(node).is_some_and(|known| facts.present(known));
+/// What every order about a replica keeps to; the image's record.
+fn check_owned<'a>(facts: &'a Facts, owner: &NodeId, image: ImageId) -> &'a Record {
     let known = &facts.catalog.images[&image];
+    let is_present = facts.nodes.get(owner).is_some_and(|node| facts.present(node));
     assert!(
-        known.attached && known.node == *owner && is_present(owner),
+        known.attached && known.node == *owner && is_present,
         "nobody could copy it"
     );
-    assert!(is_present(to), "a node that is not there gets a replica");
     let record = &facts.validity.image(image).unwrap().locations.as_ref().unwrap().record;
+    assert!(
+        record.runs().iter().all(|run| run.joiners.is_empty()),
+        "two changes at once"
+    );
+    record
+}
+
+fn takes(facts: &Facts, node: &NodeId) -> bool {
+    facts.takers().any(|(taker, _)| taker == node)
+}
+
+/// What every order to move a replica keeps to.
+fn check_move(facts: &Facts, owner: &NodeId, image: ImageId, from: &NodeId, to: &NodeId) {
+    let record = check_owned(facts, owner, image);
+    assert!(takes(facts, to), "a node that takes nothing gets a replica");
+    assert!(from != owner, "the owner's copy moves");
+    assert!(record.members().contains(from) && !record.everyone().contains(to));
+    let wanted = facts.catalog.images[&image].replicas.as_ref().unwrap().wanted;
+    let has_all = |run: &Run| run.members.len() as u64 >= wanted;
+    assert!(record.runs().iter().all(has_all), "a degraded image moves");
+}
+
+/// What every order to drop a replica keeps to.
+fn check_drop(facts: &Facts, owner: &NodeId, image: ImageId, from: &NodeId, keep: u64) {
+    let record = check_owned(facts, owner, image);
+    let wanted = facts.catalog.images[&image].replicas.as_ref().unwrap().wanted;
+    assert!(keep >= 1 && keep == wanted && from != owner);
+    let left = |run: &Run| run.members.iter().filter(|node| *node != from).count() as u64;
+    assert!(
+        record.runs().iter().all(|run| left(run) >= keep),
+        "too few would be left"
+    );
+}
+
+/// What every order to replicate keeps to.
+fn check_replicate(facts: &Facts, owner: &NodeId, image: ImageId, to: &NodeId) {
+    let record = check_owned(facts, owner, image);
+    let known = &facts.catalog.images[&image];
+    assert!(takes(facts, to), "a node that takes nothing gets a replica");
     let wanted = known.replicas.as_ref().unwrap().wanted;
     let is_short = |run: &Run| (run.members.len() as u64) < wanted && !run.members.contains(to);
     assert!(record.runs().iter().any(is_short), "a replica too many");
-    assert!(
-        record.runs().iter().all(|run| run.joiners.is_empty()),
-        "two joiners at once"
-    );
     let short = &facts.repairs.short[&image];
     let over = |ticks: u64, tick: TickNo| facts.tick.0 - tick.0 >= ticks;
     let last = short.fewest == 1 && over(GRACE_TICKS_LAST, short.fell.tick);
-    assert!(last || over(GRACE_TICKS, short.since.tick), "within the grace time");
+    assert!(
+        short.asked || last || over(GRACE_TICKS, short.since.tick),
+        "within the grace time"
+    );
 }
 
 proptest! {

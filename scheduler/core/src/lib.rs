@@ -7,7 +7,8 @@
 //!
 //! Where things are: [`State`] and its fold in `state`, per-block heat and places in `blocks`, integer decay in
 //! `decay`, images and layers in `catalog`, commands in flight in `orders`, where new replicas go in `place`, what
-//! repair remembers in `repairs`, what moves and why in [`policy`], what people see in [`view()`], re-derivation in
+//! operators said of nodes in `marks`, what repair remembers in `repairs`, what moves of replicas leave behind in `moves`, whether a node may stop in `stop`, what moves and
+//! why in [`policy`], what people see in [`view()`], re-derivation in
 //! [`replay`], explanations in [`why`].
 
 #![deny(clippy::float_arithmetic)]
@@ -23,6 +24,8 @@ mod decay;
 mod digest;
 #[cfg(test)]
 mod laws;
+mod marks;
+mod moves;
 pub mod mutants;
 mod orders;
 mod place;
@@ -30,6 +33,7 @@ pub mod policy;
 mod repairs;
 pub mod replay;
 mod state;
+mod stop;
 mod view;
 pub mod why;
 
@@ -38,4 +42,5 @@ pub use digest::{DigestBook, DigestCheck};
 pub use orders::COMMAND_TICKS;
 pub use place::{Misfit, place};
 pub use state::{Applied, DIGEST_EVERY_TICKS, Judged, State, TRACKED_BLOCKS_MAX, TRACKED_BLOCKS_PER_NODE_MAX};
+pub use stop::ok_to_stop;
 pub use view::{image_heat, view};

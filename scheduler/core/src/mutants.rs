@@ -8,6 +8,8 @@
 //! | `duplicate-applied` | an event that its publisher delivered before counts again |
 //! | `lost-uncounted` | heat of a window that lost samples counts as clean |
 //! | `hash-order` | decisions come in the order of a hash table |
+//! | `drop-unchecked` | a replica is dropped however few are left |
+//! | `circle-unseen` | no breaker trips |
 
 /// Whether a switch is on. Constant in production builds.
 #[cfg(not(feature = "mutants"))]

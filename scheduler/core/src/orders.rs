@@ -28,7 +28,7 @@ pub(crate) struct Given {
     pub expires: TickNo,
     /// It expired, or its node started anew, before an answer came.
     pub expired: bool,
-    /// The image that it gives a replica of; it moves no blocks of the main region.
+    /// The image of whose replicas it adds or drops one; it moves no blocks of the main region.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub replicates: Option<ImageId>,
 }
@@ -85,7 +85,7 @@ impl Orders {
         let (promote, blocks, replicates) = match &command.order {
             Order::Promote { blocks, .. } => (true, blocks.iter().map(|p| p.block).collect(), None),
             Order::Demote { blocks, .. } => (false, blocks.iter().map(|d| d.block).collect(), None),
-            Order::Replicate { image, .. } => (false, Vec::new(), Some(*image)),
+            Order::Replicate { image, .. } | Order::Drop { image, .. } => (false, Vec::new(), Some(*image)),
         };
         self.given.insert(
             command.id,
@@ -201,7 +201,7 @@ fn cut(command: &Command) -> Command {
     match &mut command.order {
         Order::Promote { blocks, .. } => ends(blocks),
         Order::Demote { blocks, .. } => ends(blocks),
-        Order::Replicate { .. } => {}
+        Order::Replicate { .. } | Order::Drop { .. } => {}
     }
     let rests_on = &mut command.reason.rests_on;
     rests_on.drain(..rests_on.len().saturating_sub(SHOWN_MAX));

@@ -1,6 +1,6 @@
 //! Where the replicas of a new image go.
 //!
-//! The node that asked comes first. Each further one is, of the nodes that are present and not chosen, the one whose fault
+//! The node that asked comes first. Each further one is, of the nodes that are present, do not drain and are not chosen, the one whose fault
 //! domain has the fewest chosen ones; of these the one on which the fewest bytes of images lie; of these the lowest id.
 
 use std::collections::BTreeMap;
@@ -15,8 +15,11 @@ pub enum Misfit {
     /// The node that asked is not there.
     #[error("node {0} is not present")]
     Absent(NodeId),
+    /// The node that asked drains.
+    #[error("node {0} drains, so it gets no new images")]
+    Draining(NodeId),
     /// There are not enough nodes.
-    #[error("{replicas} replicas need as many nodes, and {present} are present")]
+    #[error("{replicas} replicas need as many nodes, and {present} are present and do not drain")]
     TooFew {
         /// How many are wanted.
         replicas: u64,
@@ -31,14 +34,12 @@ pub enum Misfit {
 /// [`Misfit`].
 pub fn place(state: &State, near: &NodeId, replicas: u64) -> Result<Vec<NodeId>, Misfit> {
     let facts = &state.data.facts;
-    let present: BTreeMap<&NodeId, &str> = facts
-        .nodes
-        .iter()
-        .filter(|(_, node)| facts.present(node))
-        .map(|(id, node)| (id, node.joined.fault_domain.as_str()))
-        .collect();
+    let present: BTreeMap<&NodeId, &str> = facts.takers().collect();
     if !present.contains_key(near) {
-        return Err(Misfit::Absent(near.clone()));
+        return Err(match facts.drains(near) {
+            true => Misfit::Draining(near.clone()),
+            false => Misfit::Absent(near.clone()),
+        });
     }
     if (present.len() as u64) < replicas {
         return Err(Misfit::TooFew {

@@ -37,6 +37,13 @@ pub(crate) struct Short {
     /// The tick from which on its owner is told to begin.
     #[serde(default)]
     pub owner_ready: TickNo,
+    /// An operator asked for more since it last had as many as wanted.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub asked: bool,
+}
+
+fn is_false(flag: &bool) -> bool {
+    !flag
 }
 
 /// An order to replicate that has not shown in the record yet.
@@ -116,6 +123,7 @@ impl Repairs {
             fell: at,
             lost: Nodes::new(),
             owner_ready: TickNo(0),
+            asked: false,
         });
         short.owner_ready = if new_owner { owner_ready(at.tick) } else { TickNo(0) };
         if after.fewest < short.fewest {
@@ -131,6 +139,23 @@ impl Repairs {
         if let Some(short) = self.short.get_mut(&id) {
             short.owner_ready = owner_ready(tick);
         }
+    }
+
+    /// An operator wants another number of replicas. More are made at once: nobody is expected back.
+    pub(crate) fn wanted(&mut self, id: ImageId, replicas: &Replicas, at: At) {
+        if replicas.fewest >= replicas.wanted {
+            self.short.remove(&id);
+            return;
+        }
+        let short = self.short.entry(id).or_insert_with(|| Short {
+            fewest: replicas.fewest,
+            since: at,
+            fell: at,
+            lost: Nodes::new(),
+            owner_ready: TickNo(0),
+            asked: true,
+        });
+        short.asked = true;
     }
 
     pub(crate) fn deleted(&mut self, id: ImageId) {

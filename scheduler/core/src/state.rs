@@ -11,7 +11,7 @@ use hearth_protocol::heat::{LatencySummary, TierUse};
 use hearth_protocol::limits::{ABSENT_AFTER_TICKS, TICK_MS};
 use hearth_protocol::policy::TierPolicy;
 use hearth_protocol::publishers::{Arrival, Publishers};
-use hearth_protocol::validity::{Validity, Verdict};
+use hearth_protocol::validity::{self, Validity, Verdict};
 use hearth_protocol::view::Totals;
 use hearth_protocol::{
     BlockIndex, ByteLen, CommandId, Envelope, Event, HeatScore, ImageId, ImageName, Incarnation, LayerId, NodeId,
@@ -20,8 +20,10 @@ use hearth_protocol::{
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::blocks::{HeatAt, NodeBlocks, Place};
-use crate::catalog::{Catalog, Image, LastWindow};
+use crate::catalog::{Catalog, LastWindow};
 use crate::decay::{DecayClock, Weight, shifted};
+use crate::marks::Marks;
+use crate::moves::Moves;
 use crate::mutants;
 use crate::orders::{Given, Orders};
 use crate::repairs::{At, Repairs};
@@ -134,6 +136,10 @@ pub(crate) struct Facts {
     pub decisions: [u8; 32],
     #[serde(default, skip_serializing_if = "Repairs::is_none")]
     pub repairs: Repairs,
+    #[serde(default, skip_serializing_if = "Marks::is_none")]
+    pub marks: Marks,
+    #[serde(default, skip_serializing_if = "Moves::is_none")]
+    pub moves: Moves,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -172,6 +178,8 @@ impl Default for State {
                     commanded_last: None,
                     decisions: [0; 32],
                     repairs: Repairs::default(),
+                    marks: Marks::default(),
+                    moves: Moves::default(),
                 },
                 blocks: BTreeMap::new(),
             },
@@ -200,6 +208,15 @@ impl Facts {
     /// What the promotion threshold weighs now.
     fn threshold(&self) -> Weight {
         self.clock.weight(HeatScore::whole(self.policy.threshold_bursts))
+    }
+
+    /// When an event at this position came to be.
+    pub(crate) fn now(&self, seq: Seq) -> At {
+        At {
+            seq,
+            tick: self.tick,
+            time: self.time,
+        }
     }
 
     /// Whether a node reported lately and did not leave.
@@ -238,6 +255,9 @@ impl State {
                 Event::PolicySet { policy, .. } if policy.check().is_err() => {
                     Some("the policy breaks the rules for its numbers")
                 }
+                other if validity::marked(other).is_some_and(|node| !facts.nodes.contains_key(node)) => {
+                    Some(validity::NO_SUCH_NODE)
+                }
                 _ => None,
             },
         };
@@ -268,19 +288,20 @@ impl State {
                 }
             }
             Event::LocationsChanged { image, change } => {
-                let at = At {
-                    seq,
-                    tick: facts.tick,
-                    time: facts.time,
-                };
-                let epoch_and_replicas = |i: &Image| Some((i.epoch, i.replicas.clone()?));
-                let before = facts.catalog.images.get(image).and_then(epoch_and_replicas);
+                let at = facts.now(seq);
+                let before = facts.catalog.images.get(image).map(|i| (i.epoch, i.replicas.clone()));
                 if let (Some(top), Some(on)) = (facts.catalog.located(*image, change), blocks.get_mut(&change.by)) {
                     on.layer_out(top);
                 }
-                let after = facts.catalog.images.get(image).and_then(epoch_and_replicas);
-                if let (Some((was, before)), Some((is, after))) = (before, after) {
-                    facts.repairs.located(*image, &before, &after, was != is, at);
+                if let (Some((epoch, Some(before))), Some(after)) = (before, facts.catalog.images.get(image)) {
+                    let new_owner = epoch != after.epoch;
+                    if new_owner {
+                        facts.moves.owner_changed(*image);
+                    }
+                    if let Some(replicas) = &after.replicas {
+                        facts.repairs.located(*image, &before, replicas, new_owner, at);
+                        facts.moves.located(*image, after, &change.to, at);
+                    }
                 }
             }
             Event::ImageDetached { image, .. } => facts.catalog.detached(*image),
@@ -296,10 +317,22 @@ impl State {
                 sealed,
                 top,
             } => facts.catalog.resized(*image, *size, *sealed, *top),
+            Event::ReplicasSet { image, wanted } => {
+                let at = facts.now(seq);
+                let replicas = facts.catalog.images.get_mut(image).and_then(|i| i.replicas.as_mut());
+                if let Some(replicas) = replicas {
+                    replicas.wanted = *wanted;
+                    facts.repairs.wanted(*image, replicas, at);
+                    facts.moves.wanted(*image, replicas, at);
+                }
+            }
+            Event::NodeDrainSet { node, draining, .. } => facts.marks.drain(node, *draining, facts.now(seq)),
+            Event::FaultDomainSet { node, fault_domain, .. } => facts.marks.place(node, fault_domain, facts.now(seq)),
             Event::ImageExported { .. } => {}
             Event::SnapshotDeleted { image, name } => facts.catalog.snapshot_deleted(*image, name),
             Event::ImageDeleted { image } => {
                 facts.repairs.deleted(*image);
+                facts.moves.deleted(*image);
                 for layer in facts.catalog.deleted(*image) {
                     blocks.values_mut().for_each(|b| b.forget_layer(layer));
                 }
@@ -323,7 +356,7 @@ impl State {
                 }
             }
             Event::TermStarted { .. } => {
-                if facts.catalog.images.values().any(|image| image.replicas.is_some()) {
+                if facts.catalog.has_replicas() {
                     facts.repairs.led_since = facts.tick;
                 }
             }
@@ -355,6 +388,9 @@ impl State {
             if let Some(blocks) = blocks.get_mut(&joined.node) {
                 blocks.all_out();
             }
+        }
+        if restarted && facts.catalog.has_replicas() {
+            facts.moves.came.insert(joined.node.clone(), facts.tick);
         }
         let report_seq = match facts.nodes.get(&joined.node) {
             Some(known) if !restarted => known.report_seq,
@@ -388,6 +424,7 @@ impl State {
         facts.tick_ms = step.min(TICK_MS);
         let threshold = facts.threshold();
         let shift = facts.clock.advance(step);
+        facts.moves.ticked(tick, &facts.catalog.images);
         facts.floor = shift.map_or(threshold, |bits| shifted(threshold, bits)).max(1);
         let floor = facts.floor;
         for (node, blocks) in blocks.iter_mut() {
@@ -445,6 +482,10 @@ impl State {
         if heat.reports.0 <= node.report_seq {
             facts.totals.repeats += 1;
             return;
+        }
+        let was_away = node.left || tick.0.saturating_sub(node.last_report.0) > ABSENT_AFTER_TICKS;
+        if was_away && facts.catalog.has_replicas() {
+            facts.moves.came.insert(heat.node.clone(), tick);
         }
         facts.totals.report_gaps = facts.totals.report_gaps.saturating_add(heat.gap);
         node.report_seq = heat.reports.1.max(heat.reports.0);
@@ -529,9 +570,15 @@ impl State {
             .or_else(|| facts.catalog.layers.get(&layer).map(|l| l.block_size.0));
         facts.decisions = crate::digest::chain_decision(&facts.decisions, command);
         let new = facts.orders.give(seq, facts.time, command, block_bytes.unwrap_or(0));
-        if let Order::Replicate { image, to, .. } = &command.order {
-            if new && facts.catalog.images.contains_key(image) {
-                facts.repairs.given(*image, command, to, facts.tick);
+        if let Order::Replicate { image, .. } | Order::Drop { image, .. } = &command.order {
+            let at = facts.now(seq);
+            if let Some(known) = facts.catalog.images.get(image).filter(|_| new) {
+                if let Order::Replicate { to, .. } = &command.order {
+                    facts.repairs.given(*image, command, to, facts.tick);
+                }
+                if let Some(replicas) = &known.replicas {
+                    facts.moves.given(*image, command, replicas, at);
+                }
             }
             return;
         }
@@ -560,6 +607,7 @@ impl State {
         let Data { facts, blocks } = &mut self.data;
         if let Some(image) = given.replicates {
             facts.repairs.finished(image, id, outcome, facts.tick);
+            facts.moves.finished(image, id, outcome, facts.tick);
             return;
         }
         if let Outcome::Done { done, skipped, .. } = outcome {
@@ -634,7 +682,9 @@ impl State {
     /// The commands that the policies want now. Called after a valid tick; the order is fixed.
     pub fn decide(&self) -> Vec<Command> {
         let mut commands = crate::policy::tier::decide(&self.data);
-        commands.extend(crate::policy::repair::decide(&self.data.facts));
+        let repairs = crate::policy::repair::decide(&self.data.facts);
+        let moves = crate::policy::moves::decide(&self.data.facts, &repairs);
+        commands.extend(repairs.into_iter().chain(moves));
         if mutants::is_on("hash-order") {
             return mutants::in_hash_order(commands);
         }
@@ -679,6 +729,11 @@ impl State {
             .nodes
             .get(node)
             .map(|n| (n.joined.incarnation, n.report_seq))
+    }
+
+    /// Whether a node of that id ever joined.
+    pub fn knows_node(&self, node: &NodeId) -> bool {
+        self.data.facts.nodes.contains_key(node)
     }
 
     /// The image of that name.

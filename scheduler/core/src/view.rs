@@ -6,15 +6,19 @@ use hearth_protocol::chain::hex;
 use hearth_protocol::limits::{ABSENT_AFTER_TICKS, DEGRADED_IN_VIEW_MAX, TICK_MS};
 use hearth_protocol::record::Nodes;
 use hearth_protocol::view::{
-    ClusterView, DecisionView, HealthItem, HeatCell, ImageHeatView, ImageView, NodeView, ReplicasView,
+    ClusterView, DecisionView, DrainView, HealthItem, HeatCell, ImageHeatView, ImageView, MoveAccount, NodeView,
+    ReplicasView,
 };
-use hearth_protocol::{BlockIndex, ByteLen, HeatScore, ImageId};
+use hearth_protocol::{BlockIndex, ByteLen, HeatScore, ImageId, NodeId};
 
 use crate::blocks::Place;
 use crate::catalog::{Image, Replicas};
+use crate::moves::{Account, Rule};
+use crate::place::held;
 use crate::policy::repair::{Standing, has_place, standing};
 use crate::repairs::Short;
 use crate::state::{Facts, State};
+use crate::stop::draining;
 
 /// Ticks for which a loss of samples stays a health item.
 const LOSS_SHOWN_TICKS: u64 = 60;
@@ -26,6 +30,7 @@ pub fn view(state: &State) -> ClusterView {
     for image in facts.catalog.images.values().filter(|i| i.attached) {
         *attached.entry(&image.node).or_default() += 1;
     }
+    let (held, drains) = (held(facts), draining(facts));
     let nodes = facts
         .nodes
         .iter()
@@ -40,7 +45,7 @@ pub fn view(state: &State) -> ClusterView {
                 id: id.clone(),
                 present: facts.present(node),
                 last_report: node.last_report,
-                fault_domain: node.joined.fault_domain.clone(),
+                fault_domain: facts.fault_domain(id).to_owned(),
                 tier,
                 heat_source: node.joined.heat_source.clone(),
                 probe_events_total: node.probe_events_total,
@@ -48,6 +53,8 @@ pub fn view(state: &State) -> ClusterView {
                 in_flight: ByteLen(state.data.blocks.get(id).map_or(0, |b| b.arriving_bytes)),
                 images: attached.get(id).copied().unwrap_or(0),
                 disk_read: node.disk_read,
+                held: ByteLen(held.get(id).copied().unwrap_or(0)),
+                drain: drains.get(id).copied(),
             }
         })
         .collect();
@@ -103,7 +110,21 @@ pub fn view(state: &State) -> ClusterView {
         health: health(facts),
         policy: (facts.policy_version, facts.policy.clone()),
         totals: facts.totals,
+        moves: move_accounts(facts),
     }
+}
+
+fn move_accounts(facts: &Facts) -> Vec<MoveAccount> {
+    let of = |(rule, account): (&Rule, &Account)| MoveAccount {
+        rule: rule.name().into(),
+        done: account.done,
+        failed: account.failed,
+        bytes: ByteLen(account.bytes),
+        predicted: account.predicted,
+        realised: account.realised,
+        off_until: facts.moves.is_off(*rule, facts.tick).then_some(account.off_until),
+    };
+    facts.moves.ledger.iter().map(of).collect()
 }
 
 /// Ticks for which a report speaks for the present: nodes and leader count their seconds each by itself, so every now
@@ -263,6 +284,75 @@ fn degraded_fix(facts: &Facts, id: ImageId, image: &Image, replicas: &Replicas, 
     }
 }
 
+/// Images that were moved in a circle, and rules whose moves did not last.
+fn moves(facts: &Facts, add: &mut impl FnMut(&str, bool, String, String)) {
+    let broken = facts
+        .moves
+        .breakers
+        .iter()
+        .filter(|(id, _)| facts.moves.is_broken(**id, facts.tick));
+    let broken: Vec<_> = broken
+        .filter_map(|(id, breaker)| Some((&facts.catalog.images.get(id)?.name, breaker)))
+        .collect();
+    for (name, breaker) in broken.iter().take(DEGRADED_IN_VIEW_MAX) {
+        add(
+            "MOVES_PAUSED",
+            false,
+            format!(
+                "a replica of image {name} was ordered back at tick {} to a node that it had been moved off: no automatic \
+                 moves of it until tick {}",
+                breaker.at.tick, breaker.until
+            ),
+            format!("hearth why {name}:0 shows the moves; nodes that come and go are often behind it"),
+        );
+    }
+    let more = broken.len().saturating_sub(DEGRADED_IN_VIEW_MAX);
+    if more > 0 {
+        add(
+            "MOVES_PAUSED",
+            false,
+            format!("replicas of {more} more images were moved in circles"),
+            "hearth log list --kind command_given shows the moves".into(),
+        );
+    }
+    for account in move_accounts(facts) {
+        if let Some(until) = account.off_until {
+            let rule = &account.rule;
+            add(
+                "MOVES_OFF",
+                false,
+                format!("the rule {rule} is off until tick {until}: its last moves did not last"),
+                format!("hearth log list --kind command_given shows them; {rule} goes on by itself"),
+            );
+        }
+    }
+}
+
+fn drain_words(facts: &Facts, node: &NodeId, view: &DrainView) -> (String, String) {
+    let since = view.since;
+    if view.is_done() {
+        return (
+            format!("node {node} drains since tick {since} and holds nothing any more"),
+            format!("stop it, or hearth node undrain {node}"),
+        );
+    }
+    let DrainView {
+        replicas, owned, alone, ..
+    } = view;
+    let message = format!(
+        "node {node} drains since tick {since}: {replicas} replicas to move, {owned} images owned there or by nobody, \
+         {alone} without a copy elsewhere"
+    );
+    let fix = if *owned > 0 || *alone > 0 {
+        format!("hearth node ok-to-stop {node} says what to do for each image")
+    } else if facts.takers().next().is_none() {
+        "add a node: none of those that are there can take a replica".into()
+    } else {
+        "nothing: they are moved a few at a time".into()
+    };
+    (message, fix)
+}
+
 /// What is wrong, errors before warnings, then by code and text.
 fn health(facts: &Facts) -> Vec<HealthItem> {
     let mut items = Vec::new();
@@ -322,6 +412,11 @@ fn health(facts: &Facts) -> Vec<HealthItem> {
         }
     }
     degraded(facts, &mut add);
+    for (node, view) in draining(facts) {
+        let (message, fix) = drain_words(facts, node, &view);
+        add("NODE_DRAINING", false, message, fix);
+    }
+    moves(facts, &mut add);
     if facts.odd.damaged_packs > 0 {
         add(
             "HEAT_DAMAGED",

@@ -79,7 +79,7 @@ pub struct DecisionEvidence {
     pub command: CommandId,
     /// The node.
     pub node: NodeId,
-    /// `promote`, `demote` or `replicate`.
+    /// `promote`, `demote`, `replicate` or `drop`.
     pub verb: String,
     /// The layer.
     pub layer: LayerId,
@@ -88,6 +88,9 @@ pub struct DecisionEvidence {
     /// The node that a replicate gives a replica.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub to: Option<NodeId>,
+    /// The node whose replica goes: at once for a drop, once the new one is in sync for a replicate.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<NodeId>,
     /// The resident it displaced, if the region was full.
     pub displaces: Option<Resident>,
     /// The newest heat event it rests on, for a promotion.
@@ -167,6 +170,9 @@ pub struct WhyReport {
     pub time: WallMs,
     /// One sentence.
     pub verdict: String,
+    /// The last tick without automatic moves of its replicas, because one went in a circle.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub moves_paused_until: Option<TickNo>,
     /// Policy version and threshold in force.
     pub policy_version: u64,
     /// The score from which a block is a candidate.
@@ -341,10 +347,12 @@ impl Why {
             Order::Replicate { blocks, .. } => blocks
                 .is_none_or(|extent| extent.overlaps(Extent::block(self.block)))
                 .then_some((HeatScore(0), None, None)),
+            Order::Drop { .. } => Some((HeatScore(0), None, None)),
         };
-        let to = match &command.order {
-            Order::Replicate { to, .. } => Some(to.clone()),
-            Order::Promote { .. } | Order::Demote { .. } => None,
+        let (to, from) = match &command.order {
+            Order::Replicate { to, replaces, .. } => (Some(to.clone()), replaces.clone()),
+            Order::Drop { from, .. } => (None, Some(from.clone())),
+            Order::Promote { .. } | Order::Demote { .. } => (None, None),
         };
         if let Some((score, displaces, heat_seq)) = named.filter(|_| in_layer) {
             let evidence = DecisionEvidence {
@@ -357,6 +365,7 @@ impl Why {
                 layer: command.order.layer(),
                 score,
                 to,
+                from,
                 displaces,
                 heat_seq,
                 rule: command.reason.rule.clone(),
@@ -398,7 +407,9 @@ impl Why {
         };
         let (how, why, took_us) = match outcome {
             // It has begun; the record says how it goes on.
-            Outcome::Done { took_us, .. } if decision.to.is_some() => ("done", String::new(), *took_us),
+            Outcome::Done { took_us, .. } if decision.to.is_some() || decision.from.is_some() => {
+                ("done", String::new(), *took_us)
+            }
             Outcome::Done {
                 done, skipped, took_us, ..
             } => match skipped.iter().find(|(b, _)| *b == block) {
@@ -461,6 +472,12 @@ impl Why {
             tick: facts.tick,
             time: facts.time,
             verdict: String::new(),
+            moves_paused_until: facts
+                .moves
+                .breakers
+                .get(&id)
+                .map(|breaker| breaker.until)
+                .filter(|until| *until >= facts.tick),
             policy_version: facts.policy_version,
             threshold: facts.clock.score(facts.floor),
             places,

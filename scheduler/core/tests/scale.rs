@@ -241,7 +241,7 @@ fn finish(cluster: &mut Cluster, command: &Command) {
     let mut done: Vec<BlockIndex> = match &command.order {
         Order::Promote { blocks, .. } => blocks.iter().map(|p| p.block).collect(),
         Order::Demote { blocks, .. } => blocks.iter().map(|d| d.block).collect(),
-        Order::Replicate { .. } => Vec::new(),
+        Order::Replicate { .. } | Order::Drop { .. } => Vec::new(),
     };
     done.sort();
     cluster.publish(

@@ -54,6 +54,10 @@ fn show(command: &Command, out: &mut String) {
             format!("replicate layer {layer} on {} to {to}", command.node),
             Vec::new(),
         ),
+        Order::Drop { from, .. } => (
+            format!("drop layer {layer} on {} from {from}", command.node),
+            Vec::new(),
+        ),
     };
     writeln!(out, "  {what}: {}", blocks.join(", ")).unwrap();
     let reason = &command.reason;

@@ -109,6 +109,7 @@ pub(super) fn keys(seq: Seq, envelope: &Envelope, event: &Event) -> Vec<(Group, 
         Event::ImageDetached { image, .. }
         | Event::SnapshotDeleted { image, .. }
         | Event::LocationsChanged { image, .. }
+        | Event::ReplicasSet { image, .. }
         | Event::ImageExported { image, .. }
         | Event::ImageDeleted { image } => {
             found.push(Index::Image(*image));
@@ -128,6 +129,7 @@ pub(super) fn keys(seq: Seq, envelope: &Envelope, event: &Event) -> Vec<(Group, 
             found.push(Index::Node(heat.node.clone()));
             found.extend(heat.images.iter().map(|image| Index::Image(image.image)));
         }
+        Event::NodeDrainSet { node, .. } | Event::FaultDomainSet { node, .. } => found.push(Index::Node(node.clone())),
         Event::TermStarted { .. }
         | Event::Ticked { .. }
         | Event::PolicySet { .. }

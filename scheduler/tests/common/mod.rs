@@ -197,7 +197,7 @@ impl TalkingNode {
                         let done = match &command.order {
                             Order::Promote { blocks, .. } => blocks.iter().map(|b| b.block).collect(),
                             Order::Demote { blocks, .. } => blocks.iter().map(|b| b.block).collect(),
-                            Order::Replicate { .. } => Vec::new(),
+                            Order::Replicate { .. } | Order::Drop { .. } => Vec::new(),
                         };
                         let event = Event::CommandFinished {
                             command: command.id,

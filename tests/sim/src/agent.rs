@@ -10,12 +10,13 @@ use hearth_protocol::codec::CODEC_VERSION;
 use hearth_protocol::command::Outcome;
 use hearth_protocol::event::NodeJoined;
 use hearth_protocol::limits::TICK_MS;
-use hearth_protocol::record::Extent;
+use hearth_protocol::record::{Extent, Nodes};
 use hearth_protocol::{
     BlockIndex, ByteLen, Command, CommandId, Envelope, Epoch, Event as Fact, Incarnation, NodeId, Order, Publisher,
     Seq, TickNo, WallMs, subject,
 };
 use hearth_replication::owner::Owner;
+use hearth_replication::session::Input;
 
 use crate::event::Event;
 use crate::log::{Published, image_id, image_of};
@@ -292,13 +293,32 @@ impl World {
                 },
                 Some(why) => refused(why),
             },
+            Order::Drop {
+                image,
+                epoch,
+                from,
+                keep,
+                ..
+            } => match self.drops(node, image_of(*image), *epoch, from, *keep)? {
+                None => Outcome::Done {
+                    done: Vec::new(),
+                    skipped: Vec::new(),
+                    bytes: ByteLen(0),
+                    took_us: 0,
+                },
+                Some(why) => refused(why),
+            },
             Order::Promote { .. } | Order::Demote { .. } => {
                 return Err(format!("an order without heat: {:?}", command.order));
             }
         };
+        let what = match &command.order {
+            Order::Drop { .. } => "drop",
+            _ => "repair",
+        };
         let answer = match &outcome {
-            Outcome::Done { .. } => "repair begun".to_owned(),
-            Outcome::Refused { why } => format!("repair refused: {why}"),
+            Outcome::Done { .. } => format!("{what} begun"),
+            Outcome::Refused { why } => format!("{what} refused: {why}"),
         };
         self.counters.count(&answer);
         self.note(|| format!("n{node}: {answer}"));
@@ -353,6 +373,40 @@ impl World {
         if let Some(shell) = self.shell(node, image) {
             shell.ordered = shell.joining.as_ref().is_some_and(|(joining, _)| joining == to);
         }
+        Ok(None)
+    }
+
+    /// Takes a node's copy away; why not, if it does not.
+    fn drops(
+        &mut self,
+        node: usize,
+        image: usize,
+        epoch: Epoch,
+        from: &NodeId,
+        keep: u64,
+    ) -> Result<Option<&'static str>, String> {
+        let id = self.nodes[node].id.clone();
+        let Some(shell) = self.shell(node, image) else {
+            return Ok(Some("not running"));
+        };
+        let owner = shell.session.owner();
+        if owner.is_none_or(|owner| owner.record().epoch() != epoch) {
+            return Ok(Some("not the owner at that epoch"));
+        }
+        if !owner.is_some_and(Owner::is_open) {
+            return Ok(Some("not open"));
+        }
+        if *from == id {
+            return Ok(Some("the owner's own copy"));
+        }
+        let Some(record) = shell.session.record().filter(|record| record.everyone().contains(from)) else {
+            return Ok(None);
+        };
+        let left = |members: &Nodes| members.iter().filter(|member| *member != from).count() as u64;
+        if record.runs().iter().any(|run| left(&run.members) < keep.max(1)) {
+            return Ok(Some("too few would be left"));
+        }
+        self.step(node, image, Input::Leave(from.clone()), None)?;
         Ok(None)
     }
 }

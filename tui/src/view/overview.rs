@@ -200,6 +200,7 @@ fn sentence(model: &Model, d: &DecisionView, area: Rect, buffer: &mut Buffer) ->
         Order::Promote { .. } => ("▲", Tone::Ram),
         Order::Demote { .. } => ("▼", Tone::Dim),
         Order::Replicate { .. } => ("+", Tone::Warn),
+        Order::Drop { .. } => ("-", Tone::Warn),
     };
     let ended = narrate::ended(d);
     let head = format!(" {} ", fmt::clock(d.time));

@@ -91,6 +91,8 @@ fn node(n: u64, s: u64, absent: bool) -> NodeView {
         in_flight: ByteLen(if s % 3 == n { 4 * MIB } else { 0 }),
         images: if n == 0 { 2 } else { 1 },
         disk_read: latency(900, 180, 2_400 + 300 * n),
+        held: ByteLen(40 << 30),
+        drain: None,
     }
 }
 
@@ -212,6 +214,7 @@ pub fn view(s: u64) -> ClusterView {
         });
     }
     ClusterView {
+        moves: Vec::new(),
         seq: Seq(s * 6 + 4),
         time: WallMs(START_MS + s * 1000),
         term: Term(3),

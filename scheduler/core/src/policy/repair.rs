@@ -76,8 +76,11 @@ pub(crate) enum Standing {
 }
 
 /// The grace time of an image, and since when it runs. There are two clocks, a long one since the first member went and a
-/// short one since one is left: what ends first counts.
+/// short one since one is left: what ends first counts. Where an operator asked for more, nobody is waited for.
 fn grace(short: &Short) -> (u64, At) {
+    if short.asked {
+        return (0, short.since);
+    }
     let ends = |(ticks, at): &(u64, At)| at.tick.0.saturating_add(*ticks);
     let long = (GRACE_TICKS, short.since);
     let last = (GRACE_TICKS_LAST, short.fell);
@@ -110,18 +113,19 @@ pub(crate) fn standing(facts: &Facts, id: ImageId, image: &Image, short: &Short)
     }
 }
 
-fn is_present(facts: &Facts, node: &NodeId) -> bool {
+pub(super) fn is_present(facts: &Facts, node: &NodeId) -> bool {
     facts.nodes.get(node).is_some_and(|known| facts.present(known))
 }
 
 /// Copies that are being made now.
-struct InFlight<'a> {
+pub(super) struct InFlight<'a> {
     images: BTreeSet<ImageId>,
     targets: BTreeSet<&'a NodeId>,
 }
 
 impl<'a> InFlight<'a> {
-    fn of(facts: &'a Facts) -> Self {
+    /// Copies of repairs and of moves alike.
+    pub(super) fn of(facts: &'a Facts) -> Self {
         let mut all = Self {
             images: BTreeSet::new(),
             targets: BTreeSet::new(),
@@ -144,6 +148,21 @@ impl<'a> InFlight<'a> {
             }
         }
         all
+    }
+
+    /// One more begins.
+    pub(super) fn add(&mut self, image: ImageId, to: &'a NodeId) {
+        self.images.insert(image);
+        self.targets.insert(to);
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.images.len()
+    }
+
+    /// Whether a node is being given a replica.
+    pub(super) fn takes(&self, node: &NodeId) -> bool {
+        self.targets.contains(node)
     }
 }
 
@@ -182,15 +201,14 @@ pub(crate) fn decide(facts: &Facts) -> Vec<Command> {
             record: &locations.record,
         };
         if let Some((to, command)) = wanted.decide(facts, &mut places, &in_flight) {
-            in_flight.images.insert(id);
-            in_flight.targets.insert(to);
+            in_flight.add(id, to);
             commands.push(command);
         }
     }
     commands
 }
 
-/// The nodes that are there, and what lies on all.
+/// The nodes that can take a replica, and what lies on all.
 struct Places<'a> {
     present: Vec<(&'a NodeId, &'a str)>,
     /// Counted when the first replica is placed: it costs a pass over all images.
@@ -199,11 +217,8 @@ struct Places<'a> {
 
 impl<'a> Places<'a> {
     fn of(facts: &'a Facts) -> Self {
-        let present = facts.nodes.iter().filter(|(_, node)| facts.present(node));
         Self {
-            present: present
-                .map(|(id, node)| (id, node.joined.fault_domain.as_str()))
-                .collect(),
+            present: facts.takers().collect(),
             held: None,
         }
     }
@@ -250,10 +265,7 @@ impl<'a> Wanted<'a> {
             return None;
         }
         let held = places.held.get_or_insert_with(|| held(facts));
-        let domains = || {
-            let known = run.members.iter().filter_map(|node| facts.nodes.get(node));
-            known.map(|node| node.joined.fault_domain.as_str())
-        };
+        let domains = || run.members.iter().map(|node| facts.fault_domain(node));
         let mut free: Vec<Rank<'a>> = Vec::new();
         let mut lost: Vec<(&'a NodeId, &str)> = Vec::new();
         for (node, domain) in places.present.iter().filter(|(node, _)| !run.members.contains(*node)) {
@@ -275,13 +287,11 @@ impl<'a> Wanted<'a> {
         let best = *free.first()?;
         let mut told: Vec<(&NodeId, &str)> = free[1..].iter().map(|rank| (rank.3, why_lost(&best, rank))).collect();
         told.extend(lost);
-        told.extend(
-            facts
-                .nodes
-                .iter()
-                .filter(|(_, node)| !facts.present(node))
-                .map(|(id, _)| (id, "absent")),
-        );
+        let away = facts.nodes.iter().filter_map(|(id, node)| match facts.present(node) {
+            false => Some((id, "absent")),
+            true => facts.drains(id).then_some((id, "draining")),
+        });
+        told.extend(away);
         told.retain(|(node, _)| !run.members.contains(*node));
         // Who had the replica that is missing is asked after first.
         told.sort_by_key(|(node, _)| !self.short.lost.contains(*node));
@@ -316,6 +326,7 @@ impl<'a> Wanted<'a> {
                 to: best.3.clone(),
                 blocks,
                 bytes,
+                replaces: None,
             },
             reason: Reason {
                 rule: REPLICATE.into(),
@@ -348,9 +359,10 @@ fn why_lost(best: &Rank<'_>, other: &Rank<'_>) -> &'static str {
     }
 }
 
-/// Whether some present node could take a replica of a degraded image, now or after its rest.
+/// Whether some node could take a replica of a degraded image, now or after its rest.
 pub(crate) fn has_place(facts: &Facts, image: &Image) -> bool {
     let members = image.replicas.as_ref().map(|replicas| &replicas.members);
-    let mut present = facts.nodes.iter().filter(|(_, node)| facts.present(node));
-    present.any(|(id, _)| members.is_some_and(|members| !members.contains(id)))
+    facts
+        .takers()
+        .any(|(id, _)| members.is_some_and(|members| !members.contains(id)))
 }

@@ -53,9 +53,11 @@ impl WhyReport {
             "command  seq {} {} {} on {} at tick {}, ",
             decision.seq, decision.verb, decision.command, decision.node, decision.tick
         );
-        text += &match &decision.to {
-            None => format!("score {}", decision.score.bursts_text()),
-            Some(to) => format!("a replica for {to}"),
+        text += &match (&decision.to, &decision.from) {
+            (None, None) => format!("score {}", decision.score.bursts_text()),
+            (Some(to), None) => format!("a replica for {to}"),
+            (Some(to), Some(from)) => format!("a replica for {to}, which is to replace the one on {from}"),
+            (None, Some(from)) => format!("the replica on {from} goes"),
         };
         if let Some(victim) = &decision.displaces {
             text += &format!(
@@ -91,6 +93,13 @@ impl fmt::Display for WhyReport {
             self.name, self.block, self.seq, self.tick
         )?;
         writeln!(f, "{}", self.verdict)?;
+        if let Some(until) = self.moves_paused_until {
+            writeln!(
+                f,
+                "paused   no automatic moves of its replicas until tick {until}: one was ordered back to a node that it had \
+                 been moved off"
+            )?;
+        }
         for place in &self.places {
             writeln!(
                 f,

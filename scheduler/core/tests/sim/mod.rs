@@ -287,6 +287,32 @@ impl Sim {
         })
     }
 
+    /// An operator has a node drained, or no longer.
+    pub fn drain(&mut self, node: &str, draining: bool) -> Applied {
+        self.lead(Event::NodeDrainSet {
+            term: self.term,
+            node: node_id(node),
+            draining,
+            reason: String::new(),
+        })
+    }
+
+    /// An operator says in which fault domain a node is.
+    pub fn domain(&mut self, node: &str, fault_domain: &str) -> Applied {
+        self.lead(Event::FaultDomainSet {
+            term: self.term,
+            node: node_id(node),
+            fault_domain: fault_domain.into(),
+            reason: String::new(),
+        })
+    }
+
+    /// A node that holds an image says how many replicas it is to have.
+    pub fn wanted(&mut self, node: &str, number: u128, wanted: u64) -> Applied {
+        let image = ImageId(number);
+        self.node(node, Event::ReplicasSet { image, wanted })
+    }
+
     /// An image's record as the log has it.
     pub fn record(&self, number: u128) -> Option<Arc<Record>> {
         self.records.get(&ImageId(number)).map(|known| known.record.clone())
@@ -426,6 +452,14 @@ impl Sim {
                 let (image, to, blocks) = (*image, to.clone(), blocks.unwrap_or(WHOLE));
                 self.change(&command.node.to_string(), image.0, |record| {
                     record.with_joiner(&to, blocks).expect("one more joiner")
+                });
+                (Vec::new(), ByteLen(0))
+            }
+            Order::Drop { image, from, .. } => {
+                // The smaller set is in the log before the answer.
+                let gone = [from.clone()].into();
+                self.change(&command.node.to_string(), image.0, |record| {
+                    record.without(&gone).expect("a member stays")
                 });
                 (Vec::new(), ByteLen(0))
             }
