@@ -227,7 +227,7 @@ fn a_guest_only_waits_while_the_daemon_dies_again_and_again() {
         accel: choose().unwrap().0,
         memory_mib: 160,
         console_log: dir.path().join("console.log"),
-        qmp_socket: None,
+        qmp_sockets: Vec::new(),
         incoming: false,
     })
     .unwrap();

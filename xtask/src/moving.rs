@@ -93,11 +93,37 @@ impl MovingDisk {
             accel: self.accel,
             memory_mib: MEMORY_MIB,
             console_log: self.path(index, "console"),
-            qmp_socket: Some(qmp.clone()),
+            qmp_sockets: vec![qmp.clone(), self.second_monitor(index)],
             incoming,
         })?;
         wait::until("QEMU's monitor", MONITOR_WITHIN, || Ok(qmp.exists().then_some(())))?;
         Ok(guest)
+    }
+
+    /// Another monitor of the QEMU on a node, for whoever else wants to talk to it.
+    pub fn second_monitor(&self, index: usize) -> PathBuf {
+        self.path(index, "qmp2")
+    }
+
+    /// `hearth migrate --listen`, ready to run.
+    ///
+    /// # Errors
+    /// A path that is not UTF-8.
+    pub fn listen(&self, from: usize, to: usize) -> Result<Command> {
+        let (qmp, node) = (self.path(from, "qmp"), Cluster::node_id(to));
+        let qmp = qmp.to_str().context("a path that is not UTF-8")?;
+        let words = [
+            "migrate",
+            &self.image,
+            "--to",
+            &node,
+            "--source-qmp",
+            qmp,
+            "--listen",
+            "-o",
+            "json",
+        ];
+        Ok(self.hearth.command(&words))
     }
 
     /// Boots the guest on the first node.

@@ -43,7 +43,7 @@ fn a_guest_boots_from_the_golden_image_and_sees_every_wrong_byte() {
         accel,
         memory_mib: 160,
         console_log: folder.path().join("console.log"),
-        qmp_socket: None,
+        qmp_sockets: Vec::new(),
         incoming: false,
     };
 
@@ -110,7 +110,7 @@ fn a_disk_that_does_not_boot_is_reported_with_the_console() {
         accel: xtask::guest::Accel::Tcg,
         memory_mib: 32,
         console_log: folder.path().join("console.log"),
-        qmp_socket: None,
+        qmp_sockets: Vec::new(),
         incoming: false,
     })
     .unwrap();

@@ -48,7 +48,7 @@ fn a_guest_on_the_device_sees_no_error_while_the_daemon_dies_again_and_again() {
         accel: choose().unwrap().0,
         memory_mib: 160,
         console_log: folder.path().join("console.log"),
-        qmp_socket: None,
+        qmp_sockets: Vec::new(),
         incoming: false,
     })
     .unwrap();

@@ -54,7 +54,7 @@ impl Fleet {
                 accel: accelerator,
                 memory_mib: MEMORY_MIB,
                 console_log: consoles.join(format!("{name}.console")),
-                qmp_socket: None,
+                qmp_sockets: Vec::new(),
                 incoming: false,
                 name,
             })?);

@@ -72,8 +72,8 @@ pub struct GuestOptions {
     pub memory_mib: u64,
     /// Everything that it prints goes here.
     pub console_log: PathBuf,
-    /// A unix socket for QEMU's monitor, if one is wanted.
-    pub qmp_socket: Option<PathBuf>,
+    /// Unix sockets for QEMU's monitors; one talks to one client at a time.
+    pub qmp_sockets: Vec<PathBuf>,
     /// Does not boot: it waits for a guest that migrates here.
     pub incoming: bool,
 }
@@ -256,7 +256,7 @@ impl Guest {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(errors);
-        if let Some(socket) = &options.qmp_socket {
+        for socket in &options.qmp_sockets {
             command
                 .arg("-qmp")
                 .arg(format!("unix:{},server=on,wait=off", socket.display()));
