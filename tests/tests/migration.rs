@@ -151,7 +151,7 @@ fn a_guest_migrates_while_it_writes_and_goes_on_where_it_was_if_that_fails() -> 
     ensure!(disk.is_attached(0)?, "the source lost its disk");
 
     // And now it moves, while it writes.
-    let mut destination = disk.await_at(1)?;
+    let mut destination = disk.start(1, true)?;
     source.start_phase(&phase("moving", 12.0))?;
     let migrated = disk.migrate(0, 1, &disk.channel(), true)?;
     eprintln!("{migrated}");

@@ -57,12 +57,6 @@ impl MovingDisk {
             dir: cluster.dir().to_owned(),
             accel,
         };
-        let size = std::fs::metadata(golden)
-            .context("the golden image is not there")?
-            .len();
-        let (size, node) = (size.to_string(), Cluster::node_id(0));
-        disk.hearth
-            .text(&["image", "create", image, &size, "--replicas", "2", "--node", &node])?;
         disk.hearth.text(&["image", "attach", image, "--node", &node])?;
         let uri = format!("nbd+unix:///{image}?socket={}", disk.sockets[0].display());
         let mut fill = Command::new("qemu-img");

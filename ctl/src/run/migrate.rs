@@ -217,7 +217,13 @@ impl Disks<'_> {
     /// Hands all over at the same time; says which could not be.
     async fn hand_over(&self) -> Outcome {
         let mut tasks = tokio::task::JoinSet::new();
+        let there = self.cluster.images_of(&self.to).await?;
         for (image, from) in &self.images {
+            let info = there.iter().find(|info| &info.name == image);
+            let attached = info.and_then(|info| info.attached.as_ref());
+            if attached.is_some_and(|attached| !attached.incoming) {
+                continue; // an attempt before this one did it
+            }
             let ask = self.hand_over_ask(image, from);
             let (cluster, asked) = (self.cluster.clone(), ask.asked(self.reason));
             tasks.spawn(async move { cluster.change(&ask.node, &asked).await });
@@ -355,7 +361,17 @@ impl Migration<'_> {
                 "pre-switchover" | "device" | "completed" if !self.moved => {
                     let stopped = Instant::now();
                     self.moved = true;
-                    self.disks.hand_over().await?;
+                    match self.disks.hand_over().await {
+                        // The guest is at its destination, or about to be, whatever becomes of its disks: they have to
+                        // follow.
+                        Err(failure) if !is_ours => {
+                            output::note(&format!("not handed over yet: {}", failure.message));
+                            self.moved = false;
+                            tokio::time::sleep(LOOK).await;
+                            continue;
+                        }
+                        other => other?,
+                    }
                     if is_ours {
                         let state = json!({"state": "pre-switchover"});
                         self.source.execute("migrate-continue", state).await?;
