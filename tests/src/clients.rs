@@ -207,7 +207,7 @@ impl Clients {
             .count()
     }
 
-    /// Connects to a socket where the image is; the visitor visits when told to. At most [`VISITORS`] at a time.
+    /// Connects to a socket where the image is; the visitor visits when told to. Few at a time.
     ///
     /// # Errors
     /// The image is not served there.

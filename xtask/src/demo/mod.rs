@@ -3,7 +3,7 @@
 //! One golden image, a clone for each guest, each attached on a node of its own. The guests boot from Hearth's disks
 //! and do the same skewed reads and writes twice: first with the scheduler's policy off, then on. The store's disk is
 //! slowed down to a thousand reads a second, as a busy shared disk is, so that RAM pays here as it pays there. Then
-//! guests on images with replicas migrate between nodes, and a node dies ([`moves`]).
+//! guests on images with replicas migrate between nodes, and a node dies (`moves.rs`).
 
 mod figures;
 mod fleet;
