@@ -6,6 +6,7 @@ use clap::ValueEnum;
 use hearth_protocol::rpc::Failure;
 use hearth_tui::table::Table;
 use hearth_tui::theme::{Depth, Theme};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
 /// How to print.
@@ -79,6 +80,17 @@ impl Output {
         } else {
             self.text(&text());
         }
+    }
+
+    /// A bar on stderr for bytes that are under way; nothing where stderr is no terminal.
+    pub fn bar(self) -> ProgressBar {
+        let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr());
+        let style =
+            "{msg} {wide_bar} {percent:>3} %  {binary_bytes}/{binary_total_bytes}  {binary_bytes_per_sec}  {eta}";
+        if let Ok(style) = ProgressStyle::with_template(style) {
+            bar.set_style(if self.ascii { style.progress_chars("#>-") } else { style });
+        }
+        bar
     }
 
     /// A table; as wide as it takes for `wide` and where no terminal is.

@@ -5,7 +5,6 @@ use std::time::Duration;
 use hearth_protocol::NodeId;
 use hearth_protocol::rpc::{Failure, FailureKind, JobInfo, NodeReply, NodeRequest};
 use hearth_tui::fmt;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::ask::Ask;
 use super::{Context, plan};
@@ -90,7 +89,11 @@ pub async fn start(context: &Context, cluster: &Cluster, change: Change, ask: As
     }
 }
 
-async fn look(cluster: &Cluster, node: &NodeId, job: u64) -> Outcome<JobInfo> {
+/// A job as its node knows it.
+///
+/// # Errors
+/// Exit code 3 if the node does not know it.
+pub async fn look(cluster: &Cluster, node: &NodeId, job: u64) -> Outcome<JobInfo> {
     match cluster.node(node, &NodeRequest::JobShow { job }).await? {
         NodeReply::Job(info) => Ok(info),
         other => Err(unexpected(&format!("node {node}"), &other)),
@@ -115,15 +118,7 @@ fn running(info: &JobInfo, node: &NodeId) -> Failure {
 /// # Errors
 /// The job's failure; exit code 7 when it was left running.
 pub async fn follow(context: &Context, cluster: &Cluster, node: &NodeId, mut info: JobInfo) -> Outcome {
-    let bar = ProgressBar::with_draw_target(Some(info.total.0), ProgressDrawTarget::stderr());
-    let style = "{msg} {wide_bar} {percent:>3} %  {binary_bytes}/{binary_total_bytes}  {binary_bytes_per_sec}  {eta}";
-    if let Ok(style) = ProgressStyle::with_template(style) {
-        bar.set_style(if context.out.ascii {
-            style.progress_chars("#>-")
-        } else {
-            style
-        });
-    }
+    let bar = context.out.bar();
     bar.set_message(info.what.clone());
     let mut interrupted = std::pin::pin!(tokio::signal::ctrl_c());
     while info.ended.is_none() {

@@ -6,14 +6,14 @@
 
 use std::time::{Duration, Instant};
 
-use hearth_protocol::rpc::{AttachHow, ExportKind, Failure, FailureKind, JobInfo, NodeReply, NodeRequest};
+use hearth_protocol::rpc::{AttachHow, ExportKind, Failure, FailureKind, NodeReply, NodeRequest};
 use hearth_protocol::{ImageName, NodeId};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::ProgressBar;
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::ask::Ask;
-use super::{Context, plan};
+use super::{Context, job, plan};
 use crate::Outcome;
 use crate::cli::Migrate;
 use crate::cluster::{Cluster, unexpected};
@@ -77,7 +77,7 @@ pub async fn run(context: &Context, options: Migrate) -> Outcome {
     let began = Instant::now();
     disks.check().await?;
     let source = Qmp::connect(&options.source_qmp).await?;
-    let bar = bar(context.out.ascii);
+    let bar = context.out.bar();
     let mut done = Migrated {
         images: options.images.clone(),
         from: disks.images.iter().map(|(_, node)| node.clone()).collect(),
@@ -138,15 +138,6 @@ fn text(done: &Migrated) -> String {
         text += &format!("the guest stood still for {downtime} ms, as QEMU counts\n");
     }
     text
-}
-
-fn bar(ascii: bool) -> ProgressBar {
-    let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr());
-    let style = "{msg} {wide_bar} {percent:>3} %  {binary_bytes}/{binary_total_bytes}  {eta}";
-    if let Ok(style) = ProgressStyle::with_template(style) {
-        bar.set_style(if ascii { style.progress_chars("#>-") } else { style });
-    }
-    bar
 }
 
 /// Waits until the guest runs at its destination.
@@ -302,7 +293,7 @@ impl Migration<'_> {
                 self.bar.set_length(info.total.0);
                 self.bar.set_position(info.done.0);
                 tokio::time::sleep(LOOK / 4).await;
-                info = self.job(info.id).await?;
+                info = job::look(self.disks.cluster, &self.disks.to, info.id).await?;
             }
             if let Some(Err(failure)) = &info.ended {
                 output::note(&format!("{image} starts colder than it could: {}", failure.message));
@@ -310,18 +301,6 @@ impl Migration<'_> {
             bytes += info.done.0;
         }
         Ok(bytes)
-    }
-
-    async fn job(&self, job: u64) -> Outcome<JobInfo> {
-        match self
-            .disks
-            .cluster
-            .node(&self.disks.to, &NodeRequest::JobShow { job })
-            .await?
-        {
-            NodeReply::Job(info) => Ok(info),
-            other => Err(unexpected(&format!("node {}", self.disks.to), &other)),
-        }
     }
 
     async fn pause_before_switchover(&mut self, on: bool) -> Outcome {

@@ -13,24 +13,6 @@ use sim::{Sim, node_id};
 const RACKS: [(&str, &str); 4] = [("a", "r1"), ("b", "r2"), ("c", "r1"), ("d", "r2")];
 const ALL: [&str; 4] = ["a", "b", "c", "d"];
 
-fn cluster() -> Sim {
-    let mut sim = Sim::default();
-    for (node, rack) in RACKS {
-        sim.join_in(rack, node, 8);
-    }
-    sim
-}
-
-fn seconds(sim: &mut Sim, count: u64, here: &[&str]) -> Vec<Command> {
-    let mut all = Vec::new();
-    for _ in 0..count {
-        here.iter().for_each(|node| sim.alive(node));
-        all.extend(sim.second());
-    }
-    sim.state.audit().unwrap();
-    all
-}
-
 fn placed(sim: &Sim, near: &str, replicas: u64) -> Result<String, Misfit> {
     let nodes = place(&sim.state, &node_id(near), replicas)?;
     Ok(nodes.iter().map(ToString::to_string).collect::<Vec<_>>().join(" "))
@@ -51,10 +33,10 @@ fn drain_of(state: &State, node: &str) -> Option<DrainView> {
 
 #[test]
 fn a_drain_is_a_fact_that_repeats_change_nothing_and_restarts_keep() {
-    let mut sim = cluster();
-    seconds(&mut sim, 3, &ALL);
+    let mut sim = Sim::cluster(&RACKS);
+    sim.seconds(3, &ALL);
     assert_eq!(sim.drain("b", true).judged, Judged::Valid);
-    seconds(&mut sim, 5, &ALL);
+    sim.seconds(5, &ALL);
     let digest = |sim: &Sim| sim.state.digest();
     let since = drain_of(&sim.state, "b").unwrap().since;
     assert_eq!(since, TickNo(3));
@@ -74,7 +56,7 @@ fn a_drain_is_a_fact_that_repeats_change_nothing_and_restarts_keep() {
 
 #[test]
 fn marks_on_nodes_that_never_joined_are_void() {
-    let mut sim = cluster();
+    let mut sim = Sim::cluster(&RACKS);
     let judged = [sim.drain("z", true).judged, sim.domain("z", "r9").judged];
     assert!(
         judged
@@ -87,8 +69,8 @@ fn marks_on_nodes_that_never_joined_are_void() {
 
 #[test]
 fn a_draining_node_gets_no_new_images_and_no_replicas() {
-    let mut sim = cluster();
-    seconds(&mut sim, 1, &ALL);
+    let mut sim = Sim::cluster(&RACKS);
+    sim.seconds(1, &ALL);
     assert_eq!(placed(&sim, "a", 2).unwrap(), "a b");
     sim.drain("b", true);
     assert_eq!(placed(&sim, "a", 2).unwrap(), "a d");
@@ -101,7 +83,7 @@ fn a_draining_node_gets_no_new_images_and_no_replicas() {
     // A lost replica goes elsewhere, though its place would be `b`.
     sim.replicated(&["a", "d"], 1, 100);
     sim.loses("a", 1, "d");
-    let commands = seconds(&mut sim, 30, &["a", "b", "c"]);
+    let commands = sim.seconds(30, &["a", "b", "c"]);
     assert_eq!(replicated_to(&commands), ["c"]);
     let lost: Vec<_> = commands[0]
         .reason
@@ -111,12 +93,12 @@ fn a_draining_node_gets_no_new_images_and_no_replicas() {
         .collect();
     assert_eq!(lost, ["d absent", "b draining"]);
     // Where only draining nodes are left, nothing is ordered, and health does not wait for them.
-    let mut sim = cluster();
+    let mut sim = Sim::cluster(&RACKS);
     sim.drain("c", true);
     sim.drain("d", true);
     sim.replicated(&["a", "b"], 1, 100);
     sim.loses("a", 1, "b");
-    assert_eq!(replicated_to(&seconds(&mut sim, 100, &["a", "c", "d"])), [""; 0]);
+    assert_eq!(replicated_to(&sim.seconds(100, &["a", "c", "d"])), [""; 0]);
     let health = view(&sim.state).health;
     let degraded = health.iter().find(|item| item.code == "DEGRADED").unwrap();
     assert!(
@@ -129,8 +111,8 @@ fn a_draining_node_gets_no_new_images_and_no_replicas() {
 
 #[test]
 fn the_fault_domain_that_an_operator_gave_counts_also_after_a_restart() {
-    let mut sim = cluster();
-    seconds(&mut sim, 1, &ALL);
+    let mut sim = Sim::cluster(&RACKS);
+    sim.seconds(1, &ALL);
     assert_eq!(placed(&sim, "a", 2).unwrap(), "a b");
     // `b` stands in the rack of `a` by now.
     assert_eq!(sim.domain("b", "r1").judged, Judged::Valid);
@@ -149,7 +131,7 @@ fn the_fault_domain_that_an_operator_gave_counts_also_after_a_restart() {
 
 #[test]
 fn a_node_may_stop_when_no_image_suffers_from_it() {
-    let mut sim = cluster();
+    let mut sim = Sim::cluster(&RACKS);
     sim.image("b", 1, 100);
     sim.replicated(&["b", "a"], 2, 100);
     sim.replicated(&["a", "b"], 3, 100);
@@ -168,7 +150,7 @@ fn a_node_may_stop_when_no_image_suffers_from_it() {
         },
     );
     sim.created("c", 6, 100, vec![LayerId(60), LayerId(1)]);
-    seconds(&mut sim, 1, &ALL);
+    sim.seconds(1, &ALL);
     let stop = |sim: &Sim, node: &str| {
         let stop = ok_to_stop(&sim.state, &node_id(node)).unwrap();
         let images = stop.images.iter().map(|image| (image.image.to_string(), image.harm));
@@ -206,12 +188,12 @@ fn a_node_may_stop_when_no_image_suffers_from_it() {
 
 #[test]
 fn more_replicas_are_made_at_once_and_the_number_outlives_a_replay() {
-    let mut sim = cluster();
+    let mut sim = Sim::cluster(&RACKS);
     sim.replicated(&["a", "b"], 1, 100);
-    seconds(&mut sim, 20, &ALL);
+    sim.seconds(20, &ALL);
     assert_eq!(sim.wanted("b", 1, 3).judged, Judged::Valid);
     assert!(matches!(sim.wanted("c", 1, 4).judged, Judged::Void(_)));
-    let commands = seconds(&mut sim, 1, &ALL);
+    let commands = sim.seconds(1, &ALL);
     assert_eq!(replicated_to(&commands), ["c"]);
     let number = |name: &str| {
         commands[0]
@@ -224,7 +206,7 @@ fn more_replicas_are_made_at_once_and_the_number_outlives_a_replay() {
     };
     assert_eq!((number("wanted"), number("grace_ticks")), (3, 0));
     sim.synced("a", 1, "c");
-    assert_eq!(seconds(&mut sim, GRACE_TICKS + 100, &ALL), []);
+    assert_eq!(sim.seconds(GRACE_TICKS + 100, &ALL), []);
     let replicas = view(&sim.state).images[0].replicas.clone();
     assert_eq!((replicas.wanted, replicas.in_sync), (3, 3));
     let mut replayer = Replayer::new(Until::End);

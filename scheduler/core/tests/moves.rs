@@ -18,14 +18,6 @@ use sim::{BLOCK, Sim, node_id};
 /// Blocks of an image that is worth a rebalance.
 const LARGE: u64 = IMBALANCE_BYTES_MIN / BLOCK;
 
-fn cluster(nodes: &[(&str, &str)]) -> Sim {
-    let mut sim = Sim::default();
-    for (node, rack) in nodes {
-        sim.join_in(rack, node, 8);
-    }
-    sim
-}
-
 /// An order in a few words, such as `1: b>c` for a move and `1: -b` for a drop.
 fn brief(command: &Command) -> String {
     match &command.order {
@@ -100,7 +92,7 @@ const ALL: [&str; 4] = ["a", "b", "c", "d"];
 
 #[test]
 fn a_drain_adds_and_then_drops_and_leaves_the_owners_copy() {
-    let mut sim = cluster(&FOUR);
+    let mut sim = Sim::cluster(&FOUR);
     sim.replicated(&["a", "b"], 1, 100);
     sim.replicated(&["b", "d"], 2, 100);
     seconds(&mut sim, 10, &ALL);
@@ -147,7 +139,7 @@ fn a_drain_adds_and_then_drops_and_leaves_the_owners_copy() {
 fn a_drain_moves_few_at_a_time_and_leaves_room_for_repairs() {
     let names: Vec<String> = (0..12).map(|n| format!("n{n:02}")).collect();
     let racks: Vec<(&str, &str)> = names.iter().map(|name| (name.as_str(), name.as_str())).collect();
-    let mut sim = cluster(&racks);
+    let mut sim = Sim::cluster(&racks);
     let here: Vec<&str> = names.iter().map(String::as_str).collect();
     for image in 1..=8 {
         sim.replicated(&[here[image], here[0]], image as u128, 100);
@@ -192,14 +184,14 @@ fn a_drain_moves_few_at_a_time_and_leaves_room_for_repairs() {
 #[test]
 fn what_cannot_move_stays_until_it_can() {
     // Nobody is there to take it.
-    let mut sim = cluster(&[("a", "r1"), ("b", "r2")]);
+    let mut sim = Sim::cluster(&[("a", "r1"), ("b", "r2")]);
     sim.replicated(&["a", "b"], 1, 100);
     sim.drain("b", true);
     assert_eq!(briefs(&seconds(&mut sim, 50, &["a", "b"])), [""; 0]);
     sim.join_in("r3", "c", 8);
     assert_eq!(briefs(&seconds(&mut sim, 50, &["a", "b", "c"])), ["1: b>c", "1: -b"]);
     // Nobody serves it, so nobody can copy it.
-    let mut sim = cluster(&FOUR);
+    let mut sim = Sim::cluster(&FOUR);
     sim.replicated(&["a", "b"], 1, 100);
     sim.drain("b", true);
     let epoch = sim.record(1).unwrap().epoch();
@@ -217,7 +209,7 @@ fn what_cannot_move_stays_until_it_can() {
 
 #[test]
 fn a_move_whose_order_or_joiner_fails_is_given_up_and_another_node_is_asked() {
-    let mut sim = cluster(&FOUR);
+    let mut sim = Sim::cluster(&FOUR);
     sim.replicated(&["a", "b"], 1, 100);
     seconds(&mut sim, 10, &ALL);
     sim.drain("b", true);
@@ -256,7 +248,7 @@ fn a_move_whose_order_or_joiner_fails_is_given_up_and_another_node_is_asked() {
 
 #[test]
 fn a_replica_that_another_loss_needs_is_not_dropped() {
-    let mut sim = cluster(&[("a", "r1"), ("b", "r2"), ("c", "r3"), ("d", "r4"), ("e", "r5")]);
+    let mut sim = Sim::cluster(&[("a", "r1"), ("b", "r2"), ("c", "r3"), ("d", "r4"), ("e", "r5")]);
     let all = ["a", "b", "c", "d", "e"];
     sim.replicated(&["a", "b", "c"], 1, 100);
     seconds(&mut sim, 10, &all);
@@ -276,7 +268,7 @@ fn a_replica_that_another_loss_needs_is_not_dropped() {
 
 #[test]
 fn the_new_owner_of_a_drained_replica_keeps_its_copy() {
-    let mut sim = cluster(&FOUR);
+    let mut sim = Sim::cluster(&FOUR);
     sim.replicated(&["a", "b"], 1, 100);
     seconds(&mut sim, 10, &ALL);
     sim.drain("b", true);
@@ -297,7 +289,7 @@ fn the_new_owner_of_a_drained_replica_keeps_its_copy() {
 
 #[test]
 fn fewer_replicas_are_wanted_and_those_missed_least_go() {
-    let mut sim = cluster(&[("a", "r1"), ("b", "r1"), ("c", "r2"), ("d", "r3")]);
+    let mut sim = Sim::cluster(&[("a", "r1"), ("b", "r1"), ("c", "r2"), ("d", "r3")]);
     sim.replicated(&["a", "b", "c", "d"], 1, 100);
     seconds(&mut sim, 10, &ALL);
     sim.wanted("a", 1, 2);
@@ -323,7 +315,7 @@ fn fewer_replicas_are_wanted_and_those_missed_least_go() {
 
 #[test]
 fn what_is_being_synced_counts_when_fewer_are_wanted_again() {
-    let mut sim = cluster(&FOUR);
+    let mut sim = Sim::cluster(&FOUR);
     sim.replicated(&["a", "b"], 1, 100);
     seconds(&mut sim, 10, &ALL);
     sim.wanted("a", 1, 3);
@@ -344,7 +336,7 @@ fn what_is_being_synced_counts_when_fewer_are_wanted_again() {
 
 #[test]
 fn replicas_that_share_a_fault_domain_are_spread_once_a_node_elsewhere_has_been_there_for_a_while() {
-    let mut sim = cluster(&[("a", "r1"), ("b", "r1")]);
+    let mut sim = Sim::cluster(&[("a", "r1"), ("b", "r1")]);
     sim.replicated(&["a", "b"], 1, 100);
     assert_eq!(briefs(&seconds(&mut sim, 50, &["a", "b"])), [""; 0]);
     sim.join_in("r2", "c", 8);
@@ -376,7 +368,7 @@ fn replicas_that_share_a_fault_domain_are_spread_once_a_node_elsewhere_has_been_
 
 #[test]
 fn a_node_that_joined_empty_gets_replicas_one_at_a_time_until_it_is_not_worth_it() {
-    let mut sim = cluster(&[("o", "r1"), ("a", "r2")]);
+    let mut sim = Sim::cluster(&[("o", "r1"), ("a", "r2")]);
     for image in 1..=4 {
         sim.replicated(&["o", "a"], image, LARGE / 2);
     }
@@ -395,7 +387,7 @@ fn a_node_that_joined_empty_gets_replicas_one_at_a_time_until_it_is_not_worth_it
 
 #[test]
 fn nothing_moves_by_itself_while_something_is_being_repaired() {
-    let mut sim = cluster(&[("a", "r1"), ("b", "r1"), ("c", "r2"), ("d", "r3"), ("e", "r4")]);
+    let mut sim = Sim::cluster(&[("a", "r1"), ("b", "r1"), ("c", "r2"), ("d", "r3"), ("e", "r4")]);
     let all = ["a", "b", "c", "d", "e"];
     sim.replicated(&["a", "b"], 1, 100);
     sim.replicated(&["a", "d", "c"], 2, 100);
@@ -417,7 +409,7 @@ const SEESAW: [&str; 3] = ["a", "b", "o"];
 
 impl Seesaw {
     fn new() -> Self {
-        let mut sim = cluster(&[("o", "r1"), ("a", "r2"), ("b", "r3")]);
+        let mut sim = Sim::cluster(&[("o", "r1"), ("a", "r2"), ("b", "r3")]);
         sim.image("o", 99, LARGE);
         sim.replicated(&["o", "a"], 1, LARGE);
         Self { sim, next: 100 }
@@ -489,7 +481,7 @@ fn circles_far_apart_trip_nothing() {
 
 #[test]
 fn a_rule_whose_moves_do_not_last_is_off_for_a_day() {
-    let mut sim = cluster(&[("a", "r1"), ("b", "r1"), ("c", "r2")]);
+    let mut sim = Sim::cluster(&[("a", "r1"), ("b", "r1"), ("c", "r2")]);
     sim.keeps_log = false;
     let here = ["a", "b", "c"];
     for image in 1..=LOSING_IN_ROW + 1 {
@@ -512,7 +504,7 @@ fn a_rule_whose_moves_do_not_last_is_off_for_a_day() {
 #[test]
 fn nodes_that_flap_for_days_cost_a_bounded_number_of_orders() {
     const DAY: u64 = 86_400;
-    let mut sim = cluster(&[("a", "r1"), ("b", "r1"), ("c", "r2"), ("d", "r2")]);
+    let mut sim = Sim::cluster(&[("a", "r1"), ("b", "r1"), ("c", "r2"), ("d", "r2")]);
     sim.keeps_log = false;
     for image in 1..=6 {
         sim.replicated(&["a", "b"], image, LARGE / 4);
@@ -551,7 +543,7 @@ fn nodes_that_flap_for_days_cost_a_bounded_number_of_orders() {
 
 #[test]
 fn a_replay_derives_the_same_moves_and_why_tells_of_them() {
-    let mut sim = cluster(&FOUR);
+    let mut sim = Sim::cluster(&FOUR);
     sim.replicated(&["a", "b"], 1, 100);
     seconds(&mut sim, 10, &ALL);
     sim.drain("b", true);

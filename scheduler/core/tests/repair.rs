@@ -20,25 +20,6 @@ const WEEK_TICKS: u64 = 7 * 86_400;
 /// Nodes `a` to `d`, two in each of two racks.
 const RACKS: [(&str, &str); 4] = [("a", "r1"), ("b", "r2"), ("c", "r1"), ("d", "r2")];
 
-fn cluster(nodes: &[(&str, &str)]) -> Sim {
-    let mut sim = Sim::default();
-    for (node, rack) in nodes {
-        sim.join_in(rack, node, 8);
-    }
-    sim
-}
-
-/// Seconds in which the named nodes report and obey; what was ordered.
-fn seconds(sim: &mut Sim, count: u64, here: &[&str]) -> Vec<Command> {
-    let mut all = Vec::new();
-    for _ in 0..count {
-        here.iter().for_each(|node| sim.alive(node));
-        all.extend(sim.second());
-    }
-    sim.state.audit().unwrap();
-    all
-}
-
 fn target(command: &Command) -> String {
     match &command.order {
         Order::Replicate { to, .. } => to.to_string(),
@@ -67,15 +48,15 @@ fn fixes(state: &State) -> Vec<(String, String)> {
 
 #[test]
 fn the_last_member_is_joined_by_another_after_the_short_grace_time() {
-    let mut sim = cluster(&RACKS);
+    let mut sim = Sim::cluster(&RACKS);
     sim.replicated(&["a", "b"], 1, 100);
-    seconds(&mut sim, 10, &["a", "b", "c", "d"]);
+    sim.seconds(10, &["a", "b", "c", "d"]);
     let fell = sim.loses("a", 1, "b");
     assert!(fell.judged == scheduler_core::Judged::Valid);
     let fell_seq = sim.state.seq();
     let here = ["a", "c", "d"];
-    assert_eq!(targets(&seconds(&mut sim, GRACE_TICKS_LAST - 1, &here)), [""; 0]);
-    let commands = seconds(&mut sim, 1, &here);
+    assert_eq!(targets(&sim.seconds(GRACE_TICKS_LAST - 1, &here)), [""; 0]);
+    let commands = sim.seconds(1, &here);
     // The other rack, though `c` is as empty.
     assert_eq!(targets(&commands), ["d"]);
     let command = &commands[0];
@@ -92,25 +73,25 @@ fn the_last_member_is_joined_by_another_after_the_short_grace_time() {
         assert_eq!(number(command, name), value, "{name}");
     }
     // One joiner at a time, however long it takes; then there is nothing left to do.
-    assert_eq!(targets(&seconds(&mut sim, 2 * GRACE_TICKS, &here)), [""; 0]);
+    assert_eq!(targets(&sim.seconds(2 * GRACE_TICKS, &here)), [""; 0]);
     sim.synced("a", 1, "d");
     assert_eq!(fixes(&sim.state), []);
-    assert_eq!(targets(&seconds(&mut sim, 2 * GRACE_TICKS, &here)), [""; 0]);
+    assert_eq!(targets(&sim.seconds(2 * GRACE_TICKS, &here)), [""; 0]);
 }
 
 #[test]
 fn with_two_members_left_the_long_grace_time_runs_and_a_further_loss_shortens_it() {
-    let mut sim = cluster(&[("a", "r1"), ("b", "r2"), ("c", "r3"), ("d", "r4")]);
+    let mut sim = Sim::cluster(&[("a", "r1"), ("b", "r2"), ("c", "r3"), ("d", "r4")]);
     for image in [1, 2] {
         sim.replicated(&["a", "b", "c"], image, 100);
     }
-    seconds(&mut sim, 10, &["a", "b", "c", "d"]);
+    sim.seconds(10, &["a", "b", "c", "d"]);
     sim.loses("a", 1, "c");
     sim.loses("a", 2, "c");
     let here = ["a", "b", "d"];
-    assert_eq!(targets(&seconds(&mut sim, 100, &here)), [""; 0]);
+    assert_eq!(targets(&sim.seconds(100, &here)), [""; 0]);
     sim.loses("a", 2, "b");
-    let commands = seconds(&mut sim, GRACE_TICKS_LAST, &here);
+    let commands = sim.seconds(GRACE_TICKS_LAST, &here);
     let Order::Replicate { image, .. } = commands[0].order else {
         unreachable!()
     };
@@ -118,7 +99,7 @@ fn with_two_members_left_the_long_grace_time_runs_and_a_further_loss_shortens_it
     assert_eq!(commands[0].reason.rests_on.len(), 2, "both losses");
     sim.synced("a", 2, &target(&commands[0]));
     let left = GRACE_TICKS - 100 - GRACE_TICKS_LAST;
-    let commands = seconds(&mut sim, left, &here);
+    let commands = sim.seconds(left, &here);
     let first = commands
         .iter()
         .find(|c| matches!(c.order, Order::Replicate { image, .. } if image == ImageId(1)));
@@ -127,13 +108,13 @@ fn with_two_members_left_the_long_grace_time_runs_and_a_further_loss_shortens_it
 
 #[test]
 fn an_absence_shorter_than_the_grace_time_moves_nothing() {
-    let mut sim = cluster(&RACKS);
+    let mut sim = Sim::cluster(&RACKS);
     sim.replicated(&["a", "b"], 1, 100);
     let mut ordered = Vec::new();
     for _ in 0..50 {
-        ordered.extend(seconds(&mut sim, 20, &["a", "b", "c", "d"]));
+        ordered.extend(sim.seconds(20, &["a", "b", "c", "d"]));
         sim.loses("a", 1, "b");
-        ordered.extend(seconds(&mut sim, GRACE_TICKS_LAST - 1, &["a", "c", "d"]));
+        ordered.extend(sim.seconds(GRACE_TICKS_LAST - 1, &["a", "c", "d"]));
         sim.change("a", 1, |record| record.with_joiner(&node_id("b"), WHOLE).unwrap());
         sim.synced("a", 1, "b");
     }
@@ -142,34 +123,34 @@ fn an_absence_shorter_than_the_grace_time_moves_nothing() {
 
 #[test]
 fn who_held_the_replica_and_is_back_is_preferred_within_its_fault_domain_only() {
-    let mut sim = cluster(&[("a", "r1"), ("b", "r2"), ("c", "r1"), ("d", "r2")]);
+    let mut sim = Sim::cluster(&[("a", "r1"), ("b", "r2"), ("c", "r1"), ("d", "r2")]);
     sim.replicated(&["a", "d"], 1, 100);
     // A large image makes `d` the fuller one.
     sim.image("d", 9, 5_000);
-    seconds(&mut sim, 1, &["a", "b", "c", "d"]);
+    sim.seconds(1, &["a", "b", "c", "d"]);
     sim.loses("a", 1, "d");
-    let commands = seconds(&mut sim, GRACE_TICKS_LAST, &["a", "b", "c", "d"]);
+    let commands = sim.seconds(GRACE_TICKS_LAST, &["a", "b", "c", "d"]);
     assert_eq!(targets(&commands), ["d"]);
     assert_eq!(lost(&commands[0]), ["b never_held_it", "c same_fault_domain"]);
 
-    let mut sim = cluster(&[("a", "r1"), ("b", "r2"), ("c", "r1")]);
+    let mut sim = Sim::cluster(&[("a", "r1"), ("b", "r2"), ("c", "r1")]);
     sim.replicated(&["a", "c"], 1, 100);
-    seconds(&mut sim, 1, &["a", "b", "c"]);
+    sim.seconds(1, &["a", "b", "c"]);
     sim.loses("a", 1, "c");
-    let commands = seconds(&mut sim, GRACE_TICKS_LAST, &["a", "b", "c"]);
+    let commands = sim.seconds(GRACE_TICKS_LAST, &["a", "b", "c"]);
     assert_eq!(targets(&commands), ["b"]);
     assert_eq!(lost(&commands[0]), ["c same_fault_domain"]);
 }
 
 #[test]
 fn a_node_that_refused_or_did_not_answer_rests_and_others_are_asked() {
-    let mut sim = cluster(&[("a", "r1"), ("b", "r2"), ("c", "r3"), ("d", "r4")]);
+    let mut sim = Sim::cluster(&[("a", "r1"), ("b", "r2"), ("c", "r3"), ("d", "r4")]);
     sim.replicated(&["a", "b"], 1, 100);
     sim.deaf.insert(node_id("a"));
-    seconds(&mut sim, 1, &["a", "b", "c", "d"]);
+    sim.seconds(1, &["a", "b", "c", "d"]);
     sim.loses("a", 1, "b");
     let here = ["a", "c", "d"];
-    let commands = seconds(&mut sim, GRACE_TICKS_LAST, &here);
+    let commands = sim.seconds(GRACE_TICKS_LAST, &here);
     assert_eq!(targets(&commands), ["c"]);
     let refused = Event::CommandFinished {
         command: commands[0].id,
@@ -180,13 +161,13 @@ fn a_node_that_refused_or_did_not_answer_rests_and_others_are_asked() {
     // The next one is never answered: it counts until it expires.
     let mut ordered = Vec::new();
     for second in 1..REST_TICKS {
-        let commands = seconds(&mut sim, 1, &here);
+        let commands = sim.seconds(1, &here);
         ordered.extend(commands.iter().map(|c| (second, target(c), lost(c))));
     }
     let lost: Vec<String> = ["b absent", "c tried_lately"].map(String::from).into();
     assert_eq!(ordered, [(1, "d".to_owned(), lost)]);
     // `c` has rested.
-    assert_eq!(targets(&seconds(&mut sim, 2, &here)), ["c"]);
+    assert_eq!(targets(&sim.seconds(2, &here)), ["c"]);
 }
 
 /// A node that comes and goes costs at most this many orders for one image: seven while the rest doubles from
@@ -203,7 +184,7 @@ fn a_week_of_coming_and_going(
     away: u64,
     rejoins: bool,
 ) -> BTreeMap<ImageId, u64> {
-    let mut sim = cluster(nodes);
+    let mut sim = Sim::cluster(nodes);
     sim.keeps_log = false;
     for image in 1..=IMAGES {
         sim.replicated(&["a", "b"], image, 100);
@@ -264,7 +245,7 @@ fn a_node_that_comes_and_goes_all_week_costs_a_bounded_number_of_orders_for_each
 
 #[test]
 fn failures_shorter_than_the_grace_time_move_nothing_all_week() {
-    let mut sim = cluster(&RACKS);
+    let mut sim = Sim::cluster(&RACKS);
     sim.keeps_log = false;
     sim.replicated(&["a", "b"], 1, 100);
     sim.replicated(&["a", "b", "c"], 2, 100);
@@ -295,17 +276,17 @@ fn failures_shorter_than_the_grace_time_move_nothing_all_week() {
 fn few_replicas_are_made_at_once_and_one_on_a_node() {
     let names: Vec<String> = (0..12).map(|n| format!("n{n:02}")).collect();
     let racks: Vec<(&str, &str)> = names.iter().map(|name| (name.as_str(), name.as_str())).collect();
-    let mut sim = cluster(&racks);
+    let mut sim = Sim::cluster(&racks);
     let here: Vec<&str> = names.iter().map(String::as_str).filter(|name| *name != "n11").collect();
     for image in 1..=10 {
         let owner = names[image as usize - 1].as_str();
         sim.replicated(&[owner, "n11"], image, 100);
     }
-    seconds(&mut sim, 1, &here);
+    sim.seconds(1, &here);
     for image in 1..=10 {
         sim.loses(&names[image as usize - 1], image, "n11");
     }
-    let mut waiting = seconds(&mut sim, GRACE_TICKS_LAST, &here);
+    let mut waiting = sim.seconds(GRACE_TICKS_LAST, &here);
     let mut all = targets(&waiting);
     assert_eq!(waiting.len(), IN_FLIGHT_MAX);
     assert_eq!(
@@ -313,13 +294,13 @@ fn few_replicas_are_made_at_once_and_one_on_a_node() {
         IN_FLIGHT_MAX
     );
     // While they are being synced nothing else begins; each that is done makes room for one.
-    assert_eq!(targets(&seconds(&mut sim, 50, &here)), [""; 0]);
+    assert_eq!(targets(&sim.seconds(50, &here)), [""; 0]);
     while let Some(command) = waiting.pop() {
         let Order::Replicate { image, .. } = command.order else {
             unreachable!()
         };
         sim.synced(command.node.as_str(), image.0, &target(&command));
-        let next = seconds(&mut sim, 1, &here);
+        let next = sim.seconds(1, &here);
         assert!(next.len() <= 1);
         all.extend(targets(&next));
         waiting.extend(next);
@@ -330,12 +311,12 @@ fn few_replicas_are_made_at_once_and_one_on_a_node() {
 
 #[test]
 fn nothing_is_ordered_without_an_owner_or_before_it_is_known_who_is_there() {
-    let mut sim = cluster(&RACKS);
+    let mut sim = Sim::cluster(&RACKS);
     sim.replicated(&["a", "b"], 1, 100);
-    seconds(&mut sim, 1, &["a", "b", "c", "d"]);
+    sim.seconds(1, &["a", "b", "c", "d"]);
     sim.loses("a", 1, "b");
     // The owner is not there: nobody could copy.
-    assert_eq!(targets(&seconds(&mut sim, 2 * GRACE_TICKS_LAST, &["c", "d"])), [""; 0]);
+    assert_eq!(targets(&sim.seconds(2 * GRACE_TICKS_LAST, &["c", "d"])), [""; 0]);
     assert!(fixes(&sim.state)[0].1.starts_with("start hearth-node on a"));
     // A new leader waits until absence shows.
     sim.term = Term(2);
@@ -343,7 +324,7 @@ fn nothing_is_ordered_without_an_owner_or_before_it_is_known_who_is_there() {
         term: Term(2),
         previous: None,
     });
-    assert_eq!(targets(&seconds(&mut sim, 5, &["a", "c", "d"])), [""; 0]);
+    assert_eq!(targets(&sim.seconds(5, &["a", "c", "d"])), [""; 0]);
     sim.node(
         "a",
         Event::ImageDetached {
@@ -351,34 +332,34 @@ fn nothing_is_ordered_without_an_owner_or_before_it_is_known_who_is_there() {
             epoch: sim.record(1).unwrap().epoch(),
         },
     );
-    assert_eq!(targets(&seconds(&mut sim, 5, &["a", "c", "d"])), [""; 0]);
+    assert_eq!(targets(&sim.seconds(5, &["a", "c", "d"])), [""; 0]);
     assert!(fixes(&sim.state)[0].1.starts_with("hearth image attach appl/vm-1:"));
     sim.take("a", &["a"], 1);
     assert_eq!(
         fixes(&sim.state)[0].1,
         "nothing: a begins to serve it, then a replica begins"
     );
-    assert_eq!(targets(&seconds(&mut sim, OWNER_TICKS - 1, &["a", "c", "d"])), [""; 0]);
-    assert_eq!(targets(&seconds(&mut sim, 1, &["a", "c", "d"])), ["d"]);
+    assert_eq!(targets(&sim.seconds(OWNER_TICKS - 1, &["a", "c", "d"])), [""; 0]);
+    assert_eq!(targets(&sim.seconds(1, &["a", "c", "d"])), ["d"]);
 }
 
 #[test]
 fn an_owner_that_started_anew_is_told_nothing_for_a_while() {
-    let mut sim = cluster(&RACKS);
+    let mut sim = Sim::cluster(&RACKS);
     sim.replicated(&["a", "b"], 1, 100);
-    seconds(&mut sim, 1, &["a", "b", "c", "d"]);
+    sim.seconds(1, &["a", "b", "c", "d"]);
     sim.loses("a", 1, "b");
-    seconds(&mut sim, GRACE_TICKS_LAST - 1, &["a", "c", "d"]);
+    sim.seconds(GRACE_TICKS_LAST - 1, &["a", "c", "d"]);
     sim.join_in("r1", "a", 8);
-    assert_eq!(targets(&seconds(&mut sim, OWNER_TICKS - 1, &["a", "c", "d"])), [""; 0]);
-    assert_eq!(targets(&seconds(&mut sim, 1, &["a", "c", "d"])), ["d"]);
+    assert_eq!(targets(&sim.seconds(OWNER_TICKS - 1, &["a", "c", "d"])), [""; 0]);
+    assert_eq!(targets(&sim.seconds(1, &["a", "c", "d"])), ["d"]);
 }
 
 #[test]
 fn of_several_runs_the_one_with_the_fewest_members_is_repaired() {
-    let mut sim = cluster(&[("a", "r1"), ("b", "r2"), ("c", "r3")]);
+    let mut sim = Sim::cluster(&[("a", "r1"), ("b", "r2"), ("c", "r3")]);
     sim.replicated(&["a", "b"], 1, 100);
-    seconds(&mut sim, 1, &["a", "b", "c"]);
+    sim.seconds(1, &["a", "b", "c"]);
     let part = Extent {
         first: BlockIndex(10),
         last: BlockIndex(19),
@@ -389,7 +370,7 @@ fn of_several_runs_the_one_with_the_fewest_members_is_repaired() {
     let replicas = view(&sim.state).images[0].replicas.clone();
     assert_eq!((replicas.wanted, replicas.in_sync, replicas.members.len()), (2, 1, 2));
     let here = ["a", "b", "c"];
-    let commands = seconds(&mut sim, GRACE_TICKS_LAST, &here);
+    let commands = sim.seconds(GRACE_TICKS_LAST, &here);
     let extents: Vec<_> = commands
         .iter()
         .map(|c| match &c.order {
@@ -404,14 +385,14 @@ fn of_several_runs_the_one_with_the_fewest_members_is_repaired() {
 
 #[test]
 fn degraded_images_are_told_of_with_what_to_do() {
-    let mut sim = cluster(&RACKS);
+    let mut sim = Sim::cluster(&RACKS);
     sim.replicated(&["a", "b"], 1, 100);
     sim.replicated(&["a", "b", "c"], 2, 100);
-    seconds(&mut sim, 1, &["a", "b", "c", "d"]);
+    sim.seconds(1, &["a", "b", "c", "d"]);
     assert_eq!(fixes(&sim.state), []);
     sim.loses("a", 1, "b");
     sim.loses("a", 2, "b");
-    seconds(&mut sim, 10, &["a", "c", "d"]);
+    sim.seconds(10, &["a", "c", "d"]);
     let check = |state: &State, expect: [(&str, &str); 2]| {
         let expect = expect.map(|(message, fix)| (message.to_owned(), fix.to_owned()));
         assert_eq!(fixes(state), expect);
@@ -429,26 +410,26 @@ fn degraded_images_are_told_of_with_what_to_do() {
             ),
         ],
     );
-    seconds(&mut sim, 20, &["a", "c", "d"]);
+    sim.seconds(20, &["a", "c", "d"]);
     assert_eq!(fixes(&sim.state)[0].1, "nothing: d is being synced");
     // Nobody is left to take one.
-    let mut sim = cluster(&[("a", "r1"), ("b", "r2")]);
+    let mut sim = Sim::cluster(&[("a", "r1"), ("b", "r2")]);
     sim.replicated(&["a", "b"], 1, 100);
     sim.loses("a", 1, "b");
-    assert_eq!(targets(&seconds(&mut sim, 100, &["a"])), [""; 0]);
+    assert_eq!(targets(&sim.seconds(100, &["a"])), [""; 0]);
     let fix = "start hearth-node on b, or add a node: none is free to take a replica";
     assert_eq!(fixes(&sim.state)[0].1, fix);
 }
 
 #[test]
 fn a_replay_derives_the_same_orders_and_why_tells_of_them() {
-    let mut sim = cluster(&RACKS);
+    let mut sim = Sim::cluster(&RACKS);
     sim.replicated(&["a", "b"], 1, 100);
-    seconds(&mut sim, 10, &["a", "b", "c", "d"]);
+    sim.seconds(10, &["a", "b", "c", "d"]);
     sim.loses("a", 1, "b");
-    let commands = seconds(&mut sim, 2 * GRACE_TICKS_LAST, &["a", "c", "d"]);
+    let commands = sim.seconds(2 * GRACE_TICKS_LAST, &["a", "c", "d"]);
     sim.synced("a", 1, "d");
-    seconds(&mut sim, 5, &["a", "c", "d"]);
+    sim.seconds(5, &["a", "c", "d"]);
     assert_eq!(commands.len(), 1);
 
     let mut replayer = Replayer::new(Until::End);
@@ -497,20 +478,20 @@ fn a_log_without_replicas_keeps_the_digests_it_had() {
         encoded.windows(field.len()).any(|part| part == field.as_bytes())
     };
     let new = ["repairs", "replicas", "replicates", "lost_nodes"];
-    let mut sim = cluster(&RACKS);
+    let mut sim = Sim::cluster(&RACKS);
     sim.image("a", 1, 100);
     sim.heat("a", 1, 1, &[sim::reads(3, 5)]);
-    seconds(&mut sim, 2, &["a"]);
+    sim.seconds(2, &["a"]);
     sim.term = Term(2);
     sim.lead(Event::TermStarted {
         term: Term(2),
         previous: None,
     });
-    seconds(&mut sim, 2, &["a"]);
+    sim.seconds(2, &["a"]);
     assert!(new.iter().all(|field| !names(&sim, field)));
     sim.replicated(&["a", "b"], 2, 100);
     sim.loses("a", 2, "b");
     sim.deaf.insert(node_id("a"));
-    seconds(&mut sim, GRACE_TICKS_LAST, &["a", "c", "d"]);
+    sim.seconds(GRACE_TICKS_LAST, &["a", "c", "d"]);
     assert!(new.iter().all(|field| names(&sim, field)));
 }

@@ -10,12 +10,11 @@ use hearth_protocol::codec::CODEC_VERSION;
 use hearth_protocol::command::Outcome;
 use hearth_protocol::event::NodeJoined;
 use hearth_protocol::limits::TICK_MS;
-use hearth_protocol::record::{Extent, Nodes};
+use hearth_protocol::record::{Extent, Nodes, Record};
 use hearth_protocol::{
     BlockIndex, ByteLen, Command, CommandId, Envelope, Epoch, Event as Fact, Incarnation, NodeId, Order, Publisher,
     Seq, TickNo, WallMs, subject,
 };
-use hearth_replication::owner::Owner;
 use hearth_replication::session::Input;
 
 use crate::event::Event;
@@ -275,42 +274,34 @@ impl World {
 
     /// Carries a command out, and says how it ended.
     pub fn executes(&mut self, node: usize, command: &Command, tick: TickNo) -> Result<(), String> {
-        let refused = |why: &str| Outcome::Refused { why: why.to_owned() };
-        let outcome = match &command.order {
-            _ if tick > command.expires => refused("it expired"),
+        let why_not = match &command.order {
+            _ if tick > command.expires => Some("it expired"),
             Order::Replicate {
                 image,
                 epoch,
                 to,
                 blocks,
                 ..
-            } => match self.replicates(node, image_of(*image), *epoch, to, *blocks)? {
-                None => Outcome::Done {
-                    done: Vec::new(),
-                    skipped: Vec::new(),
-                    bytes: ByteLen(0),
-                    took_us: 0,
-                },
-                Some(why) => refused(why),
-            },
+            } => self.replicates(node, image_of(*image), *epoch, to, *blocks)?,
             Order::Drop {
                 image,
                 epoch,
                 from,
                 keep,
                 ..
-            } => match self.drops(node, image_of(*image), *epoch, from, *keep)? {
-                None => Outcome::Done {
-                    done: Vec::new(),
-                    skipped: Vec::new(),
-                    bytes: ByteLen(0),
-                    took_us: 0,
-                },
-                Some(why) => refused(why),
-            },
+            } => self.drops(node, image_of(*image), *epoch, from, *keep)?,
             Order::Promote { .. } | Order::Demote { .. } => {
                 return Err(format!("an order without heat: {:?}", command.order));
             }
+        };
+        let outcome = match why_not {
+            None => Outcome::Done {
+                done: Vec::new(),
+                skipped: Vec::new(),
+                bytes: ByteLen(0),
+                took_us: 0,
+            },
+            Some(why) => Outcome::Refused { why: why.to_owned() },
         };
         let what = match &command.order {
             Order::Drop { .. } => "drop",
@@ -337,6 +328,17 @@ impl World {
         self.next_command(node)
     }
 
+    /// The record by which a node serves an image as its owner at that epoch; why not, if it does not.
+    fn owned_at(&mut self, node: usize, image: usize, epoch: Epoch) -> Result<Option<Arc<Record>>, &'static str> {
+        let session = &self.shell(node, image).ok_or("not running")?.session;
+        let owner = session.owner().filter(|owner| owner.record().epoch() == epoch);
+        match owner {
+            None => Err("not the owner at that epoch"),
+            Some(owner) if !owner.is_open() => Err("not open"),
+            Some(_) => Ok(session.record().cloned()),
+        }
+    }
+
     /// Begins to have one more node hold an image; why not, if it does not.
     fn replicates(
         &mut self,
@@ -349,17 +351,11 @@ impl World {
         let end = BlockIndex(self.plan.blocks - 1);
         let mut extent = blocks.unwrap_or(self.whole());
         extent.last = extent.last.min(end);
-        let Some(shell) = self.shell(node, image) else {
-            return Ok(Some("not running"));
+        let record = match self.owned_at(node, image, epoch) {
+            Ok(record) => record,
+            Err(why) => return Ok(Some(why)),
         };
-        let owner = shell.session.owner();
-        if owner.is_none_or(|owner| owner.record().epoch() != epoch) {
-            return Ok(Some("not the owner at that epoch"));
-        }
-        if !owner.is_some_and(Owner::is_open) {
-            return Ok(Some("not open"));
-        }
-        if shell.session.record().is_some_and(|record| record.holds(to, extent)) {
+        if record.is_some_and(|record| record.holds(to, extent)) {
             return Ok(Some("held already"));
         }
         let target = self.number(to);
@@ -386,20 +382,14 @@ impl World {
         keep: u64,
     ) -> Result<Option<&'static str>, String> {
         let id = self.nodes[node].id.clone();
-        let Some(shell) = self.shell(node, image) else {
-            return Ok(Some("not running"));
+        let record = match self.owned_at(node, image, epoch) {
+            Ok(record) => record,
+            Err(why) => return Ok(Some(why)),
         };
-        let owner = shell.session.owner();
-        if owner.is_none_or(|owner| owner.record().epoch() != epoch) {
-            return Ok(Some("not the owner at that epoch"));
-        }
-        if !owner.is_some_and(Owner::is_open) {
-            return Ok(Some("not open"));
-        }
         if *from == id {
             return Ok(Some("the owner's own copy"));
         }
-        let Some(record) = shell.session.record().filter(|record| record.everyone().contains(from)) else {
+        let Some(record) = record.filter(|record| record.everyone().contains(from)) else {
             return Ok(None);
         };
         let left = |members: &Nodes| members.iter().filter(|member| *member != from).count() as u64;

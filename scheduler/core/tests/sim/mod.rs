@@ -105,6 +105,26 @@ impl Default for Sim {
 }
 
 impl Sim {
+    /// Nodes in their fault domains.
+    pub fn cluster(nodes: &[(&str, &str)]) -> Self {
+        let mut sim = Self::default();
+        for (node, rack) in nodes {
+            sim.join_in(rack, node, 8);
+        }
+        sim
+    }
+
+    /// Seconds in which the named nodes report and obey; what was ordered.
+    pub fn seconds(&mut self, count: u64, here: &[&str]) -> Vec<Command> {
+        let mut all = Vec::new();
+        for _ in 0..count {
+            here.iter().for_each(|node| self.alive(node));
+            all.extend(self.second());
+        }
+        self.state.audit().unwrap();
+        all
+    }
+
     /// Publishes and folds an event.
     pub fn publish(&mut self, publisher: Publisher, incarnation: Incarnation, event: &Event) -> Applied {
         let number = self.numbers.entry((publisher.clone(), incarnation)).or_default();
