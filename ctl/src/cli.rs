@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use hearth_protocol::limits::REPLICAS_MAX;
+use hearth_protocol::rpc::Pace;
 use hearth_protocol::{BlockIndex, ByteLen, ImageName, NodeId, units};
 
 use crate::moment::Moment;
@@ -145,6 +146,17 @@ fn block_size(text: &str) -> Result<ByteLen, String> {
     }
 }
 
+fn pace(text: &str) -> Result<Pace, String> {
+    match text {
+        "gentle" => Ok(Pace::Gentle),
+        "full" => Ok(Pace::Full),
+        rate => match rate.parse::<ByteLen>() {
+            Ok(rate) => Ok(Pace::AtMost(rate)),
+            Err(_) => Err("say gentle, full, or bytes per second such as 50MiB".into()),
+        },
+    }
+}
+
 fn blocks(text: &str) -> Result<(BlockIndex, BlockIndex), String> {
     let number = |text: &str| text.trim().parse().map(BlockIndex);
     let parts = text.split_once('-').unwrap_or((text, text));
@@ -195,6 +207,9 @@ pub enum Location {
         /// Only these blocks, such as 0-1023
         #[arg(long, value_parser = blocks, value_name = "FIRST-LAST")]
         blocks: Option<(BlockIndex, BlockIndex)>,
+        /// How fast: gentle (so that the guest does not feel it), full, or bytes per second such as 50MiB
+        #[arg(long, value_parser = pace, value_name = "RATE", default_value = "gentle")]
+        pace: Pace,
         /// Does not wait for the end
         #[arg(long)]
         detach: bool,

@@ -49,6 +49,9 @@ pub enum HeatChoice {
     Export,
 }
 
+/// A copy that goes slower than this, in bytes per second, hardly ever ends.
+pub const SLOWEST_MOVE: ByteLen = ByteLen(4 << 20);
+
 /// The file's keys.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -89,6 +92,10 @@ pub struct NodeConfig {
     /// Worker threads for requests that wait for a disk or a peer.
     #[serde(default = "io_threads")]
     pub io_threads: usize,
+    /// Bytes per second that the link to one other node may carry for copies of replicas, all together: bytes, or a text
+    /// such as `"200MiB"`.
+    #[serde(default = "move_rate", deserialize_with = "size")]
+    pub move_bytes_per_second: ByteLen,
 }
 
 fn front_percent() -> u8 {
@@ -109,6 +116,10 @@ fn fault_domain() -> String {
 
 fn io_threads() -> usize {
     32
+}
+
+fn move_rate() -> ByteLen {
+    ByteLen(200 << 20)
 }
 
 fn size<'de, D: Deserializer<'de>>(d: D) -> Result<ByteLen, D::Error> {
@@ -157,6 +168,13 @@ impl NodeConfig {
         if !(1..=1024).contains(&config.io_threads) {
             return range(format!("io_threads is {}, use 1 to 1024", config.io_threads));
         }
+        if config.move_bytes_per_second < SLOWEST_MOVE {
+            return range(format!(
+                "move_bytes_per_second is {}, use at least {}",
+                config.move_bytes_per_second.iec(),
+                SLOWEST_MOVE.iec()
+            ));
+        }
         Ok(config)
     }
 }
@@ -189,6 +207,7 @@ mod tests {
         check(&GOOD.replace("64MiB", "4KiB"), "at least 4MiB");
         check(&GOOD.replace("node-1", "../x"), "node id");
         check(&format!("{GOOD}\nfront_percent = 0"), "front_percent");
+        check(&format!("{GOOD}\nmove_bytes_per_second = \"3MiB\""), "at least 4MiB");
         check(&GOOD.replace("store_dir", "store"), "store");
     }
 }

@@ -266,6 +266,7 @@ fn a_dead_member_is_left_out_and_gets_back_what_it_missed() {
         },
         end: BlockIndex(BLOCKS - 1),
         blocks: 4,
+        allowed: None,
     };
     pair.replica("a").step(join);
     until("b to be in sync", || pair.members() == ["a", "b"]);

@@ -128,6 +128,19 @@ impl ImageFormat {
     }
 }
 
+/// How fast a replica is copied to a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Pace {
+    /// So that the image's guest does not feel it, and within what a link may carry for moves.
+    #[default]
+    Gentle,
+    /// So many bytes per second.
+    AtMost(ByteLen),
+    /// As fast as it can.
+    Full,
+}
+
 /// Requests to one node, on `hearth.rpc.node.<id>`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "op", rename_all = "snake_case")]
@@ -200,6 +213,9 @@ pub enum NodeRequest {
         /// First and last block; `None` for all.
         #[serde(default)]
         blocks: Option<(BlockIndex, BlockIndex)>,
+        /// How fast.
+        #[serde(default)]
+        pace: Pace,
     },
     /// Sets how many replicas an image is to have, asked of a node that holds it.
     ImageSet {

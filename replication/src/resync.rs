@@ -54,6 +54,8 @@ pub struct Join {
     end: BlockIndex,
     /// Blocks of one copy.
     blocks: u64,
+    /// Blocks that may still be copied for now; `None`: all.
+    allowed: Option<u64>,
     stage: Stage,
     /// The record that the node had before it joined, and the blocks it has marked.
     told: Option<(Arc<Record>, BTreeSet<BlockIndex>)>,
@@ -70,8 +72,9 @@ struct Changed {
 }
 
 impl Join {
-    /// A node that is to join an extent of an image whose last block is `end`, by copies of so many blocks.
-    pub fn new(node: NodeId, mut extent: Extent, end: BlockIndex, blocks: u64) -> Self {
+    /// A node that is to join an extent of an image whose last block is `end`, by copies of so many blocks; no further ones
+    /// than allowed are begun.
+    pub fn new(node: NodeId, mut extent: Extent, end: BlockIndex, blocks: u64, allowed: Option<u64>) -> Self {
         // The last run reaches beyond the image's end. Cut there, it would leave blocks that no write ever touches, and
         // whose members could never leave.
         if extent.last >= end {
@@ -82,6 +85,7 @@ impl Join {
             extent,
             end,
             blocks: blocks.max(1),
+            allowed,
             stage: Stage::Adding,
             told: None,
             changed: None,
@@ -120,6 +124,11 @@ impl Join {
         record.touched(self.extent).all(|run| self.gets_writes(run))
     }
 
+    /// So many blocks more may be copied, whatever was left; `None`: all.
+    pub fn allow(&mut self, blocks: Option<u64>) {
+        self.allowed = blocks;
+    }
+
     /// Which node.
     pub fn node(&self) -> &NodeId {
         &self.node
@@ -149,7 +158,9 @@ impl Join {
         }
         if let Stage::Copying(from) = self.stage {
             match self.next(record, from) {
-                Some(copy) if under_way < COPIES_MAX => {
+                Some(copy) if under_way < COPIES_MAX && self.allowed != Some(0) => {
+                    let blocks = copy.last.0 - copy.first.0 + 1;
+                    self.allowed = self.allowed.map(|allowed| allowed.saturating_sub(blocks));
                     self.stage = Stage::Copying(copy.last.next());
                     return Ok(Todo::Copy(copy));
                 }

@@ -288,6 +288,47 @@ fn refusals_end_the_epoch_take_the_member_out_or_wait() {
 }
 
 #[test]
+fn no_more_is_copied_than_allowed_and_writes_go_to_the_joining_node_meanwhile() {
+    let mut bench = Bench::new(&[(0, "a")]);
+    let join = Input::Join {
+        node: node("b"),
+        extent: extent(0, u64::MAX),
+        end: BlockIndex(8),
+        blocks: 2,
+        allowed: Some(0),
+    };
+    let allow = |node: &str, blocks| Input::Allow {
+        node: node.parse().unwrap(),
+        blocks,
+    };
+    let joiner = published(&bench.step(join));
+    bench.step(Input::Committed(joiner.clone()));
+    bench.raised("a", &joiner, 1);
+    bench.raised("b", &joiner, 5);
+    assert_eq!(bench.asked(), [""; 0]);
+    bench.write(1, 1, 1);
+    assert_eq!(bench.asked(), ["a1", "b1"]);
+    bench.done("a", 1);
+    assert_eq!(acknowledged(&bench.done("b", 1)), [1]);
+    bench.step(allow("c", None));
+    assert_eq!(bench.asked(), [""; 0], "another node's join");
+    // A copy that began is finished: three blocks are two copies of two.
+    bench.step(allow("b", Some(3)));
+    assert_eq!(bench.asked(), ["a2", "a3"]);
+    bench.step(allow("b", Some(1)));
+    assert_eq!(bench.asked(), ["a4"]);
+    for copy in [2, 3, 4] {
+        bench.done("a", copy);
+        assert_eq!(bench.asked(), [format!("b{copy}")]);
+        bench.done("b", copy);
+    }
+    assert_eq!(bench.asked(), [""; 0]);
+    bench.step(allow("b", None));
+    let left: Vec<_> = bench.sent.iter().map(|(_, request)| request.work.clone()).collect();
+    assert_eq!(left, [Work::Read(extent(6, 7)), Work::Read(extent(8, 8))]);
+}
+
+#[test]
 fn a_joining_node_gets_writes_then_copies_then_a_flush_and_then_counts() {
     let mut bench = Bench::new(&[(0, "a")]);
     let join = Input::Join {
@@ -295,6 +336,7 @@ fn a_joining_node_gets_writes_then_copies_then_a_flush_and_then_counts() {
         extent: extent(0, u64::MAX),
         end: BlockIndex(8),
         blocks: 2,
+        allowed: None,
     };
     let joiner = published(&bench.step(join));
     assert_eq!(joiner.members(), nodes("a"));
@@ -405,6 +447,7 @@ fn a_member_that_joins_further_blocks_keeps_the_life_its_session_began_with() {
             extent: extent(0, 3),
             end: BlockIndex(9),
             blocks: 1,
+            allowed: None,
         };
         let joiner = published(&bench.step(join));
         bench.step(Input::Committed(joiner.clone()));
@@ -426,6 +469,7 @@ fn what_overlaps_a_copy_waits_for_it_also_while_sealing() {
         extent: extent(0, u64::MAX),
         end: BlockIndex(0),
         blocks: 1,
+        allowed: None,
     };
     let joiner = published(&bench.step(join));
     bench.step(Input::Committed(joiner.clone()));
@@ -451,6 +495,7 @@ fn a_join_up_to_the_last_block_leaves_no_run_behind_it() {
         extent: extent(2, 9),
         end: BlockIndex(9),
         blocks: 4,
+        allowed: None,
     };
     let joiner = published(&bench.step(join));
     let firsts: Vec<u64> = joiner.runs().iter().map(|run| run.first.0).collect();
@@ -487,6 +532,7 @@ fn a_full_disk_beside_another_copy_leaves_the_set() {
         extent: extent(0, 9),
         end: BlockIndex(9),
         blocks: 1,
+        allowed: None,
     };
     let out = bench.step(join);
     assert!(published(&out).everyone().contains(&node("b")), "{out:?}");
@@ -532,6 +578,7 @@ fn a_refused_write_leaves_no_joining_node_with_what_the_set_has_not() {
         extent: extent(0, 9),
         end: BlockIndex(9),
         blocks: 1,
+        allowed: None,
     };
     let adding = published(&bench.step(join));
     bench.step(Input::Committed(adding.clone()));

@@ -525,6 +525,7 @@ fn a_join_is_cancelled_until_the_node_counts_and_can_begin_again() {
         extent: extent(0, u64::MAX),
         end: BlockIndex(2),
         blocks: 2,
+        allowed: None,
     };
     // It does not answer, so it is no member soon.
     bench.cut = nodes("b");
@@ -561,6 +562,7 @@ fn a_node_is_prepared_joins_and_leaves() {
         extent: extent(0, u64::MAX),
         end: BlockIndex(end),
         blocks: 2,
+        allowed: None,
     };
     bench.step("a", join(2));
     let wanted = bench.wanted();

@@ -36,13 +36,21 @@ impl Load {
     /// # Errors
     /// `qemu-io` cannot start.
     pub fn start(socket: &Path, export: &str, size_bytes: u64) -> Result<Self> {
+        let slots = size_bytes / REQUEST_BYTES;
+        Self::over(socket, export, vec![0u8; usize::try_from(slots)?])
+    }
+
+    /// Goes on over what an earlier load left behind.
+    ///
+    /// # Errors
+    /// `qemu-io` cannot start.
+    pub fn over(socket: &Path, export: &str, mut pattern: Pattern) -> Result<Self> {
         let mut client = QemuIo::open(socket, export)?;
         let stop = Arc::new(AtomicBool::new(false));
         let done = Arc::new(AtomicU64::new(0));
         let (stop_seen, done_by) = (Arc::clone(&stop), Arc::clone(&done));
         let thread = std::thread::spawn(move || {
-            let slots = size_bytes / REQUEST_BYTES;
-            let mut pattern = vec![0u8; usize::try_from(slots)?];
+            let slots = pattern.len() as u64;
             let mut step = 0u64;
             while !stop_seen.load(Ordering::SeqCst) {
                 step += 1;

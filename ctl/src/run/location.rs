@@ -29,6 +29,7 @@ pub async fn run(context: &Context, verb: Location) -> Outcome {
             image,
             location,
             blocks,
+            pace,
             detach,
             on,
             change,
@@ -41,6 +42,7 @@ pub async fn run(context: &Context, verb: Location) -> Outcome {
                     image,
                     node: location,
                     blocks,
+                    pace,
                 },
                 node,
             };

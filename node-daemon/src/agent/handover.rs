@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use hearth_protocol::rpc::{Answer, ExportKind, Failure, FailureKind, MapRun, NodeReply, NodeRequest};
 use hearth_protocol::{ImageId, ImageName, LeaseId, NodeId};
-use hearth_replication::session::Input;
+use hearth_replication::session::{Input, Session};
 
 use super::node::{failed, store_failure};
 use super::requests::Requests;
@@ -71,7 +71,19 @@ impl Requests {
         let meta = self.find(&image)?;
         let me = self.node.config.id.clone();
         let owner = self.owner_of(meta.id).filter(|owner| *owner != me);
-        let copy = self.replica(meta.id).and_then(|replica| replica.copy());
+        let holds = |replica: &Arc<Replica>| {
+            let me = &self.node.config.id;
+            let of = |session: &Session| {
+                session
+                    .aggregate()
+                    .record
+                    .runs()
+                    .iter()
+                    .all(|run| run.members.contains(me))
+            };
+            replica.look(of)
+        };
+        let copy = self.replica(meta.id).filter(holds).and_then(|replica| replica.copy());
         let (Some(owner), Some(copy)) = (owner, copy) else {
             return Err(Failure::new(
                 FailureKind::Refused,
@@ -109,14 +121,10 @@ impl Requests {
     pub(super) async fn hand_over(self, image: ImageName, to: NodeId) -> Answer<NodeReply> {
         let replica = self.owned(&image)?;
         let id = replica.image();
-        let holds = replica.look(|session| {
-            let record = session.record();
-            record.is_some_and(|record| record.runs().iter().all(|run| run.members.contains(&to)))
-        });
-        if !holds || to == self.node.config.id {
+        if to == self.node.config.id {
             return Err(Failure::new(
                 FailureKind::Refused,
-                format!("{to} is no other node that holds all of {image}"),
+                format!("{to} is no other node"),
                 format!("hearth location list {image}"),
             ));
         }

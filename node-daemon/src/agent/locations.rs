@@ -10,7 +10,7 @@ use hearth_protocol::aggregate::Aggregate;
 use hearth_protocol::event::ImageCreated;
 use hearth_protocol::record::{Extent, Nodes};
 use hearth_protocol::rpc::{
-    Answer, Asked, ExportKind, Failure, FailureKind, NodeReply, NodeRequest, ReplicaSpec, SchedulerReply,
+    Answer, Asked, ExportKind, Failure, FailureKind, NodeReply, NodeRequest, Pace, ReplicaSpec, SchedulerReply,
     SchedulerRequest,
 };
 use hearth_protocol::{
@@ -20,10 +20,12 @@ use hearth_replication::member::Durable;
 use hearth_replication::owner::Denial;
 use hearth_replication::session::{Input, Session};
 use hearth_replication::takeover::Setback;
-use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::broadcast::error::{RecvError, TryRecvError};
 
 use super::node::{failed, store_failure};
+use super::pace::Pacer;
 use super::requests::Requests;
+use crate::config::SLOWEST_MOVE;
 use crate::replica::{Notice, Replica};
 use crate::store::incarnation::random_id;
 use crate::store::{ImageMeta, NewReplica, StoreError};
@@ -34,8 +36,6 @@ const ANSWER: Duration = Duration::from_secs(10);
 const TAKE_WITHIN: Duration = Duration::from_secs(30);
 /// Pause before an ownership is tried for again.
 const TAKE_AGAIN: Duration = Duration::from_millis(300);
-/// Bytes of one copy to a joining node; a guest's write to these blocks waits for it.
-const COPY_BYTES: u64 = 1 << 20;
 /// How often a job looks how far a node is.
 const LOOK: Duration = Duration::from_millis(100);
 
@@ -210,6 +210,45 @@ impl Requests {
         Ok(NodeReply::Done { seq: None })
     }
 
+    /// The image, to be served here. Of one with replicas on other nodes, an empty store is made: reads go to those nodes,
+    /// writes to all of them, and once this node is to hold a copy too, it is filled.
+    pub(super) async fn find_to_serve(&self, name: &ImageName) -> Result<ImageMeta, Failure> {
+        let missing = match self.find(name) {
+            Ok(meta) => return Ok(meta),
+            Err(failure) => failure,
+        };
+        let me = &self.node.config.id;
+        let spec = {
+            let facts = self.link.facts();
+            let known = facts
+                .image_named(name)
+                .filter(|(_, image)| !image.created.members.is_empty());
+            let Some((image, known)) = known.filter(|_| missing.kind == FailureKind::NotFound) else {
+                return Err(missing);
+            };
+            let created = &known.created;
+            let layer = *created.layers.first().ok_or(missing)?;
+            ReplicaSpec {
+                image,
+                name: name.clone(),
+                size: created.size,
+                block_size: created.block_size,
+                layer,
+                record: None,
+            }
+        };
+        if self.link.facts().drains(me) {
+            return Err(Failure::new(
+                FailureKind::Refused,
+                format!("node {me} drains, and it holds no copy of {name}"),
+                format!("choose another one with --node, or hearth node undrain {me}"),
+            ));
+        }
+        let image = spec.image;
+        self.prepare_replica(spec).await?;
+        self.node.store.image(image).map_err(|error| store_failure(&error))
+    }
+
     /// Owns an image with replicas and serves it here.
     pub(super) async fn attach_replicas(
         self,
@@ -227,13 +266,6 @@ impl Requests {
                 FailureKind::Refused,
                 format!("image {name} is attached on {owner}"),
                 format!("detach it there, or if {owner} is gone: hearth image attach {name} --node {me} --takeover"),
-            ));
-        }
-        if replica.copy().is_none() {
-            return Err(Failure::new(
-                FailureKind::NotSupported,
-                format!("this node holds no copy of {name}"),
-                format!("attach it where it is and add this node: hearth location add {name} {me}"),
             ));
         }
         let (epoch, lease) = self.own(&replica).await?;
@@ -359,8 +391,16 @@ impl Requests {
         image: ImageName,
         node: NodeId,
         blocks: Option<(BlockIndex, BlockIndex)>,
+        pace: Pace,
     ) -> Answer<NodeReply> {
         let replica = self.owned(&image)?;
+        if matches!(pace, Pace::AtMost(rate) if rate < SLOWEST_MOVE) {
+            return Err(Failure::new(
+                FailureKind::Usage,
+                format!("a copy of less than {} per second would never end", SLOWEST_MOVE.iec()),
+                "",
+            ));
+        }
         let end = replica.shape().end();
         let (first, last) = blocks.unwrap_or((BlockIndex(0), end));
         if first > last || last > end {
@@ -399,15 +439,17 @@ impl Requests {
         let mut notices = self.node.replicas.notices();
         let total = (last.0 - first.0 + 1).saturating_mul(shape.block_size);
         let joining = node.clone();
-        let join = Input::Join {
-            node: node.clone(),
-            extent,
-            end,
-            blocks: (COPY_BYTES / shape.block_size).max(1),
-        };
         let id = replica.image();
+        let (links, most) = (Arc::clone(&self.node.links), self.node.config.move_bytes_per_second.0);
         let job = self.jobs.start(format!("have {node} hold {image}"), move |progress| {
-            replica.step(join);
+            let mut pacer = Pacer::new(Arc::clone(&replica), joining.clone(), pace, links, most);
+            replica.step(Input::Join {
+                node: joining.clone(),
+                extent,
+                end,
+                blocks: pacer.blocks(),
+                allowed: pacer.first(),
+            });
             let mut cancelled = false;
             let deny = |denial: Denial| {
                 Err(Failure::new(
@@ -429,12 +471,14 @@ impl Requests {
                         return deny(denial);
                     }
                     Ok((of, Notice::Ended(denial))) if of == id => return deny(denial),
-                    Ok(_) => continue,
-                    Err(_) => std::thread::sleep(LOOK),
+                    Ok(_) | Err(TryRecvError::Lagged(_)) => continue,
+                    Err(TryRecvError::Empty | TryRecvError::Closed) => {}
                 }
                 let copied = replica.look(|session| session.owner().and_then(|owner| owner.copied_up_to()));
                 let done = copied.map_or(0, |block| block.0.saturating_sub(first.0));
-                let goes_on = progress(done.saturating_mul(replica.shape().block_size).min(total), total);
+                let done = done.saturating_mul(replica.shape().block_size).min(total);
+                let goes_on = progress(done, total);
+                pacer.step(done, LOOK);
                 if !goes_on && !cancelled {
                     cancelled = true;
                     replica.step(Input::Cancel(joining.clone()));

@@ -12,6 +12,7 @@ pub mod link;
 mod locations;
 mod moves;
 pub mod node;
+mod pace;
 pub mod peers;
 mod reconcile;
 mod replicas;

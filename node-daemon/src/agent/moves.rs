@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use hearth_protocol::limits::REPLICAS_MAX;
 use hearth_protocol::record::{Extent, Record, Run};
-use hearth_protocol::rpc::{Answer, Failure, FailureKind, NodeReply};
+use hearth_protocol::rpc::{Answer, Failure, FailureKind, NodeReply, Pace};
 use hearth_protocol::{Epoch, Event, ImageId, ImageName, NodeId};
 use hearth_replication::session::Session;
 
@@ -30,7 +30,10 @@ impl Requests {
         let name = replica.shape().name.clone();
         let end = replica.shape().end();
         let blocks = blocks.map(|extent| (extent.first, extent.last.min(end)));
-        self.clone().add_location(name, to, blocks).await.map(drop)
+        self.clone()
+            .add_location(name, to, blocks, Pace::Gentle)
+            .await
+            .map(drop)
     }
 
     /// The image's replicas, if this node owns it at that epoch.

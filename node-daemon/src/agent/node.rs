@@ -11,10 +11,14 @@ use hearth_probes::source::HeatSource;
 use hearth_probes::{EbpfOptions, EbpfSource};
 use hearth_protocol::command::Outcome;
 use hearth_protocol::rpc::{ExportKind, Failure, FailureKind};
-use hearth_protocol::{BlockIndex, ByteLen, Epoch, ImageId, Incarnation, LayerId, LeaseId, Order, SetVersion};
+use hearth_protocol::{
+    BlockIndex, ByteLen, Epoch, ImageId, ImageName, Incarnation, LayerId, LeaseId, Order, SetVersion,
+};
+use hearth_replication::session::Session;
 use tokio::sync::broadcast;
 
 use super::gone::Gone;
+use super::pace;
 use super::peers::Peers;
 use super::served::{Kept, Served, ServedImages};
 use crate::config::{HeatChoice, NodeConfig};
@@ -56,6 +60,8 @@ pub struct Node {
     pub remote: Arc<PeerPool>,
     /// The images with replicas.
     pub replicas: Arc<Replicas>,
+    /// What each link may carry for their copies.
+    pub links: Arc<pace::Links>,
     /// Held over every change of what is served: images that are to be served and cannot be, with the reason.
     waiting: Mutex<BTreeMap<ImageId, (Kept, String)>>,
 }
@@ -162,6 +168,7 @@ impl Node {
             probes,
             remote,
             replicas,
+            links: Arc::default(),
             waiting: Mutex::default(),
         }))
     }
@@ -471,6 +478,13 @@ impl Node {
     /// Carries out an order. It leaves no choice: what cannot be done as ordered is refused or skipped, and said.
     pub fn execute(&self, order: &Order) -> Outcome {
         let started = Instant::now();
+        if matches!(order, Order::Promote { .. })
+            && let Some(name) = self.served_without_copy(order.layer())
+        {
+            return Outcome::Refused {
+                why: format!("this node serves {name} and holds no copy of it yet"),
+            };
+        }
         let volume = match self.volume_over(order.layer()) {
             Ok(volume) => volume,
             Err(error) => return Outcome::Refused { why: error.to_string() },
@@ -512,6 +526,19 @@ impl Node {
             bytes: ByteLen(bytes),
             took_us: u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX),
         }
+    }
+
+    /// The image in service of which this node does not hold every block, and whose blocks are in this layer.
+    fn served_without_copy(&self, layer: LayerId) -> Option<ImageName> {
+        let me = &self.config.id;
+        let holds = |session: &Session| {
+            let record = session.record();
+            record.is_some_and(|record| record.runs().iter().all(|run| run.members.contains(me)))
+        };
+        let mut replicas = self.replicas.all().into_iter();
+        let replica = replicas.find(|replica| replica.shape().layer == layer)?;
+        let is_served = self.served.get(replica.image()).is_some();
+        (is_served && !replica.look(holds)).then(|| replica.shape().name.clone())
     }
 
     /// A volume that reads the layer: of an image in service that stands on it, else of the sealed layer alone.

@@ -9,6 +9,7 @@ use hearth_protocol::rpc::{
     Answer, Asked, AttachHow, AttachInfo, ExportKind, Failure, FailureKind, ImageInfo, NodeInfo, NodeReply, NodeRequest,
 };
 use hearth_protocol::{ByteLen, Epoch, Event, ImageName, LayerId, LeaseId, SnapshotName};
+use hearth_replication::session::Input;
 
 use super::jobs::Jobs;
 use super::link::Link;
@@ -80,7 +81,12 @@ impl Requests {
             NodeRequest::ImageAttach { image, export, how } => self.attach(image, export, how).await,
             NodeRequest::ImageHandOver { image, to } => self.hand_over(image, to).await,
             NodeRequest::ImagePrewarm { image } => self.prewarm(image).await,
-            NodeRequest::LocationAdd { image, node, blocks } => self.add_location(image, node, blocks).await,
+            NodeRequest::LocationAdd {
+                image,
+                node,
+                blocks,
+                pace,
+            } => self.add_location(image, node, blocks, pace).await,
             NodeRequest::LocationRemove { image, node } => self.remove_location(image, node).await,
             NodeRequest::ImageSet { image, replicas } => self.set_replicas(image, replicas).await,
             NodeRequest::ReplicaPrepare(spec) => self.prepare_replica(spec).await,
@@ -383,8 +389,8 @@ impl Requests {
     }
 
     async fn attach(self, image: ImageName, export: ExportKind, how: AttachHow) -> Answer<NodeReply> {
-        let meta = self.find(&image)?;
         self.link.ready()?;
+        let meta = self.find_to_serve(&image).await?;
         if self.node.served.get(meta.id).is_some() {
             return Err(Failure::new(
                 FailureKind::Conflict,
@@ -400,12 +406,18 @@ impl Requests {
             ));
         }
         if let Some(replica) = self.replica(meta.id) {
-            return match how {
-                AttachHow::Incoming => self.attach_incoming(replica, export).await,
+            let (requests, serving) = (self.clone(), Arc::clone(&replica));
+            let attached = match how {
+                AttachHow::Incoming => requests.attach_incoming(serving, export).await,
                 AttachHow::Plain | AttachHow::Takeover => {
-                    self.attach_replicas(replica, export, how == AttachHow::Takeover).await
+                    let takeover = how == AttachHow::Takeover;
+                    requests.attach_replicas(serving, export, takeover).await
                 }
             };
+            if attached.is_err() {
+                replica.step(Input::Unprepare);
+            }
+            return attached;
         }
         if how != AttachHow::Plain {
             return Err(Failure::new(
@@ -461,6 +473,9 @@ impl Requests {
             }
         };
         let owner = self.owner_of(meta.id);
+        if let Some(replica) = self.replica(meta.id) {
+            replica.step(Input::Unprepare);
+        }
         if self.replica(meta.id).is_some() && owner.as_ref() != Some(&self.node.config.id) {
             // It was handed over or taken over, or never handed over to this node: the log need not be told.
             result?;

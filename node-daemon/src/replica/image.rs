@@ -21,6 +21,7 @@ use hearth_replication::request::{Bytes, RequestId, Work};
 use hearth_replication::session::{Input, Message, Output, Session};
 use hearth_replication::time::BootMs;
 
+use super::felt::Felt;
 use super::piece::{Body, Piece, to_frame};
 use super::pool::Pool;
 use super::shape::Shape;
@@ -129,6 +130,9 @@ pub struct Replica {
     copy: RwLock<Option<Copy>>,
     quick: Quick,
     through: Through,
+    felt: Felt,
+    /// Bytes copied to joining nodes, without those that are zero.
+    copied: AtomicU64,
     /// Readings of the boot-time clock up to which something is not told of again.
     full_told_until_ms: AtomicU64,
     wait_told_until_ms: AtomicU64,
@@ -166,6 +170,8 @@ impl Replica {
             copy: RwLock::new(copy),
             quick: Quick::default(),
             through: Through::default(),
+            felt: Felt::default(),
+            copied: AtomicU64::new(0),
             full_told_until_ms: AtomicU64::new(0),
             wait_told_until_ms: AtomicU64::new(0),
             full_at: AtomicU64::new(0),
@@ -191,6 +197,27 @@ impl Replica {
     /// This node's copy, if it holds one.
     pub fn copy(&self) -> Option<Copy> {
         self.copy.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// How long its clients wait.
+    pub fn felt(&self) -> &Felt {
+        &self.felt
+    }
+
+    /// Bytes copied to joining nodes since the daemon started, without those that are zero.
+    pub fn copied_bytes(&self) -> u64 {
+        self.copied.load(Ordering::Relaxed)
+    }
+
+    /// Counts what another node's or this node's copy is given of what was read.
+    fn count_copy(&self, work: &Work, bytes: &Bytes, piece: Option<&Piece>) {
+        let copies = matches!(work, Work::Write { .. }) && !matches!(bytes, Bytes::OfClient(_) | Bytes::OfRequest);
+        if let Some(Piece {
+            body: Body::Data(data), ..
+        }) = piece.filter(|_| copies)
+        {
+            self.copied.fetch_add(data.len() as u64, Ordering::Relaxed);
+        }
     }
 
     fn core(&self) -> MutexGuard<'_, Core> {
@@ -248,6 +275,7 @@ impl Replica {
     /// Why it was not done, or is not known to be done.
     pub fn ask(&self, ask: Ask, piece: Option<Piece>) -> Result<Option<Piece>, Denial> {
         let writes = matches!(ask, Ask::Write { .. });
+        let began = self.felt.begin();
         if writes {
             self.quick.writing.fetch_add(1, Ordering::SeqCst);
             self.quick.begun.fetch_add(1, Ordering::SeqCst);
@@ -274,6 +302,7 @@ impl Replica {
         if writes {
             self.quick.writing.fetch_sub(1, Ordering::SeqCst);
         }
+        self.felt.end(began.filter(|_| ask != Ask::Flush));
         result
     }
 
@@ -340,7 +369,8 @@ impl Replica {
                 bytes,
                 ..
             } => {
-                let piece = piece_of(core, bytes);
+                let piece = piece_of(core, bytes.clone());
+                self.count_copy(&work, &bytes, piece.as_ref());
                 jobs.push(Job::Perform {
                     from,
                     id,
@@ -358,7 +388,10 @@ impl Replica {
             }
             Output::Forget => jobs.push(Job::Forget),
             Output::Send { to, message, bytes } => {
-                let piece = piece_of(core, bytes);
+                let piece = piece_of(core, bytes.clone());
+                if let Message::Request(request) = &message {
+                    self.count_copy(&request.work, &bytes, piece.as_ref());
+                }
                 let answers = matches!(
                     message,
                     Message::Answer { .. } | Message::Raised(_) | Message::NotRaised { .. } | Message::Told { .. }

@@ -6,6 +6,7 @@
 //! | [`piece`] | the bytes that go with a request, and how they travel |
 //! | [`image`] | one image's session: inputs in, outputs carried out, operations waited for |
 //! | [`disk`] | the image as its exports see it, while this node owns it |
+//! | [`felt`] | how long its clients wait |
 //! | [`set`] | all images with replicas of this node, what arrives for them, and their clock |
 //! | `through` | reads at the destination of a hand-over |
 //! | [`pool`] | threads that wait for this node's disk on behalf of other nodes |
@@ -15,6 +16,7 @@
 //! [`image::Replica::step`]s.
 
 pub mod disk;
+pub mod felt;
 pub mod image;
 pub mod piece;
 pub mod pool;

@@ -196,13 +196,19 @@ impl Owner {
                 extent,
                 end,
                 blocks,
+                allowed,
             } => {
                 let denial = self.cannot_change();
                 if let Some(denial) = denial {
                     out.push(Output::NotChanged { node, denial });
                 } else {
                     self.gone.remove(&node);
-                    self.join = Some(Join::new(node, extent, end, blocks));
+                    self.join = Some(Join::new(node, extent, end, blocks, allowed));
+                }
+            }
+            Input::Allow { node, blocks } => {
+                if let Some(join) = self.join.as_mut().filter(|join| *join.node() == node) {
+                    join.allow(blocks);
                 }
             }
             Input::Leave(node) => self.leave(node, &mut out),

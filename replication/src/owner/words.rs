@@ -67,6 +67,15 @@ pub enum Input {
         end: BlockIndex,
         /// Blocks of one copy.
         blocks: u64,
+        /// Blocks that may be copied before [`Input::Allow`] says how many more; `None`: all.
+        allowed: Option<u64>,
+    },
+    /// So many blocks more may be copied to a joining node, whatever was left; `None`: all. What is written goes to it anyway.
+    Allow {
+        /// Which node.
+        node: NodeId,
+        /// How many.
+        blocks: Option<u64>,
     },
     /// A member's copy is to go.
     Leave(NodeId),

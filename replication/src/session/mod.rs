@@ -237,11 +237,19 @@ impl Session {
                     self.member = Some(self.made(replica));
                 }
             }
+            Input::Unprepare => {
+                let is_bare = self.member.as_ref().is_some_and(|member| member.record().is_none());
+                if is_bare && matches!(self.role, Role::Detached | Role::Ended(_)) {
+                    self.member = None;
+                    step.out.push(Output::Forget);
+                }
+            }
             Input::Join {
                 node,
                 extent,
                 end,
                 blocks,
+                allowed,
             } => match &self.role {
                 Role::Owning(_) => {
                     let join = owner::Input::Join {
@@ -249,11 +257,15 @@ impl Session {
                         extent,
                         end,
                         blocks,
+                        allowed,
                     };
                     step.todo.push_back(Inner::Owner(join));
                 }
                 _ => self.not_changed(node, step),
             },
+            Input::Allow { node, blocks } => {
+                step.todo.push_back(Inner::Owner(owner::Input::Allow { node, blocks }));
+            }
             // What a joiner that failed leaves behind is the same.
             Input::Cancel(node) => match &self.role {
                 Role::Owning(owner) if owner.may_cancel(&node) => {

@@ -138,6 +138,8 @@ pub enum Input {
     /// This node has made a store for a copy: empty for a joining node, with the first record for a new image. Ignored
     /// if it has a working copy; nothing of an earlier copy is under way any more.
     Prepare(Replica),
+    /// The store that was made for a copy is not needed: it goes, unless a record is durable in it or the image is in service.
+    Unprepare,
     /// A node is to get a copy of an extent.
     Join {
         /// Which node.
@@ -148,6 +150,16 @@ pub enum Input {
         end: BlockIndex,
         /// Blocks of one copy.
         blocks: u64,
+        /// Blocks that may be copied before [`Input::Allow`] says how many more; `None`: all.
+        allowed: Option<u64>,
+    },
+    /// So many blocks more may be copied to a joining node, whatever was left; `None`: all. Ignored unless it joins. What is
+    /// written goes to it anyway.
+    Allow {
+        /// Which node.
+        node: NodeId,
+        /// How many.
+        blocks: Option<u64>,
     },
     /// A node that joins is to get no copy after all. Ignored once it counts as a member of some blocks: then it finishes.
     Cancel(NodeId),

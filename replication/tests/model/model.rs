@@ -335,6 +335,7 @@ impl Model for Exploration {
                         extent,
                         end,
                         blocks: 1,
+                        allowed: None,
                     },
                     none,
                 );

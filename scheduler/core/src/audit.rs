@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use hearth_protocol::record::Nodes;
 
 use crate::blocks::{NodeBlocks, Place};
-use crate::moves::is_too_many;
+use crate::moves::{holds_all, is_too_many};
 use crate::state::{Facts, State};
 
 impl State {
@@ -75,6 +75,19 @@ fn audit_replicas(facts: &Facts) -> Result<(), String> {
         .chain(moves.dropping.keys());
     if !kept.chain(moves.breakers.keys()).chain(ended).all(known) {
         return Err("moves are remembered of images that are gone".into());
+    }
+    for (id, at) in &moves.away {
+        let image = facts.catalog.images.get(id).filter(|image| image.attached);
+        let locations = facts.validity.image(*id).and_then(|known| known.locations.as_ref());
+        let held = image
+            .zip(locations)
+            .is_none_or(|(image, of)| holds_all(&of.record, &image.node));
+        if held {
+            return Err(format!(
+                "image {id} is not served away from its replicas, though noted at {}",
+                at.seq
+            ));
+        }
     }
     for (id, at) in &moves.surplus {
         let replicas = facts.catalog.images.get(id).and_then(|image| image.replicas.as_ref());

@@ -29,6 +29,8 @@ const ENDED_MAX: usize = 8_192;
 pub(crate) enum Rule {
     /// Its node drains.
     Drain,
+    /// The guest is on a node without a replica.
+    Locality,
     /// Another member is in the same fault domain.
     Spread,
     /// Much more lies on its node than on another.
@@ -36,12 +38,13 @@ pub(crate) enum Rule {
 }
 
 impl Rule {
-    pub(crate) const ALL: [Rule; 3] = [Rule::Drain, Rule::Spread, Rule::Rebalance];
+    pub(crate) const ALL: [Rule; 4] = [Rule::Drain, Rule::Locality, Rule::Spread, Rule::Rebalance];
 
     /// The rule name that its orders to replicate carry.
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Rule::Drain => "drain/replicate",
+            Rule::Locality => "locality/replicate",
             Rule::Spread => "spread/replicate",
             Rule::Rebalance => "rebalance/replicate",
         }
@@ -129,6 +132,9 @@ pub(crate) struct Moves {
     pub recent: VecDeque<Ended>,
     pub breakers: BTreeMap<ImageId, Breaker>,
     pub ledger: BTreeMap<Rule, Account>,
+    /// Images that are served by a node that does not hold all of them, since when.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub away: BTreeMap<ImageId, At>,
     /// The tick at which a node came, came back or started anew, in a cluster with replicas.
     pub came: BTreeMap<NodeId, TickNo>,
 }
@@ -242,6 +248,11 @@ impl Moves {
     pub(crate) fn located(&mut self, id: ImageId, image: &Image, record: &Record, at: At) {
         let Some(replicas) = &image.replicas else { return };
         let everyone = record.everyone();
+        if image.attached && !holds_all(record, &image.node) {
+            self.away.entry(id).or_insert(at);
+        } else {
+            self.away.remove(&id);
+        }
         if self
             .dropping
             .get(&id)
@@ -299,6 +310,7 @@ impl Moves {
 
     /// An image has another owner: what the one before was told counts no more.
     pub(crate) fn owner_changed(&mut self, id: ImageId) {
+        self.away.remove(&id);
         self.dropping.remove(&id);
     }
 
@@ -311,7 +323,13 @@ impl Moves {
         }
     }
 
+    /// Nobody serves an image any more.
+    pub(crate) fn detached(&mut self, id: ImageId) {
+        self.away.remove(&id);
+    }
+
     pub(crate) fn deleted(&mut self, id: ImageId) {
+        self.away.remove(&id);
         self.under_way.remove(&id);
         self.surplus.remove(&id);
         self.dropping.remove(&id);
@@ -323,7 +341,15 @@ impl Moves {
     /// A tick passed: orders that came to nothing are given up, moves are scored, what is old is forgotten.
     pub(crate) fn ticked(&mut self, tick: TickNo, images: &BTreeMap<ImageId, Image>) {
         let is_late = |one: &Move| tick.0.saturating_sub(one.began.tick.0) > COMMAND_TICKS + JOIN_TICKS;
-        let late = self.under_way.iter().filter(|(_, one)| !one.shown && is_late(one));
+        // One that stood in the record and is neither being synced nor in sync: its copy ended with its owner.
+        let is_idle = |id: &ImageId, one: &Move| {
+            let replicas = images.get(id).and_then(|image| image.replicas.as_ref());
+            replicas.is_none_or(|r| !r.joiners.contains(&one.to) && r.fewest <= r.wanted)
+        };
+        let late = self
+            .under_way
+            .iter()
+            .filter(|(id, one)| is_late(one) && (!one.shown || is_idle(id, one)));
         let late: Vec<ImageId> = late.map(|(id, _)| *id).collect();
         late.into_iter().for_each(|id| self.fail(id));
         let age = |ended: &Ended| tick.0.saturating_sub(ended.at.0);

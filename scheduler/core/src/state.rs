@@ -304,7 +304,10 @@ impl State {
                     }
                 }
             }
-            Event::ImageDetached { image, .. } => facts.catalog.detached(*image),
+            Event::ImageDetached { image, .. } => {
+                facts.catalog.detached(*image);
+                facts.moves.detached(*image);
+            }
             Event::SnapshotTaken {
                 image,
                 name,

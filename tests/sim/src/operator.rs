@@ -295,6 +295,7 @@ impl World {
             extent,
             end: BlockIndex(self.plan.blocks - 1),
             blocks,
+            allowed: None,
         };
         self.step(owner, image, join, None)
     }

@@ -1,6 +1,7 @@
 //! Policies: each one file, a pure function of the state.
 
 pub mod drain;
+pub mod locality;
 pub mod moves;
 pub mod rebalance;
 pub mod repair;

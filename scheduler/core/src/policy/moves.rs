@@ -1,4 +1,4 @@
-//! The policies that move replicas: off draining nodes, out of crowded fault domains, from full nodes to empty ones; and
+//! The policies that move replicas: off draining nodes, after their guests, out of crowded fault domains, from full nodes to empty ones; and
 //! the drops that end a move, or follow when an image is to have fewer replicas.
 //!
 //! A move adds before it drops: the new member is in sync, and that set in the log, before the old one goes, and the owner
@@ -19,9 +19,9 @@ use hearth_protocol::record::Record;
 use hearth_protocol::{Command, ImageId, NodeId, Seq, TickNo};
 
 use super::repair::{IN_FLIGHT_MAX, InFlight, has_place, is_present};
-use super::{drain, rebalance, spread, surplus};
+use super::{drain, locality, rebalance, spread, surplus};
 use crate::catalog::{Image, Replicas};
-use crate::moves::Rule;
+use crate::moves::{Rule, holds_all};
 use crate::orders::{COMMAND_TICKS, command_id};
 use crate::place::{held, shares};
 use crate::state::Facts;
@@ -156,8 +156,12 @@ pub(crate) fn decide(facts: &Facts, repairs: &[Command]) -> Vec<Command> {
         commands: Vec::new(),
     };
     drain::decide(&mut look);
+    let is_repairing = is_repairing(facts);
+    if !is_repairing {
+        locality::decide(&mut look);
+    }
     let is_idle = look.copying == 0 && facts.moves.under_way.is_empty();
-    if is_idle && !is_repairing(facts) {
+    if is_idle && !is_repairing {
         spread::decide(&mut look);
         if look.commands.is_empty() {
             rebalance::decide(&mut look);
@@ -272,10 +276,9 @@ impl<'a> Look<'a> {
         self.held();
         let held = self.held.iter().flatten();
         let held: BTreeMap<&NodeId, u64> = held.map(|(node, bytes)| (*node, *bytes)).collect();
-        let everyone = movable.record.everyone();
         let mut free = Vec::new();
         let mut lost = Vec::new();
-        for node in facts.nodes.keys().filter(|node| !everyone.contains(*node)) {
+        for node in facts.nodes.keys().filter(|node| !holds_all(movable.record, node)) {
             let why = if !is_present(facts, node) {
                 "absent"
             } else if facts.drains(node) {

@@ -2,7 +2,7 @@
 //!
 //! A node that is away for less than the grace time moves nothing: its replica only needs what it missed. After that the
 //! image's owner is told to begin one replica, on the node that the rule for new images would choose ([`crate::place()`]):
-//! the fewest members in its fault domain, then one that was a member lately and may still hold most of it, then the one
+//! the fewest members in its fault domain, then the one that serves the guest, then one that was a member lately and may still hold most of it, then the one
 //! on which the fewest bytes lie, then the lowest id.
 //!
 //! It moves little at a time, because a storm of copies is what kills the nodes that are left: no more than
@@ -224,8 +224,9 @@ impl<'a> Places<'a> {
     }
 }
 
-/// Members in its fault domain, whether it never was a member, bytes on it, id: the least is the best.
-type Rank<'a> = (u64, bool, u64, &'a NodeId);
+/// Members in its fault domain, whether the guest is elsewhere, whether it never was a member, bytes on it, id: the least is
+/// the best.
+type Rank<'a> = (u64, bool, bool, u64, &'a NodeId);
 
 /// One image that needs a replica.
 struct Wanted<'a> {
@@ -277,6 +278,7 @@ impl<'a> Wanted<'a> {
                 let bytes = held.get(node).copied().unwrap_or(0);
                 free.push((
                     shares(domain, domains()),
+                    **node != self.image.node,
                     !self.short.lost.contains(*node),
                     bytes,
                     *node,
@@ -285,7 +287,7 @@ impl<'a> Wanted<'a> {
         }
         free.sort_unstable();
         let best = *free.first()?;
-        let mut told: Vec<(&NodeId, &str)> = free[1..].iter().map(|rank| (rank.3, why_lost(&best, rank))).collect();
+        let mut told: Vec<(&NodeId, &str)> = free[1..].iter().map(|rank| (rank.4, why_lost(&best, rank))).collect();
         told.extend(lost);
         let away = facts.nodes.iter().filter_map(|(id, node)| match facts.present(node) {
             false => Some((id, "absent")),
@@ -323,7 +325,7 @@ impl<'a> Wanted<'a> {
                 image: self.id,
                 epoch: self.image.epoch,
                 set_version: self.image.set_version,
-                to: best.3.clone(),
+                to: best.4.clone(),
                 blocks,
                 bytes,
                 replaces: None,
@@ -343,7 +345,7 @@ impl<'a> Wanted<'a> {
                     .collect(),
             },
         };
-        Some((best.3, command))
+        Some((best.4, command))
     }
 }
 
@@ -351,8 +353,10 @@ fn why_lost(best: &Rank<'_>, other: &Rank<'_>) -> &'static str {
     if other.0 > best.0 {
         "same_fault_domain"
     } else if other.1 != best.1 {
+        "not_the_guests"
+    } else if other.2 != best.2 {
         "never_held_it"
-    } else if other.2 > best.2 {
+    } else if other.3 > best.3 {
         "fuller"
     } else {
         "higher_id"

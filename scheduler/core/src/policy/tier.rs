@@ -316,12 +316,13 @@ impl<'a> Plan<'a> {
     }
 
     /// Where the node reads a layer from: itself if it holds it, else the present holder with the lowest id. A
-    /// growing layer is read only where its image is attached.
+    /// growing layer is read only where its image is attached, and only by a node that holds it.
     fn source(&self, id: LayerId) -> Option<Source> {
         let layer = self.facts.catalog.layers.get(&id)?;
         if let Some(image) = layer.growing {
             let image = self.facts.catalog.images.get(&image)?;
-            return (image.attached && image.node == *self.id).then(|| Source {
+            let is_here = image.attached && image.node == *self.id && layer.holders.contains(self.id);
+            return is_here.then(|| Source {
                 from: self.id.clone(),
                 epoch: image.epoch,
                 set_version: image.set_version,
