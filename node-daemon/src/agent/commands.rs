@@ -1,11 +1,11 @@
 //! Carries out the scheduler's orders, one after the other, each once, and tells how they ended.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hearth_protocol::command::Outcome;
-use hearth_protocol::{ByteLen, Command, CommandId, Event, Order};
+use hearth_protocol::{ByteLen, Command, CommandId, Event, Order, Seq};
 use tokio::sync::Notify;
 
 use super::link::Link;
@@ -18,25 +18,33 @@ const RETRY: Duration = Duration::from_secs(1);
 /// Executes open commands for ever. `wake` says that the log told something new.
 pub async fn run(requests: Requests, wake: Arc<Notify>) {
     let (node, link) = (&requests.node, &requests.link);
-    // Executed by this process and answered, though the answer may not have been read back yet.
-    let mut answered: BTreeSet<CommandId> = BTreeSet::new();
+    // Executed by this process and answered, though the answer may not have been read back yet; and where it stands.
+    let mut answered: BTreeMap<CommandId, (Seq, Outcome)> = BTreeMap::new();
     loop {
         if link.ready().is_ok() {
+            // Before the facts, which may know more.
+            let applied = link.progress().borrow().applied;
             let (next, open) = {
                 let facts = link.facts();
                 let open = facts.open_commands();
-                let next = open.iter().find(|c| !answered.contains(&c.id)).cloned();
+                let next = open.iter().find(|c| !answered.contains_key(&c.id)).cloned();
                 (
                     next.map(|c| (c, facts.tick())),
                     open.iter().map(|c| c.id).collect::<BTreeSet<_>>(),
                 )
             };
-            answered.retain(|id| open.contains(id));
+            answered.retain(|id, _| open.contains(id));
             if let Some((command, tick)) = next {
                 let id = command.id;
                 let outcome = execute(&requests, command, tick).await;
-                publish(node, link, id, outcome).await;
-                answered.insert(id);
+                let at = publish(node, link, id, outcome.clone()).await;
+                answered.insert(id, (at, outcome));
+                continue;
+            }
+            // Read as far as where the answer stood, and still open: the log lost it before anybody read it.
+            if let Some((id, (at, outcome))) = answered.iter_mut().find(|(_, (at, _))| *at <= applied) {
+                tracing::warn!(command = %id, "the log lost how this command ended; told again");
+                *at = publish(node, link, *id, outcome.clone()).await;
                 continue;
             }
         }
@@ -88,14 +96,17 @@ async fn execute(requests: &Requests, command: Command, tick: hearth_protocol::T
         })
 }
 
-async fn publish(node: &Node, link: &Link, command: CommandId, outcome: Outcome) {
+async fn publish(node: &Node, link: &Link, command: CommandId, outcome: Outcome) -> Seq {
     let event = Event::CommandFinished {
         command,
         node: node.config.id.clone(),
         outcome,
     };
-    while let Err(error) = link.publish_node(&event).await {
-        tracing::warn!(%command, %error, "cannot tell how a command ended; trying again");
+    loop {
+        match link.publish_node(&event).await {
+            Ok(at) => return at,
+            Err(error) => tracing::warn!(%command, %error, "cannot tell how a command ended; trying again"),
+        }
         tokio::time::sleep(RETRY).await;
     }
 }

@@ -78,6 +78,10 @@ impl World {
         // The answer may be lost, and what comes twice is ignored by whoever reads it.
         let unheard = self.chance.happens(20);
         let joins = matches!(*fact, Fact::NodeJoined(_));
+        let ends = match &*fact {
+            Fact::CommandFinished { command, .. } => Some(*command),
+            _ => None,
+        };
         match self.posts(*envelope, *fact, None)? {
             Published::Refused => self.after(AGAIN_US, again),
             Published::Counts(..) | Published::Void(_) if unheard => {
@@ -85,8 +89,14 @@ impl World {
                 self.after(AGAIN_US, again);
             }
             Published::Counts(seq, _) | Published::Void(seq) => {
-                if let Some(daemon) = self.nodes[node].daemon.as_mut().filter(|_| joins) {
+                let Some(daemon) = &mut self.nodes[node].daemon else {
+                    return Ok(());
+                };
+                if joins {
                     daemon.joined_at = Some(seq);
+                }
+                if let Some((_, at)) = ends.and_then(|command| daemon.answered.get_mut(&command)) {
+                    *at = Some(seq);
                 }
             }
         }
@@ -226,9 +236,12 @@ impl World {
             return Ok(());
         }
         let open: Vec<CommandId> = daemon.facts.open.iter().map(|(_, command)| command.id).collect();
-        daemon.answered.retain(|id| open.contains(id));
+        daemon.answered.retain(|id, _| open.contains(id));
+        self.answers_again(node);
+        let here = &mut self.nodes[node];
+        let Some(daemon) = &mut here.daemon else { return Ok(()) };
         let mut fresh = daemon.facts.open.iter();
-        let Some((seq, command)) = fresh.find(|(_, command)| !daemon.answered.contains(&command.id)) else {
+        let Some((seq, command)) = fresh.find(|(_, command)| !daemon.answered.contains_key(&command.id)) else {
             return Ok(());
         };
         let (seq, command, tick, life) = (*seq, command.clone(), daemon.facts.tick, daemon.life);
@@ -317,15 +330,36 @@ impl World {
             return Ok(());
         };
         daemon.executing = false;
-        daemon.answered.insert(command.id);
+        daemon.answered.insert(command.id, (outcome.clone(), None));
+        self.answers(node, command.id, outcome);
+        self.next_command(node)
+    }
+
+    fn answers(&mut self, node: usize, command: CommandId, outcome: Outcome) {
         let id = self.nodes[node].id.clone();
         let finished = Fact::CommandFinished {
-            command: command.id,
+            command,
             node: id.clone(),
             outcome,
         };
         self.tells(node, subject::node(&id), finished);
-        self.next_command(node)
+    }
+
+    /// It has read as far as where its answers stood, and the log lost them before anybody read them.
+    fn answers_again(&mut self, node: usize) {
+        let Some(daemon) = &mut self.nodes[node].daemon else {
+            return;
+        };
+        let read = Seq(daemon.facts.read as u64);
+        let lost: Vec<_> = daemon
+            .answered
+            .iter_mut()
+            .filter_map(|(command, (outcome, at))| at.take_if(|at| *at <= read).map(|_| (*command, outcome.clone())))
+            .collect();
+        for (command, outcome) in lost {
+            self.counters.count("command answered again");
+            self.answers(node, command, outcome);
+        }
     }
 
     /// The record by which a node serves an image as its owner at that epoch; why not, if it does not.

@@ -1,6 +1,6 @@
 //! Nodes and daemons start, die, stop and go on, and read the log.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use hearth_protocol::Event as Fact;
@@ -55,7 +55,7 @@ impl World {
             joined_at: None,
             reports: 0,
             executing: false,
-            answered: BTreeSet::new(),
+            answered: BTreeMap::new(),
             frozen,
             dies_in: None,
             late: BTreeSet::new(),

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use hearth_protocol::command::Outcome;
 use hearth_protocol::record::Extent;
 use hearth_protocol::{CommandId, Incarnation, NodeId, Seq, SetVersion};
 use hearth_replication::owner::{Ask, OpId};
@@ -151,8 +152,8 @@ pub struct Daemon {
     pub reports: u64,
     /// It executes a command.
     pub executing: bool,
-    /// Commands that it has executed and not yet read the end of.
-    pub answered: BTreeSet<CommandId>,
+    /// Commands that it has executed and not yet read the end of: how they ended, and where the log acknowledged that.
+    pub answered: BTreeMap<CommandId, (Outcome, Option<Seq>)>,
     /// It has noticed that the log lost its end.
     pub frozen: bool,
     /// It dies when so many more outputs are carried out.
