@@ -1,5 +1,6 @@
 //! Benchmarks against named peers: Hearth and the peers in turn, in one run, with the spread.
 
+mod moves;
 mod nbd;
 mod policy;
 mod replicas;
@@ -22,6 +23,8 @@ enum What {
     Nbd(nbd::Options),
     /// Hit ratios of the RAM tier over recorded block traces, beside other policies
     Policy(policy::Options),
+    /// What a guest feels of copies to another node, and how fast those are, beside nbdcopy
+    Moves(moves::Options),
     /// An image with two replicas beside a file on another node, over NFS and over NBD
     Replicas(replicas::Options),
     /// A server that `nbd` measures
@@ -38,6 +41,7 @@ fn main() -> Result<()> {
     match Arguments::parse().what {
         What::Nbd(options) => nbd::run(&options),
         What::Policy(options) => policy::run(&options),
+        What::Moves(options) => moves::run(&options),
         What::Replicas(options) => replicas::run(&options),
         What::Serve { size_bytes, what } => nbd::serve::run(what, size_bytes),
     }

@@ -53,10 +53,14 @@ const WORKLOADS: [(&str, bool, &[&str]); 5] = [
 ];
 
 /// A process that is ended when this goes.
-struct Server(Child);
+pub struct Server(Child);
 
 impl Server {
-    fn start(command: &mut Command) -> Result<Self> {
+    /// Starts it, silently.
+    ///
+    /// # Errors
+    /// It is not there.
+    pub fn start(command: &mut Command) -> Result<Self> {
         let shown = format!("{command:?}");
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         Ok(Self(command.spawn().with_context(|| format!("starting {shown}"))?))
@@ -222,11 +226,14 @@ fn ip(words: &[&str]) -> Result<()> {
 }
 
 /// A file of bytes that do not compress and are no zeros.
-fn random_file(path: &Path) -> Result<()> {
+///
+/// # Errors
+/// The file system's.
+pub fn random_file(path: &Path, bytes: u64) -> Result<()> {
     let mut from = std::fs::File::open("/dev/urandom")?;
     let mut to = std::fs::File::create(path).with_context(|| format!("writing {}", path.display()))?;
-    let copied = std::io::copy(&mut std::io::Read::take(&mut from, DISK_BYTES), &mut to)?;
-    ensure!(copied == DISK_BYTES, "only {copied} bytes fit into {}", path.display());
+    let copied = std::io::copy(&mut std::io::Read::take(&mut from, bytes), &mut to)?;
+    ensure!(copied == bytes, "only {copied} bytes fit into {}", path.display());
     Ok(to.sync_all()?)
 }
 
@@ -241,7 +248,7 @@ pub fn run(options: &Options) -> Result<()> {
         None => tempfile::tempdir()?,
     };
     let bytes = dir.path().join("bytes.raw");
-    random_file(&bytes)?;
+    random_file(&bytes, DISK_BYTES)?;
 
     let cluster = Cluster::start(
         Programs::for_tests()?,

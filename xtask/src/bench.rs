@@ -22,6 +22,8 @@ pub enum What {
     /// An image with two replicas against a file on another node, over NFS (if nfs-ganesha and QEMU's NFS driver are
     /// there) and NBD
     Replicas,
+    /// What a guest feels of copies to another node, and how fast those are, against nbdcopy
+    Moves,
     /// The event log against RocksDB alone, replay, and decisions of a large cluster
     Log,
     /// What the eBPF probes cost
@@ -43,12 +45,14 @@ pub fn run(workspace: &Workspace, what: What) -> Result<()> {
         What::All { traces } => {
             nbd(workspace)?;
             replicas(workspace)?;
+            moves(workspace)?;
             probes(workspace)?;
             log(workspace)?;
             policy(workspace, traces)
         }
         What::Nbd => nbd(workspace),
         What::Replicas => replicas(workspace),
+        What::Moves => moves(workspace),
         What::Log => log(workspace),
         What::Probes => probes(workspace),
         What::Policy { traces } => policy(workspace, traces),
@@ -72,13 +76,21 @@ fn nbd(workspace: &Workspace) -> Result<()> {
     hearth_bench(workspace, "nbd", &[])
 }
 
-/// Measures the daemons as they are started in service, so these are built first.
 fn replicas(workspace: &Workspace) -> Result<()> {
+    with_daemons(workspace, "replicas")
+}
+
+fn moves(workspace: &Workspace) -> Result<()> {
+    with_daemons(workspace, "moves")
+}
+
+/// Measures the daemons as they are started in service, so these are built first.
+fn with_daemons(workspace: &Workspace, name: &str) -> Result<()> {
     let mut build = workspace.command("cargo");
     process::passthrough(build.args(["build", "--workspace", "--bins"]))?;
     let mut bench = Command::new(workspace.bin_dir().join("hearth-bench"));
     bench
-        .args(["replicas", "--out", "bench/results/replicas.md"])
+        .args([name, "--out", &format!("bench/results/{name}.md")])
         .current_dir(&workspace.root)
         .env("HEARTH_BIN_DIR", workspace.bin_dir());
     process::passthrough(&mut bench)
