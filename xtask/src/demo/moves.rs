@@ -23,6 +23,16 @@ const MOVE_SECONDS: f64 = 4.0;
 /// What is measured after a move.
 const FIRST_SECONDS: f64 = 10.0;
 
+/// Between two accesses of a guest's first seconds: one that computes, too, is not at work on its disk all the time, and
+/// feels for longer that nothing is in RAM.
+const FIRST_PAUSE_US: u64 = 10_000;
+
+/// How long a guest works while its replica follows: it has to have been there for ten seconds.
+const FOLLOW_SECONDS: f64 = 30.0;
+
+/// Time in which a replica must have followed.
+const FOLLOWS_WITHIN: Duration = Duration::from_secs(120);
+
 /// How long a guest works while a node dies.
 const DEATH_SECONDS: f64 = 15.0;
 
@@ -67,19 +77,23 @@ pub fn run(cluster: &mut Cluster, golden: &Path, accel: Accel) -> Result<Value> 
         Ok(moved)
     })?;
     say(&cold);
-    let (disk, mut guest, warm, roles) = step("migrate a guest to a node with prewarmed RAM, while it writes", || {
-        let (disk, guest, moved) = migrated(cluster, "appl/moves-warm", golden, accel, true)?;
-        let roles = roles(&disk, cluster.node_count())?;
-        Ok((disk, guest, moved, roles))
+    let warm = step("migrate a guest to a node with prewarmed RAM, while it writes", || {
+        let (_, guest, moved) = migrated(cluster, "appl/moves-warm", golden, accel, true)?;
+        guest.stop(GRACE)?;
+        Ok(moved)
     })?;
     say(&warm);
-    let (gone, other) = (Cluster::node_id(0), Cluster::node_id(roles.other));
-    step("drop the replica on the node that the guest left", || {
-        cluster.hearth().text(&["location", "remove", &disk.image, &gone])?;
-        let members = disk.members()?;
-        ensure!(!members.contains(&gone), "{gone} still holds it: {members:?}");
-        Ok(())
-    })?;
+    let (disk, mut guest, roles, followed) = step(
+        "migrate a guest to a node without a copy of its disk; a replica follows while it writes",
+        || followed(cluster, "appl/moves-follow", golden, accel),
+    )?;
+    note(format!(
+        "a copy was in sync where the guest is {:.1} s after it came, and the one on the node that it left is dropped; its \
+         longest access took {} ms",
+        followed.after.as_secs_f64(),
+        followed.work.longest_ms
+    ));
+    let other = Cluster::node_id(roles.other);
     let what = format!("kill -9 {other}, which holds the other replica, while the guest works");
     let (died, died_result) = step(&what, || {
         guest.start_phase(&phase("death", DEATH_SECONDS, 500))?;
@@ -119,7 +133,9 @@ pub fn run(cluster: &mut Cluster, golden: &Path, accel: Accel) -> Result<Value> 
         "first_10s_hit_ratio_cold": (cold.first_hit_ratio * 1e3).round() / 1e3,
         "first_10s_hit_ratio_prewarmed": (warm.first_hit_ratio * 1e3).round() / 1e3,
         "prewarmed_bytes": warm.prewarmed_bytes,
-        "reads_verified": cold.reads + warm.reads + died_result.reads,
+        "replica_followed_s": (followed.after.as_secs_f64() * 1e3).round() / 1e3,
+        "longest_access_ms_while_a_replica_followed": followed.work.longest_ms,
+        "reads_verified": cold.reads + warm.reads + followed.work.reads + died_result.reads,
         "killed": other,
         "longest_access_ms_while_a_replica_died": died_result.longest_ms,
         "whole_again_s": (whole.as_secs_f64() * 1e3).round() / 1e3,
@@ -137,6 +153,48 @@ fn say(moved: &Move) {
         moved.first.read_p99_us,
         moved.first_hit_ratio * 100.0
     ));
+}
+
+/// A replica that followed its guest.
+struct Followed {
+    /// From the guest's start on its new node until the set was the new one.
+    after: Duration,
+    /// Of the guest meanwhile.
+    work: PhaseResult,
+}
+
+/// A guest that booted on the first node and migrated to the one that has no copy, and works there until one has followed.
+fn followed(
+    cluster: &Cluster,
+    image: &str,
+    golden: &Path,
+    accel: Accel,
+) -> Result<(MovingDisk, Guest, Roles, Followed)> {
+    let disk = MovingDisk::create(cluster, image, golden, accel)?;
+    let roles = roles(&disk, cluster.node_count())?;
+    let (from, to) = (Cluster::node_id(0), Cluster::node_id(roles.destination));
+    // Where the guest goes is in the rack that it comes from: so it is the copy there that it does not need any more.
+    for (node, rack) in [
+        (&from, "rack-1"),
+        (&to, "rack-1"),
+        (&Cluster::node_id(roles.other), "rack-2"),
+    ] {
+        cluster.hearth().text(&["node", "set", node, "--fault-domain", rack])?;
+    }
+    let source = disk.boot()?;
+    let mut guest = disk.await_at(roles.destination)?;
+    disk.migrate(0, roles.destination, &disk.channel(), false)?;
+    drop(source);
+    let came = Instant::now();
+    guest.start_phase(&phase("follow", FOLLOW_SECONDS, 500))?;
+    let expected = BTreeSet::from([to, Cluster::node_id(roles.other)]);
+    wait::until("a replica to follow its guest", FOLLOWS_WITHIN, || {
+        let members: BTreeSet<String> = disk.members()?.into_iter().collect();
+        Ok((members == expected).then_some(()))
+    })?;
+    let after = came.elapsed();
+    let work = finish(&mut guest, FOLLOW_SECONDS)?;
+    Ok((disk, guest, roles, Followed { after, work }))
 }
 
 /// A guest that booted on the first node and migrated to one that has a replica since just before.
@@ -162,7 +220,10 @@ fn migrated(
     let moving = finish(&mut destination, MOVE_SECONDS)?;
     drop(source);
     let from = super::position(cluster.hearth())?;
-    destination.start_phase(&phase("first", FIRST_SECONDS, 100))?;
+    destination.start_phase(&Phase {
+        pause_us: FIRST_PAUSE_US,
+        ..phase("first", FIRST_SECONDS, 100)
+    })?;
     let first = finish(&mut destination, FIRST_SECONDS)?;
     let to = super::position(cluster.hearth())?;
     let heat = super::heat(cluster.hearth(), from, to)?;

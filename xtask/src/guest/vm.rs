@@ -106,6 +106,8 @@ pub struct Phase {
     pub write_permille: u64,
     /// Accesses under way at a time.
     pub depth: u64,
+    /// Microseconds between the end of an access and the next one of the same thread: a guest that computes, too.
+    pub pause_us: u64,
 }
 
 impl Default for Phase {
@@ -119,6 +121,7 @@ impl Default for Phase {
             span_mib: 0,
             write_permille: 100,
             depth: 1,
+            pause_us: 0,
         }
     }
 }
@@ -387,10 +390,11 @@ impl Guest {
             span_mib,
             write_permille,
             depth,
+            pause_us,
         } = phase;
         self.tell(&format!(
             "run name={name} seconds={seconds} seed={seed} skew_permille={skew_permille} block_kib={block_kib} \
-             span_mib={span_mib} write_permille={write_permille} depth={depth}"
+             span_mib={span_mib} write_permille={write_permille} depth={depth} pause_us={pause_us}"
         ))
     }
 

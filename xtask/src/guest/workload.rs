@@ -122,6 +122,8 @@ struct Phase {
     write_permille: u64,
     /// Threads, each with one access under way.
     depth: u64,
+    /// Pause of a thread after each access.
+    pause_us: u64,
 }
 
 impl Phase {
@@ -137,6 +139,7 @@ impl Phase {
             span_mib: 0,
             write_permille: 100,
             depth: 1,
+            pause_us: 0,
         };
         for word in text.split_whitespace() {
             let (key, value) = word
@@ -153,6 +156,7 @@ impl Phase {
                 "span_mib" => phase.span_mib = number()?,
                 "write_permille" => phase.write_permille = number()?,
                 "depth" => phase.depth = number()?,
+                "pause_us" => phase.pause_us = number()?,
                 _ => return Err(format!("unknown setting {word:?}")),
             }
         }
@@ -306,6 +310,9 @@ impl Pages {
             if began + Duration::from_nanos(took_ns) >= until {
                 break;
             }
+            if phase.pause_us > 0 {
+                std::thread::sleep(Duration::from_micros(phase.pause_us));
+            }
         }
         file.sync_data()?;
         Ok(tally)
@@ -424,10 +431,10 @@ mod tests {
 
     #[test]
     fn settings_are_read_and_checked() {
-        let phase = Phase::parse("name=after seconds=0.5 write_permille=0 depth=4").unwrap();
+        let phase = Phase::parse("name=after seconds=0.5 write_permille=0 depth=4 pause_us=9").unwrap();
         assert_eq!(
-            (phase.name.as_str(), phase.write_permille, phase.depth),
-            ("after", 0, 4)
+            (phase.name.as_str(), phase.write_permille, phase.depth, phase.pause_us),
+            ("after", 0, 4, 9)
         );
         for bad in [
             "colour=red",
