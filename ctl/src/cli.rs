@@ -74,6 +74,8 @@ pub enum Noun {
     Node(Node),
     /// Migrates a running QEMU guest to another node, and its disks with it
     Migrate(Migrate),
+    /// Has a guest's disks where libvirt is about to start it; for /etc/libvirt/hooks/qemu
+    LibvirtHook(LibvirtHook),
     /// Long operations on a node
     #[command(subcommand)]
     Job(Job),
@@ -185,6 +187,32 @@ fn image_size(text: &str) -> Result<ByteLen, String> {
     } else {
         Err(format!("use a multiple of 4KiB up to {}", ByteLen(max).iec()))
     }
+}
+
+/// What libvirt tells its hook
+#[derive(Debug, Args)]
+#[command(
+    after_help = "The whole hook, executable as /etc/libvirt/hooks/qemu:\n\n  #!/bin/sh\n  exec hearth libvirt-hook --node NODE -- \
+\"$@\"\n\nprepare begin attaches the guest's images on this node, migrate begin attaches them --incoming, release end detaches them. A \
+disk is an image if its source is this node's NBD socket, or a kernel device of Hearth. Migrating hands the disks over while \
+`hearth migrate --listen` listens to the source's QEMU."
+)]
+pub struct LibvirtHook {
+    /// The node that libvirt runs on
+    #[arg(long, env = "HEARTH_NODE", value_name = "NODE")]
+    pub node: NodeId,
+    /// Where links to Hearth's kernel devices are
+    #[arg(long, default_value = "/dev/hearth", value_name = "DIR")]
+    pub devices: PathBuf,
+    /// The guest
+    pub guest: String,
+    /// prepare, start, started, stopped, release, migrate, …
+    pub operation: String,
+    /// begin or end
+    pub part: String,
+    /// Whatever else libvirt says
+    #[arg(allow_hyphen_values = true)]
+    pub more: Vec<String>,
 }
 
 /// Operations on the locations of an image with replicas

@@ -5,6 +5,7 @@ mod events;
 mod image;
 mod import;
 mod job;
+mod libvirt;
 mod location;
 mod log;
 mod meta;
@@ -62,6 +63,7 @@ pub async fn run(cli: Cli) -> Outcome {
         Noun::Location(verb) => location::run(&context, verb).await,
         Noun::Node(verb) => node::run(&context, verb).await,
         Noun::Migrate(options) => migrate::run(&context, options).await,
+        Noun::LibvirtHook(options) => libvirt::run(&context, options).await,
         Noun::Job(verb) => job::run(&context, verb).await,
         Noun::Status(options) => status::status(&context, &options).await,
         Noun::Health(options) => status::health(&context, &options).await,
