@@ -4,6 +4,9 @@
 //! source has ended. Until the source says that it sealed its epoch, reads pass through to the source and writes are held,
 //! a bounded number of them. The seal starts a takeover under the next epoch; its place in the log is the decision. The
 //! source drains and seals in [`crate::owner`]; its way back is a takeover too, and finds its own seal.
+//!
+//! A takeover that gives up leaves a destination behind: it hears the next seal, or takes over again if the log has decided
+//! for it already. Invariant: no two takeovers of one destination want the epoch under the same lease.
 
 use std::collections::BTreeMap;
 
@@ -51,18 +54,24 @@ pub enum Held {
 pub struct Incoming {
     me: NodeId,
     rules: Rules,
+    /// Of the next takeover.
     lease: LeaseId,
     held: u32,
+    /// What a source sealed last, with the lives of the members' stores in its session.
+    handed: Option<Handed>,
 }
 
+type Handed = ((Epoch, LeaseId), BTreeMap<NodeId, Incarnation>);
+
 impl Incoming {
-    /// A destination; `lease` is drawn anew for each one.
+    /// A destination; `lease` is drawn anew for each one, and those that follow it are of no other.
     pub fn new(me: NodeId, rules: Rules, lease: LeaseId) -> Self {
         Self {
             me,
             rules,
             lease,
             held: 0,
+            handed: None,
         }
     }
 
@@ -81,7 +90,7 @@ impl Incoming {
         }
         self.held += 1;
         if self.rules.breaks(Mutant::HandoverFromConnect) {
-            let takeover = self.takeover(log, log.record.grant(), BTreeMap::new());
+            let takeover = self.takeover(log, (log.record.grant(), BTreeMap::new()));
             return Ok(Held::Begins(Box::new(takeover)));
         }
         Ok(Held::Waits)
@@ -92,7 +101,7 @@ impl Incoming {
     /// # Errors
     /// The source sealed another epoch than the log's last.
     pub fn sealed(
-        &self,
+        &mut self,
         sealed: (Epoch, LeaseId),
         stores: BTreeMap<NodeId, Incarnation>,
         log: &Aggregate,
@@ -103,11 +112,27 @@ impl Incoming {
                 current: log.record.epoch(),
             });
         }
-        Ok(self.takeover(log, sealed, stores))
+        let handed = (sealed, stores);
+        self.handed = Some(handed.clone());
+        Ok(self.takeover(log, handed))
     }
 
-    fn takeover(&self, log: &Aggregate, sealed: (Epoch, LeaseId), stores: BTreeMap<NodeId, Incarnation>) -> Takeover {
+    /// Whether the log gave this node the epoch behind a seal that it has heard: the source is gone for good.
+    pub fn is_decided(&self, log: &Aggregate) -> bool {
+        let sealed = self.handed.as_ref().map(|((epoch, _), _)| *epoch);
+        log.owner.as_ref() == Some(&self.me) && sealed.is_some_and(|sealed| log.record.epoch() > sealed)
+    }
+
+    /// The next takeover of an image that the log has decided for this node and that did not open.
+    pub fn again(&mut self, log: &Aggregate) -> Option<Takeover> {
+        let handed = self.handed.clone().filter(|_| self.is_decided(log))?;
+        Some(self.takeover(log, handed))
+    }
+
+    fn takeover(&mut self, log: &Aggregate, (sealed, stores): Handed) -> Takeover {
+        let lease = self.lease;
+        self.lease = LeaseId(lease.0.wrapping_add(1));
         let mode = Mode::Handover { sealed, stores };
-        Takeover::new(self.me.clone(), self.rules, self.lease, mode, log.clone())
+        Takeover::new(self.me.clone(), self.rules, lease, mode, log.clone())
     }
 }

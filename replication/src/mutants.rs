@@ -53,6 +53,16 @@ pub enum Mutant {
     WritesUnmissed,
     /// A member that left and joins again is not copied what it has marked itself.
     MarkedUncopied,
+    /// A destination whose takeover gave up hears no further seal and does not go on (rule 8).
+    DestinationDeaf,
+    /// An owner begins nothing while the log does not answer it (rule 9).
+    LogAwaited,
+    /// A change that the log does not answer is taken for committed (rule 9).
+    SilenceCounts,
+    /// A write for which the last copy has no room is acknowledged (rule 10).
+    FullAcknowledged,
+    /// A member that has no room for a write stays in the set beside one that has it (rule 10).
+    FullMemberKept,
 }
 
 impl Mutant {
@@ -81,6 +91,11 @@ impl Mutant {
         ("equal-unflushed", Mutant::EqualUnflushed),
         ("writes-unmissed", Mutant::WritesUnmissed),
         ("marked-uncopied", Mutant::MarkedUncopied),
+        ("destination-deaf", Mutant::DestinationDeaf),
+        ("log-awaited", Mutant::LogAwaited),
+        ("silence-counts", Mutant::SilenceCounts),
+        ("full-acknowledged", Mutant::FullAcknowledged),
+        ("full-member-kept", Mutant::FullMemberKept),
     ];
 }
 

@@ -50,6 +50,9 @@ pub const ASK_MS: u64 = 1_000;
 /// How soon the destination of a hand-over is told again that the source has sealed.
 pub const SEALED_AGAIN_MS: u64 = 500;
 
+/// How soon a destination takes over again what the log has decided for it: each time costs an epoch.
+pub const TAKE_AGAIN_MS: u64 = 500;
+
 /// How much later than asked for a wake-up may come before this node itself is taken to have stood still: then what is
 /// unanswered may wait in its own sockets, and counts as asked now.
 pub const OVERSLEPT_MS: u64 = 500;

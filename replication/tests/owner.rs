@@ -1,17 +1,20 @@
 //! The owner: who must have a write before it is acknowledged, and what it says when it does not serve.
 #![allow(missing_docs, reason = "a test program")]
 
+mod common;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use hearth_protocol::record::{Record, Run};
 use hearth_protocol::{BlockIndex, Epoch, Incarnation, LeaseId, NodeId, SetVersion};
-use hearth_replication::mutants::Rules;
 use hearth_replication::owner::{Ask, Denial, Input, OpId, Output, Owner};
 use hearth_replication::request::{
     Answer, Bytes, Extent, Nodes, Refusal, Reply, Request, RequestId, Stamp, Standing, Work,
 };
 use hearth_replication::time::{BootMs, READ_LEASE_MS};
+
+use common::rules;
 
 fn node(name: &str) -> NodeId {
     name.parse().unwrap()
@@ -61,7 +64,7 @@ impl Bench {
             .map(|node| (node, Incarnation(1)))
             .collect();
         Self {
-            owner: Owner::open(node("a"), Rules::default(), record, stores, RequestId(1)),
+            owner: Owner::open(node("a"), rules(), record, stores, RequestId(1)),
             now: BootMs(10_000),
             sent: Vec::new(),
         }

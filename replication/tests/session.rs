@@ -1,6 +1,8 @@
 //! One session per node, connected by hand: what it asks again and when, what it gives up, and where messages and bytes go.
 #![allow(missing_docs, reason = "a test program")]
 
+mod common;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -9,15 +11,16 @@ use hearth_protocol::record::{Record, Run};
 use hearth_protocol::{BlockIndex, Epoch, Incarnation, LeaseId, NodeId, SetVersion};
 use hearth_replication::handover::HELD_WRITES_MAX;
 use hearth_replication::member::{Durable, Marks};
-use hearth_replication::mutants::Rules;
 use hearth_replication::owner::{Ask, Denial, OpId};
 use hearth_replication::request::{Answer, Bytes, Extent, Nodes, Refusal, RequestId, Stamp, Work};
 use hearth_replication::session::{Input, Message, Output, Replica, Session};
 use hearth_replication::takeover::Setback;
 use hearth_replication::time::{
     ANSWER_MS, ASK_AGAIN_MS, ASK_MS, BootMs, PUBLISH_AGAIN_MS, RAISE_AGAIN_MS, RENEW_AGAIN_MS, RENEW_MS,
-    SEALED_AGAIN_MS, SILENT_MS, TAKEOVER_WAIT_MS,
+    SEALED_AGAIN_MS, SILENT_MS, TAKE_AGAIN_MS, TAKEOVER_WAIT_MS,
 };
+
+use common::rules;
 
 fn node(name: &str) -> NodeId {
     name.parse().unwrap()
@@ -83,7 +86,7 @@ impl Bench {
         let made = |name: &str| {
             let holds = log.record.members().contains(&node(name));
             let replica = holds.then(|| replica(Some(log.record.clone())));
-            let session = Session::new(node(name), Rules::default(), replica, log.clone());
+            let session = Session::new(node(name), rules(), replica, log.clone());
             (node(name), session)
         };
         Self {
@@ -256,7 +259,7 @@ fn a_log_that_is_read_behind_what_members_recorded_is_waited_for() {
     let mut bench = Bench::open("a b c");
     bench.step("a", Input::Seal { to: None });
     // c has not read any of this, but every member recorded it.
-    let late = Session::new(node("c"), Rules::default(), Some(replica(None)), first("a b c"));
+    let late = Session::new(node("c"), rules(), Some(replica(None)), first("a b c"));
     bench.sessions.insert(node("c"), late);
     let change = |bench: &Bench| Change {
         by: node("a"),
@@ -418,6 +421,139 @@ fn a_hand_over_holds_writes_and_is_said_until_the_log_shows_it() {
 }
 
 #[test]
+fn a_destination_that_was_overtaken_hears_the_next_seal() {
+    let mut bench = Bench::open("a b");
+    bench.step("b", Input::Incoming { lease: LeaseId(30) });
+    bench.ask("b", 1, write(0));
+    bench.log = false;
+    bench.step("a", Input::Seal { to: Some(node("b")) });
+    assert_eq!(
+        smaller_set(&bench.wanted()),
+        Some(nodes("a b")),
+        "b asks for the next epoch"
+    );
+    // It took too long: the source has the image back.
+    bench.log = true;
+    bench.step("a", Input::Take { lease: LeaseId(3) });
+    bench.pass("a", ASK_MS);
+    assert!(bench.at("a").is_open());
+    let overtaken = Output::GivenUp(Setback::Overtaken);
+    assert!(bench.wanted().contains(&(node("b"), overtaken)));
+    bench.ask("b", 2, Ask::Read(extent(4, 4)));
+    let through = bench.wanted();
+    assert!(matches!(through[..], [(_, Output::ReadThrough { .. })]), "{through:?}");
+    // The hand-over is tried again.
+    bench.step("a", Input::Seal { to: Some(node("b")) });
+    assert!(bench.at("b").is_open());
+    assert_eq!(answers(&bench.wanted()), ["1"]);
+}
+
+/// A hand-over of a to b whose epoch is in the log, and that b gave up because a did not answer.
+fn decided_and_given_up(members: &str) -> Bench {
+    let mut bench = Bench::open(members);
+    bench.step("b", Input::Incoming { lease: LeaseId(30) });
+    bench.ask("b", 1, write(0));
+    bench.log = false;
+    bench.step("a", Input::Seal { to: Some(node("b")) });
+    let Some((_, Output::Publish(change))) = bench.wanted().pop() else {
+        panic!("nothing published");
+    };
+    bench.cut = nodes("a");
+    bench.log = true;
+    for name in ["a", "b", "c"] {
+        bench.step(name, Input::Logged(change.clone()));
+    }
+    bench.pass("b", ANSWER_MS);
+    let lost = Output::GivenUp(Setback::MemberLost { node: node("a") });
+    assert!(bench.wanted().contains(&(node("b"), lost)));
+    bench
+}
+
+#[test]
+fn a_hand_over_that_the_log_has_decided_is_carried_out_by_the_destination_alone() {
+    let mut bench = decided_and_given_up("a b");
+    assert_eq!(bench.at("b").aggregate().owner, Some(node("b")));
+    assert_eq!(bench.at("a").wake_at(), None, "the source has done its part");
+    bench.pass("b", TAKE_AGAIN_MS + ASK_MS);
+    assert_eq!(
+        smaller_set(&bench.wanted()),
+        Some(nodes("b")),
+        "without the member that does not answer"
+    );
+    // Its epoch before did not open, so it is no seal.
+    bench.pass("b", TAKEOVER_WAIT_MS - 1);
+    assert!(!bench.at("b").is_open());
+    bench.pass("b", 1);
+    assert!(bench.at("b").is_open());
+    assert_eq!(answers(&bench.wanted()), ["1"]);
+}
+
+#[test]
+fn an_epoch_that_arrives_in_the_log_after_its_takeover_gave_up_is_followed_by_another() {
+    let mut bench = Bench::open("a b");
+    bench.step("b", Input::Incoming { lease: LeaseId(30) });
+    bench.log = false;
+    bench.step("a", Input::Seal { to: Some(node("b")) });
+    let Some((_, Output::Publish(change))) = bench.wanted().pop() else {
+        panic!("nothing published");
+    };
+    let log = bench.at("b").aggregate().clone();
+    bench.step("b", Input::RolledBack);
+    bench.step("b", Input::Rebased(log));
+    bench.log = true;
+    for name in ["a", "b"] {
+        bench.step(name, Input::Logged(change.clone()));
+    }
+    bench.pass("b", ASK_MS + TAKEOVER_WAIT_MS);
+    assert!(bench.at("b").is_open());
+}
+
+#[test]
+fn a_destination_waits_while_the_log_is_rolled_back_and_ends_if_its_guest_would_lose_writes() {
+    let mut bench = decided_and_given_up("a b");
+    let log = bench.at("b").aggregate().clone();
+    bench.step("b", Input::RolledBack);
+    bench.pass("b", 10 * TAKE_AGAIN_MS);
+    assert!(bench.wanted().is_empty());
+    bench.step("b", Input::Rebased(log.clone()));
+    bench.pass("b", ASK_MS);
+    assert_eq!(smaller_set(&bench.wanted()), Some(nodes("b")));
+
+    // The only copy that answers was in another life of its store when the guest wrote.
+    let mut bench = decided_and_given_up("a c");
+    let mut lost = replica(Some(bench.at("c").standing().unwrap().record.unwrap()));
+    lost.store = Incarnation(6);
+    lost.marks.insert(BlockIndex(0), Incarnation(5));
+    bench
+        .sessions
+        .insert(node("c"), Session::new(node("c"), rules(), Some(lost), log_of(&bench)));
+    bench.pass("b", TAKE_AGAIN_MS + ASK_MS);
+    let wanted = bench.wanted();
+    assert!(
+        wanted.contains(&(node("b"), Output::Ended(Denial::NoMember))),
+        "{wanted:?}"
+    );
+    assert_eq!(answers(&wanted), ["1 NoMember"]);
+}
+
+fn log_of(bench: &Bench) -> Aggregate {
+    bench.at("b").aggregate().clone()
+}
+
+#[test]
+fn who_attaches_the_image_at_a_destination_that_takes_over_again_is_heard() {
+    let mut bench = decided_and_given_up("a b");
+    bench.log = false;
+    bench.pass("b", TAKE_AGAIN_MS + ASK_MS);
+    bench.log = true;
+    bench.wanted();
+    bench.step("b", Input::Take { lease: LeaseId(4) });
+    bench.pass("b", ASK_MS + TAKEOVER_WAIT_MS);
+    assert!(bench.at("b").is_open());
+    assert_eq!(bench.at("b").record().unwrap().grant().1, LeaseId(4));
+}
+
+#[test]
 fn a_flush_at_a_destination_waits_for_what_was_written_there_before() {
     let mut bench = Bench::open("a b");
     bench.cut = nodes("b");
@@ -468,6 +604,44 @@ fn a_rolled_back_log_stops_changes_until_it_is_recovered() {
     bench.step("a", Input::Take { lease: LeaseId(2) });
     let back = Output::GivenUp(Setback::RolledBack { node: node("a") });
     assert_eq!(bench.wanted(), [(node("a"), back)]);
+}
+
+#[test]
+fn without_the_log_a_healthy_image_goes_on_and_an_unsafe_one_waits() {
+    let mut bench = Bench::open("a b");
+    bench.log = false;
+    // A change that nobody decides any more holds nothing up.
+    bench.step("c", Input::Prepare(replica(None)));
+    let join = Input::Join {
+        node: node("c"),
+        extent: extent(0, u64::MAX),
+        end: BlockIndex(9),
+        blocks: 2,
+        allowed: None,
+    };
+    bench.step("a", join);
+    bench.wanted();
+    for op in 0..10 {
+        bench.ask("a", 3 * op, write(op));
+        bench.ask("a", 3 * op + 1, Ask::Read(extent(op, op)));
+        bench.ask("a", 3 * op + 2, Ask::Flush);
+        let answered = [0, 1, 2].map(|part| (3 * op + part).to_string());
+        assert_eq!(answers(&bench.wanted()), answered);
+        bench.pass("a", SILENT_MS);
+        bench.wanted();
+    }
+    bench.cut = nodes("b");
+    bench.ask("a", 100, write(0));
+    bench.ask("a", 101, Ask::Read(extent(4, 4)));
+    bench.ask("a", 102, Ask::Flush);
+    bench.pass("a", 600_000);
+    assert_eq!(answers(&bench.wanted()), [""; 0], "b may be taken over without this");
+    bench.log = true;
+    bench.pass("a", ANSWER_MS + PUBLISH_AGAIN_MS);
+    let mut answered = answers(&bench.wanted());
+    answered.sort();
+    assert_eq!(answered, ["100", "101", "102"]);
+    assert_eq!(bench.at("a").record().unwrap().members(), nodes("a"));
 }
 
 #[test]

@@ -6,6 +6,7 @@ use xtask::cluster::{Cluster, ClusterSpec, Programs};
 use xtask::process;
 
 pub mod clients;
+pub mod faults;
 pub mod fio;
 pub mod load;
 pub mod memory;

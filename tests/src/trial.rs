@@ -3,6 +3,7 @@
 //!
 //! `HEARTH_FAULT_ROUNDS` does a test's faults more often than once; between two, all copies come back in sync.
 
+use std::collections::BTreeMap;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -53,6 +54,8 @@ pub struct Trial {
     /// The node that the image is attached on.
     pub owner: usize,
     replicas: usize,
+    /// How often each fault was done.
+    pub done: BTreeMap<String, u64>,
 }
 
 /// A fault: its name, and what is done and seen.
@@ -116,6 +119,7 @@ impl Trial {
             network,
             owner: 0,
             replicas: spec.replicas,
+            done: BTreeMap::new(),
         }))
     }
 
@@ -125,20 +129,30 @@ impl Trial {
     /// Which fault was not outlived, and how.
     pub fn suffer(&mut self, faults: &[Fault]) -> Result<()> {
         for round in 1..=setting("HEARTH_FAULT_ROUNDS", 1)? {
-            for (name, fault) in faults {
-                let (began, before) = (Instant::now(), self.clients.seen());
-                let done = fault(self).and_then(|()| self.recover());
-                done.with_context(|| format!("{name}, round {round}"))?;
-                let seen = self.clients.seen();
-                eprintln!(
-                    "{name}: {:.1} s, {} writes, {} reads, {} writes unanswered, errors so far {:?}",
-                    began.elapsed().as_secs_f64(),
-                    seen.writes - before.writes,
-                    seen.reads - before.reads,
-                    seen.unknown - before.unknown,
-                    seen.refused,
-                );
-            }
+            self.suffer_round(faults, round)?;
+        }
+        Ok(())
+    }
+
+    /// Does every fault once.
+    ///
+    /// # Errors
+    /// Which fault was not outlived, and how.
+    pub fn suffer_round(&mut self, faults: &[Fault], round: u64) -> Result<()> {
+        for (name, fault) in faults {
+            let (began, before) = (Instant::now(), self.clients.seen());
+            let done = fault(self).and_then(|()| self.recover());
+            done.with_context(|| format!("{name}, round {round}"))?;
+            *self.done.entry((*name).to_owned()).or_default() += 1;
+            let seen = self.clients.seen();
+            eprintln!(
+                "{name}: {:.1} s, {} writes, {} reads, {} writes unanswered, errors so far {:?}",
+                began.elapsed().as_secs_f64(),
+                seen.writes - before.writes,
+                seen.reads - before.reads,
+                seen.unknown - before.unknown,
+                seen.refused,
+            );
         }
         Ok(())
     }
@@ -179,8 +193,16 @@ impl Trial {
 
     /// The nodes that are in sync, as the owner says.
     fn members(&self) -> Result<Vec<String>> {
+        self.members_of(IMAGE)
+    }
+
+    /// The nodes that hold an image that is attached on the same node, in sync.
+    ///
+    /// # Errors
+    /// Nobody says.
+    pub fn members_of(&self, image: &str) -> Result<Vec<String>> {
         let owner = Cluster::node_id(self.owner);
-        let list = ["location", "list", IMAGE, "--node", &owner];
+        let list = ["location", "list", image, "--node", &owner];
         let runs = self.cluster.hearth().json(&list)?;
         let members = runs[0]["members"].as_array().context("no members")?;
         Ok(members.iter().filter_map(|m| Some(m.as_str()?.to_owned())).collect())
@@ -203,15 +225,23 @@ impl Trial {
     /// # Errors
     /// They do not come to that.
     pub fn in_sync(&self, count: usize) -> Result<()> {
-        wait::until(&format!("{count} copies in sync"), WITHIN, || {
-            let members = self.members()?;
+        self.in_sync_of(IMAGE, count)
+    }
+
+    /// The same for another image that is attached on the same node.
+    ///
+    /// # Errors
+    /// They do not come to that.
+    pub fn in_sync_of(&self, image: &str, count: usize) -> Result<()> {
+        wait::until(&format!("{count} copies of {image} in sync"), WITHIN, || {
+            let members = self.members_of(image)?;
             if members.len() >= count {
                 return Ok(Some(()));
             }
             let out = (0..NODES).map(Cluster::node_id).find(|node| !members.contains(node));
             let node = out.context("all nodes are members")?;
             // Refused while another change is under way.
-            match self.cluster.hearth().text(&["location", "add", IMAGE, &node]) {
+            match self.cluster.hearth().text(&["location", "add", image, &node]) {
                 Ok(_) => Ok(None),
                 Err(error) => Err(error),
             }

@@ -1,10 +1,10 @@
 //! Disks that are full: a full copy beside another one leaves the set and comes back when there is room; the last copy
 //! refuses writes as a full disk does, serves reads, stays attached, and goes on when there is room.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
+use hearth_tests::faults::{LEFT_BYTES, ROOM, is_said_to_be_full};
 use hearth_tests::nbd::ENOSPC;
-use hearth_tests::trial::{Fault, GOES_ON, IMAGE, Trial, TrialSpec, WITHIN};
-use xtask::cluster::Cluster;
+use hearth_tests::trial::{Fault, GOES_ON, Trial, TrialSpec, WITHIN};
 use xtask::wait;
 
 /// Larger than what the clients write before a disk is full.
@@ -13,44 +13,6 @@ const SPEC: TrialSpec = TrialSpec {
     image_bytes: 128 << 20,
     disk_bytes: Some(256 << 20),
 };
-/// What is left on a disk that is filled.
-const LEFT_BYTES: u64 = 1 << 20;
-
-/// Waits until `hearth health` says that a node's store is full.
-fn is_said_to_be_full(trial: &Trial, node: usize) -> Result<()> {
-    let name = Cluster::node_id(node);
-    wait::until(&format!("{name}'s store to be called full"), WITHIN, || {
-        let health = trial.cluster.hearth().command(&["health", "--detail"]).output()?;
-        let text = String::from_utf8_lossy(&health.stdout).into_owned();
-        let mut lines = text.lines().filter(|line| line.contains("STORE_FULL"));
-        let said = lines.any(|line| line.contains(IMAGE) && line.contains(&name));
-        said.then_some(Some(()))
-            .with_context(|| format!("health says:\n{text}"))
-    })
-}
-
-fn leaves_and_comes_back(trial: &mut Trial, node: usize) -> Result<()> {
-    trial.disks[node].fill(LEFT_BYTES)?;
-    trial.is_member(node, false)?;
-    trial.clients.go_on(GOES_ON, WITHIN)?;
-    is_said_to_be_full(trial, node)?;
-    ensure!(
-        trial.clients.seen().refused.is_empty(),
-        "the other copy has room, and errors were answered"
-    );
-    trial.disks[node].make_room()
-}
-
-fn member_is_full(trial: &mut Trial) -> Result<()> {
-    let member = trial.member()?;
-    leaves_and_comes_back(trial, member)
-}
-
-fn owners_copy_is_full(trial: &mut Trial) -> Result<()> {
-    let owner = trial.owner;
-    leaves_and_comes_back(trial, owner)
-}
-
 /// Waits until writes are refused, and sees that reads are answered.
 fn refuses_writes(trial: &Trial) -> Result<()> {
     let refused = || trial.clients.seen().refused;
@@ -107,12 +69,12 @@ fn try_one(fault: Fault) -> Result<()> {
 
 #[test]
 fn a_full_member_leaves_the_set_and_comes_back() -> Result<()> {
-    try_one(("a member's disk is full", member_is_full))
+    try_one(ROOM[0])
 }
 
 #[test]
 fn an_owner_whose_disk_is_full_serves_the_image_from_the_others() -> Result<()> {
-    try_one(("the disk of the owner's copy is full", owners_copy_is_full))
+    try_one(ROOM[1])
 }
 
 #[test]

@@ -61,6 +61,9 @@ enum Task {
         /// Only mutants whose names contain this
         #[arg(default_value = "")]
         only: String,
+        /// Only say which switch breaks which rule, and which test notices
+        #[arg(long)]
+        list: bool,
     },
     /// Measures Hearth beside its peers
     Bench {
@@ -89,7 +92,11 @@ pub fn run() -> Result<()> {
             let machine = setup::run(&workspace, Purpose::Test, args.mode())?;
             check::run(&workspace, &machine, tests_only, &filters)
         }
-        Task::Mutants { only } => {
+        Task::Mutants { list: true, .. } => {
+            mutants::list();
+            Ok(())
+        }
+        Task::Mutants { only, .. } => {
             setup::run(&workspace, Purpose::Test, SetupMode::Install)?;
             mutants::run(&workspace, &only)
         }

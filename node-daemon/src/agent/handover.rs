@@ -2,8 +2,9 @@
 //! its guest stands still (QEMU's `pre-switchover`). The decision is the next epoch in the log; until it is there, the
 //! source can have the image back under a later one.
 
-use std::sync::Arc;
-use std::time::Duration;
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use hearth_protocol::rpc::{Answer, ExportKind, Failure, FailureKind, MapRun, NodeReply, NodeRequest};
 use hearth_protocol::{ImageId, ImageName, LeaseId, NodeId};
@@ -17,6 +18,12 @@ use crate::replica::Replica;
 /// How long a destination may take to own what was sealed for it, before the source takes it back. A guest stands still
 /// meanwhile.
 const HAND_OVER_WITHIN: Duration = Duration::from_secs(5);
+
+/// How much longer a source may drain: a member that does not answer is given up after three seconds, and the log and the
+/// other members have to take that.
+const DRAINED_WITHIN: Duration = Duration::from_secs(10);
+/// Pause between two looks at that.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// Bytes that are warmed between two looks at whether the job goes on.
 const WARM_BYTES: u64 = 1 << 20;
@@ -117,10 +124,17 @@ impl Requests {
     }
 
     /// Hands an image over to the node that attached it `--incoming`. If that does not become the owner, this node owns it
-    /// again.
+    /// again. What an earlier one left undone is done by the next: so whoever repeats it comes to an end.
     pub(super) async fn hand_over(self, image: ImageName, to: NodeId) -> Answer<NodeReply> {
-        let replica = self.owned(&image)?;
-        let id = replica.image();
+        let id = self.find(&image)?.id;
+        let Some(_alone) = Alone::begin(&self.handing_over, id) else {
+            return Err(Failure::new(
+                FailureKind::Conflict,
+                format!("a hand-over of {image} is under way"),
+                format!("wait for its end: hearth image show {image}"),
+            ));
+        };
+        let replica = self.owned_or_left(&image).await?;
         if to == self.node.config.id {
             return Err(Failure::new(
                 FailureKind::Refused,
@@ -134,21 +148,18 @@ impl Requests {
             Ok(())
         })
         .await?;
-        if self.is_owned_by(id, &to).await {
+        if self.is_owned_by(id, &to, HAND_OVER_WITHIN).await || self.is_drained_to(&replica, &to).await? {
             self.node.detach(id, &self.connections).await?;
             return Ok(NodeReply::Done { seq: None });
         }
         // The next epoch is this node's, unless the destination's is in the log by then.
         let why = format!("{to} did not take {image} within {HAND_OVER_WITHIN:?}");
-        match self.own(&replica).await {
-            Ok((epoch, lease)) => {
-                self.blocking(move |node| node.opened(id, epoch, lease)).await?;
-                Err(Failure::new(
-                    FailureKind::Timeout,
-                    format!("{why}; this node serves it as before"),
-                    format!("is it attached there? hearth image attach {image} --node {to} --incoming"),
-                ))
-            }
+        match self.own_again(&replica).await {
+            Ok(()) => Err(Failure::new(
+                FailureKind::Timeout,
+                format!("{why}; this node serves it as before"),
+                format!("is it attached there? hearth image attach {image} --node {to} --incoming"),
+            )),
             Err(_) if self.owner_of(id).as_ref() == Some(&to) => {
                 self.node.detach(id, &self.connections).await?;
                 Ok(NodeReply::Done { seq: None })
@@ -156,15 +167,83 @@ impl Requests {
             Err(failure) => Err(Failure::new(
                 failure.kind,
                 format!("{why}, and this node cannot own it again: {failure}"),
-                format!("hearth image attach {image} --node NODE --takeover"),
+                format!("hand it over again, or hearth image attach {image} --node NODE --takeover"),
             )),
         }
     }
 
-    async fn is_owned_by(&self, image: ImageId, node: &NodeId) -> bool {
+    /// The image's replicas, if this node owns it; also where an earlier hand-over ended with the image at nobody's.
+    async fn owned_or_left(&self, image: &ImageName) -> Result<Arc<Replica>, Failure> {
+        let failure = match self.owned(image) {
+            Ok(replica) => return Ok(replica),
+            Err(failure) => failure,
+        };
+        let id = self.find(image)?.id;
+        let is_served = self.node.served.get(id).is_some_and(|served| !served.incoming);
+        let is_left = is_served && self.owner_of(id).as_ref() == Some(&self.node.config.id);
+        let Some(replica) = self.replica(id).filter(|_| is_left) else {
+            return Err(failure);
+        };
+        // One that drains still is told to whom it goes.
+        if replica.look(|session| session.owner().is_none()) {
+            self.own_again(&replica).await?;
+        }
+        Ok(replica)
+    }
+
+    /// Owns what is served here and was sealed.
+    async fn own_again(&self, replica: &Arc<Replica>) -> Result<(), Failure> {
+        let (epoch, lease) = self.own(replica).await?;
+        let image = replica.image();
+        self.blocking(move |node| node.opened(image, epoch, lease)).await
+    }
+
+    /// Where a member that does not answer holds up the seal: waits until it has left the set, and then for the destination.
+    async fn is_drained_to(&self, replica: &Arc<Replica>, to: &NodeId) -> Result<bool, Failure> {
+        let began = Instant::now();
+        let drains = || replica.look(|session| session.owner().is_some());
+        if !drains() {
+            return Ok(false);
+        }
+        while drains() {
+            if began.elapsed() > DRAINED_WITHIN {
+                let name = &replica.shape().name;
+                return Err(Failure::new(
+                    FailureKind::Timeout,
+                    format!("{name} is handed over to {to} as soon as its members answer or have left its set"),
+                    format!("are NATS and its nodes there? hearth node list; then hand it over again: {name}"),
+                ));
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+        Ok(self.is_owned_by(replica.image(), to, HAND_OVER_WITHIN).await)
+    }
+
+    async fn is_owned_by(&self, image: ImageId, node: &NodeId, within: Duration) -> bool {
         let mut progress = self.link.progress();
         let read = progress.wait_for(|_| self.owner_of(image).as_ref() == Some(node));
-        tokio::time::timeout(HAND_OVER_WITHIN, read).await.is_ok()
+        tokio::time::timeout(within, read).await.is_ok()
+    }
+}
+
+/// The only hand-over of an image under way.
+struct Alone {
+    all: Arc<Mutex<BTreeSet<ImageId>>>,
+    image: ImageId,
+}
+
+impl Alone {
+    fn begin(all: &Arc<Mutex<BTreeSet<ImageId>>>, image: ImageId) -> Option<Self> {
+        let is_first = all.lock().unwrap_or_else(PoisonError::into_inner).insert(image);
+        let all = Arc::clone(all);
+        is_first.then_some(Self { all, image })
+    }
+}
+
+impl Drop for Alone {
+    fn drop(&mut self) {
+        let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
+        all.remove(&self.image);
     }
 }
 

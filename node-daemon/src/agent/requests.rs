@@ -1,14 +1,15 @@
 //! Answers the `hearth` command: every change is first possible in the store, then a fact in the log, then done.
 
+use std::collections::BTreeSet;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use hearth_protocol::event::{ImageAttached, ImageCreated};
 use hearth_protocol::limits::REASON_BYTES_MAX;
 use hearth_protocol::rpc::{
     Answer, Asked, AttachHow, AttachInfo, ExportKind, Failure, FailureKind, ImageInfo, NodeInfo, NodeReply, NodeRequest,
 };
-use hearth_protocol::{ByteLen, Epoch, Event, ImageName, LayerId, LeaseId, SnapshotName};
+use hearth_protocol::{ByteLen, Epoch, Event, ImageId, ImageName, LayerId, LeaseId, SnapshotName};
 use hearth_replication::session::Input;
 
 use super::jobs::Jobs;
@@ -36,6 +37,8 @@ pub struct Requests {
     pub connections: NbdHandle,
     /// Long operations.
     pub jobs: Arc<Jobs>,
+    /// Images that are being handed over by this node.
+    pub handing_over: Arc<Mutex<BTreeSet<ImageId>>>,
 }
 
 impl Requests {

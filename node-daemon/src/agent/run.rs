@@ -194,6 +194,7 @@ async fn agent(node: Arc<Node>, connections: NbdHandle, seen: Seen) {
         link: link.clone(),
         connections,
         jobs: Arc::new(Jobs::default()),
+        handing_over: Arc::default(),
     };
     // Joins, and compares store and log; again after each time that another history took the place of the one read.
     let membership = async {

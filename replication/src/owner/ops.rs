@@ -195,6 +195,9 @@ impl Owner {
         if self.committed != self.record {
             return;
         }
+        if self.rules.breaks(Mutant::LogAwaited) && self.proposed.is_some() {
+            return;
+        }
         let leased = self.leased(now) || self.rules.breaks(Mutant::ReadWithoutLease);
         let waiting: Vec<RequestId> = self
             .ops

@@ -6,7 +6,8 @@
 
 use super::ops::Kind;
 use super::{Denial, Output, Owner};
-use crate::request::{Extent, Nodes, RequestId, Stamp};
+use crate::mutants::Mutant;
+use crate::request::{Bytes, Extent, Nodes, RequestId, Stamp};
 use hearth_protocol::NodeId;
 
 impl Owner {
@@ -20,7 +21,11 @@ impl Owner {
             Kind::Write { extent, .. } => self.holds_alone(&from, extent),
             Kind::Read(_) | Kind::Flush { .. } | Kind::Copy { .. } => false,
         };
-        if !holds_alone || self.spares(&from) {
+        if self.rules.breaks(Mutant::FullMemberKept)
+            && let Some(op) = self.ops.get_mut(&id)
+        {
+            op.done.insert(from);
+        } else if !holds_alone || self.spares(&from) {
             self.give_up(from);
         } else if let Some(op) = self.ops.get_mut(&id) {
             op.full.insert(from);
@@ -64,8 +69,12 @@ impl Owner {
             }
             self.misses(extent);
             if let Some(op) = self.ops.remove(&id).and_then(|op| op.client) {
-                let denial = Denial::NoRoom;
-                out.push(Output::Deny { op, denial });
+                let (denial, bytes) = (Denial::NoRoom, Bytes::None);
+                out.push(if self.rules.breaks(Mutant::FullAcknowledged) {
+                    Output::Acknowledge { op, bytes }
+                } else {
+                    Output::Deny { op, denial }
+                });
             }
         }
     }

@@ -7,7 +7,8 @@
 //! - What waits is bounded: operations that an image not yet open holds, and one entry per request under way.
 //!
 //! It decides nothing that the machines decide: it is the post between [`Member`], [`Owner`], [`Takeover`] and
-//! [`Incoming`]. It does not take over again by itself: whoever drives it does, under a new lease.
+//! [`Incoming`]. A takeover that gives up is begun again by whoever drives it, under a new lease. Only the destination of a
+//! hand-over goes on by itself: its guest has nobody else.
 
 mod copy;
 mod roles;
@@ -26,20 +27,21 @@ use self::waits::{Asking, Waits};
 pub use self::words::{Input, Message, Output, Replica};
 use crate::handover::{HELD_WRITES_MAX, Held, Incoming};
 use crate::member::{self, Member};
-use crate::mutants::Rules;
+use crate::mutants::{Mutant, Rules};
 use crate::owner::{self, Ask, Denial, OpId, Owner};
 use crate::request::{Bytes, Reply, Standing};
 use crate::takeover::{self, Mode, Setback, Takeover};
-use crate::time::BootMs;
+use crate::time::{BootMs, TAKE_AGAIN_MS};
 
 /// What this node is to the image's clients.
 #[derive(Debug, Clone)]
 enum Role {
     /// Not attached.
     Detached,
-    /// The destination of a hand-over, before the source has sealed.
+    /// The destination of a hand-over that does not take over now.
     Incoming(Incoming),
-    Taking(Box<Takeover>),
+    /// With what it is again if it gives up, at the destination of a hand-over.
+    Taking(Box<Takeover>, Option<Incoming>),
     /// A takeover gave up: what clients ask is held.
     Stalled,
     Owning(Box<Owner>),
@@ -116,6 +118,11 @@ impl Session {
     /// Whether clients' operations are carried out.
     pub fn is_open(&self) -> bool {
         self.owner().is_some_and(Owner::is_open)
+    }
+
+    /// Whether this node waits as the destination of a hand-over.
+    pub fn is_incoming(&self) -> bool {
+        matches!(self.role, Role::Incoming(_))
     }
 
     /// The owner, while this node is the image's.
@@ -205,7 +212,7 @@ impl Session {
             Input::Logged(change) => self.logged(&change, step),
             Input::RolledBack => {
                 self.frozen = true;
-                if matches!(self.role, Role::Taking(_)) {
+                if matches!(self.role, Role::Taking(..)) {
                     self.gave_up(Setback::RolledBack { node: self.me.clone() }, step);
                 }
                 step.todo.push_back(Inner::Owner(owner::Input::RolledBack));
@@ -218,13 +225,14 @@ impl Session {
                 self.committed(step);
             }
             Input::Take { lease } => {
-                if !matches!(self.role, Role::Owning(_) | Role::Taking(_)) {
+                if !matches!(self.role, Role::Owning(_) | Role::Taking(_, None)) {
                     let (me, log) = (self.me.clone(), self.log.clone());
-                    self.begin(Takeover::new(me, self.rules, lease, Mode::Fault, log), step);
+                    self.begin(Takeover::new(me, self.rules, lease, Mode::Fault, log), None, step);
                 }
             }
             Input::Incoming { lease } => {
-                if !matches!(self.role, Role::Owning(_) | Role::Taking(_)) {
+                if !matches!(self.role, Role::Owning(_) | Role::Taking(..)) {
+                    self.waits.take_again = None;
                     self.role = Role::Incoming(Incoming::new(self.me.clone(), self.rules, lease));
                 }
             }
@@ -312,11 +320,14 @@ impl Session {
                 }
                 match incoming.write(&self.log) {
                     Ok(Held::Waits) => {}
-                    Ok(Held::Begins(takeover)) => self.begin(*takeover, step),
+                    Ok(Held::Begins(takeover)) => {
+                        let incoming = incoming.clone();
+                        self.begin(*takeover, Some(incoming), step);
+                    }
                     Err(_) => denial = Some(Denial::Full),
                 }
             }
-            Role::Taking(_) | Role::Stalled => {}
+            Role::Taking(..) | Role::Stalled => {}
         }
         if self.held.len() >= HELD_WRITES_MAX as usize {
             denial = denial.or(Some(Denial::Full));
@@ -349,12 +360,13 @@ impl Session {
             Message::Told { lease, standing } => return self.told(from, lease, standing, step),
             Message::Sealed { stamp, stores } => {
                 // A log that is not read so far yet is waited for: the source says it again.
-                if let Role::Incoming(incoming) = &self.role
+                if let Role::Incoming(incoming) = &mut self.role
                     && self.log.record.stamp() == stamp
                     && !self.frozen
                     && let Ok(takeover) = incoming.sealed((stamp.epoch, stamp.lease), stores, &self.log)
                 {
-                    self.begin(takeover, step);
+                    let incoming = incoming.clone();
+                    self.begin(takeover, Some(incoming), step);
                 }
                 return;
             }
@@ -382,17 +394,23 @@ impl Session {
         }
         match std::mem::replace(&mut self.role, Role::Detached) {
             // Nothing is published yet, so a set change of the owner before is no rival.
-            Role::Taking(takeover) if takeover.is_asking() && !takeover.is_rivalled(&record) => {
-                self.begin(takeover.over(self.log.clone()), step);
+            Role::Taking(takeover, incoming) if takeover.is_asking() && !takeover.is_rivalled(&record) => {
+                self.begin(takeover.over(self.log.clone()), incoming, step);
             }
             role => self.role = role,
+        }
+        if let Role::Incoming(incoming) = &self.role {
+            // What a takeover that gave up had published may arrive in the log behind that.
+            let decided = incoming.is_decided(&self.log);
+            let at = self.waits.take_again.unwrap_or(step.now);
+            self.waits.take_again = decided.then_some(at);
         }
         step.todo
             .push_back(Inner::Takeover(takeover::Input::Committed(record.clone())));
         step.todo.push_back(Inner::Owner(owner::Input::Committed(record)));
     }
 
-    fn begin(&mut self, takeover: Takeover, step: &mut Step) {
+    fn begin(&mut self, takeover: Takeover, incoming: Option<Incoming>, step: &mut Step) {
         self.waits.clear();
         self.waits.handing = None;
         self.waits.asking = Some(Asking {
@@ -402,16 +420,42 @@ impl Session {
             left: self.log.record.everyone(),
             ahead: false,
         });
-        self.role = Role::Taking(Box::new(takeover));
+        self.role = Role::Taking(Box::new(takeover), incoming);
         if self.frozen {
             self.gave_up(Setback::RolledBack { node: self.me.clone() }, step);
         }
     }
 
+    /// A destination is one again. Once the log has decided for it nobody else brings the image up, so it takes over anew,
+    /// unless its guest would lose what was acknowledged to it.
     fn gave_up(&mut self, setback: Setback, step: &mut Step) {
-        self.role = Role::Stalled;
         self.waits.clear();
+        let lost = matches!(setback, Setback::Gap { .. });
         step.out.push(Output::GivenUp(setback));
+        let Role::Taking(_, Some(incoming)) = std::mem::replace(&mut self.role, Role::Stalled) else {
+            return;
+        };
+        if self.rules.breaks(Mutant::DestinationDeaf) {
+            return;
+        }
+        let decided = incoming.is_decided(&self.log);
+        self.role = Role::Incoming(incoming);
+        if decided && lost {
+            self.ended(Denial::NoMember, step);
+        } else if decided {
+            self.waits.take_again = Some(step.now.after(TAKE_AGAIN_MS));
+        }
+    }
+
+    /// Takes over again at a destination.
+    fn take_again(&mut self, step: &mut Step) {
+        self.waits.take_again = None;
+        if let Role::Incoming(incoming) = &mut self.role
+            && let Some(takeover) = incoming.again(&self.log)
+        {
+            let incoming = incoming.clone();
+            self.begin(takeover, Some(incoming), step);
+        }
     }
 
     fn ended(&mut self, denial: Denial, step: &mut Step) {
@@ -430,7 +474,7 @@ impl Session {
                 self.destination = to;
                 step.todo.push_back(Inner::Owner(owner::Input::Seal));
             }
-            Role::Incoming(_) | Role::Taking(_) | Role::Stalled => self.ended(Denial::Detached, step),
+            Role::Incoming(_) | Role::Taking(..) | Role::Stalled => self.ended(Denial::Detached, step),
             Role::Detached | Role::Ended(_) => {}
         }
     }
@@ -440,7 +484,7 @@ impl Session {
         self.waits.forget(&node);
         let inner = match &self.role {
             Role::Owning(_) => Inner::Owner(owner::Input::MemberFailed(node)),
-            Role::Taking(_) => Inner::Takeover(takeover::Input::MemberFailed(node)),
+            Role::Taking(..) => Inner::Takeover(takeover::Input::MemberFailed(node)),
             _ => return,
         };
         step.todo.push_back(inner);

@@ -42,7 +42,7 @@ impl Session {
         }
         match &self.role {
             Role::Owning(_) => self.own(owner::Input::Reply { from, reply }, step),
-            Role::Taking(_) => self.take_over(takeover::Input::Reply { from, reply }, step),
+            Role::Taking(..) => self.take_over(takeover::Input::Reply { from, reply }, step),
             _ => {}
         }
     }
@@ -121,7 +121,9 @@ impl Session {
     }
 
     pub(super) fn take_over(&mut self, input: takeover::Input, step: &mut Step) {
-        let Role::Taking(takeover) = &mut self.role else { return };
+        let Role::Taking(takeover, _) = &mut self.role else {
+            return;
+        };
         for output in takeover.step(step.now, input) {
             match output {
                 TakeoverWants::Publish(change) => self.publish(change, step),

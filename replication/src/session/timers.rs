@@ -2,6 +2,7 @@
 
 use super::waits::Waits;
 use super::{Inner, Message, Output, Role, Session, Step};
+use crate::mutants::Mutant;
 use crate::owner::{self, Owner};
 use crate::takeover::{self, Takeover};
 use crate::time::{
@@ -20,7 +21,7 @@ impl Session {
     pub(super) fn due(&self) -> Option<BootMs> {
         let silent = self.owner().is_some_and(Owner::is_busy);
         let opens = match &self.role {
-            Role::Taking(takeover) => Takeover::opens_at(takeover),
+            Role::Taking(takeover, _) => Takeover::opens_at(takeover),
             _ => None,
         };
         let waits = self.waits.due(self.renews_at(), silent, self.frozen);
@@ -42,7 +43,14 @@ impl Session {
             && !self.frozen
         {
             *again = now.after(PUBLISH_AGAIN_MS);
+            let change = change.clone();
             step.out.push(Output::Publish(change.clone()));
+            if self.rules.breaks(Mutant::SilenceCounts) {
+                self.logged(&change, step);
+            }
+        }
+        if self.waits.take_again.is_some_and(|at| at <= now) && !self.frozen {
+            self.take_again(step);
         }
         self.ask(step);
         if let Some(handing) = &mut self.waits.handing
@@ -79,7 +87,7 @@ impl Session {
             step.todo.push_back(Inner::Owner(owner::Input::Renew));
         }
         self.silent(step);
-        if let Role::Taking(takeover) = &self.role
+        if let Role::Taking(takeover, _) = &self.role
             && takeover.opens_at().is_some_and(|at| at <= now)
         {
             step.todo.push_back(Inner::Takeover(takeover::Input::Tick));

@@ -54,6 +54,8 @@ pub(super) struct Waits {
     pub(super) silent: BTreeMap<NodeId, BootMs>,
     pub(super) asking: Option<Asking>,
     pub(super) handing: Option<Handing>,
+    /// When a destination that the log has decided for takes over again.
+    pub(super) take_again: Option<BootMs>,
 }
 
 impl Waits {
@@ -150,6 +152,7 @@ impl Waits {
     /// When the first of all this is due; renewals and silent members only count as asked for.
     pub(super) fn due(&self, renews: Option<BootMs>, silent: bool, frozen: bool) -> Option<BootMs> {
         let publish = self.publish.as_ref().filter(|_| !frozen).map(|(_, again)| *again);
+        let take_again = self.take_again.filter(|_| !frozen);
         let handing = self.handing.as_ref().map(|handing| handing.again);
         let asking = self.asking.as_ref().map(|asking| {
             let end = asking.since.after(ASK_MS);
@@ -168,7 +171,7 @@ impl Waits {
             .values()
             .filter(|_| silent)
             .map(|since| since.after(SILENT_MS));
-        [self.check, publish, handing, asking, renews]
+        [self.check, publish, take_again, handing, asking, renews]
             .into_iter()
             .flatten()
             .chain(raises)

@@ -132,7 +132,7 @@ pub enum Input {
     },
     /// Become the destination of a hand-over: hold writes until the source has sealed.
     Incoming {
-        /// Drawn anew for each one.
+        /// Drawn anew for each one; those that follow it are for further tries.
         lease: LeaseId,
     },
     /// This node has made a store for a copy: empty for a joining node, with the first record for a new image. Ignored
@@ -236,7 +236,8 @@ pub enum Output {
     },
     /// This node owns the image and serves it.
     Opened,
-    /// This node did not become the owner. Operations are held; take again under another lease, or end.
+    /// This node did not become the owner. Operations are held; take again under another lease, or end. The destination of a
+    /// hand-over goes on by itself: at the source's next seal, or soon if the log has decided for it.
     GivenUp(Setback),
     /// This node serves the image no more.
     Ended(Denial),

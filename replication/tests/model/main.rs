@@ -26,6 +26,8 @@
 )]
 
 mod actions;
+#[path = "../common/mod.rs"]
+mod common;
 mod config;
 mod configs;
 mod ghost;
@@ -42,6 +44,7 @@ use hearth_replication::mutants::Rules;
 use stateright::{Checker, Expectation, HasDiscoveries, Model, Path};
 
 use actions::Action;
+use common::rules;
 use config::Config;
 use model::Exploration;
 use world::World;
@@ -83,22 +86,6 @@ fn explore(config: Config) {
             }
         }
     }
-}
-
-/// All rules, or all but the one that `HEARTH_MUTANT` names.
-#[cfg(feature = "mutants")]
-fn rules() -> Rules {
-    use hearth_replication::mutants::Mutant;
-    let Ok(name) = std::env::var("HEARTH_MUTANT") else {
-        return Rules::default();
-    };
-    let known = Mutant::ALL.iter().find(|(known, _)| *known == name);
-    Rules::breaking(known.expect("HEARTH_MUTANT names a switch of this crate").1)
-}
-
-#[cfg(not(feature = "mutants"))]
-fn rules() -> Rules {
-    Rules::default()
 }
 
 fn is_deep() -> bool {

@@ -33,6 +33,15 @@ fn finds(mutant: Mutant, config: fn(Rules, bool) -> Config, broken: &'static str
     print(path);
 }
 
+/// Switches whose rules are about the log's absence, full disks and that things come to an end, none of which is explored.
+const NOT_EXPLORED: &[Mutant] = &[
+    Mutant::DestinationDeaf,
+    Mutant::LogAwaited,
+    Mutant::SilenceCounts,
+    Mutant::FullAcknowledged,
+    Mutant::FullMemberKept,
+];
+
 macro_rules! variants {
     ($($name:ident: $mutant:ident, $config:ident, $broken:ident;)+) => {
         $(#[test]
@@ -44,7 +53,8 @@ macro_rules! variants {
         fn every_switch_has_its_variant() {
             let tested = [$(Mutant::$mutant),+];
             for (name, mutant) in Mutant::ALL {
-                assert!(tested.contains(mutant), "nothing explores {name}");
+                let explored = tested.contains(mutant) != NOT_EXPLORED.contains(mutant);
+                assert!(explored, "nothing explores {name}");
             }
         }
     };

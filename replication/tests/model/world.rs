@@ -296,7 +296,7 @@ impl World {
             Message::Sealed { to, stamp, stores } => {
                 self.follow(config, to);
                 let node = self.node(to);
-                let Some(incoming) = &node.incoming else { return };
+                let Some(incoming) = &mut node.incoming else { return };
                 let sealed = (stamp.epoch, stamp.lease);
                 if let Ok(takeover) = incoming.sealed(sealed, stores, &node.aggregate)
                     && !node.frozen

@@ -193,7 +193,7 @@ impl World {
             Output::Opened => self.opened(node, image)?,
             Output::GivenUp(setback) => {
                 self.counters.count(&format!("given up: {}", name(&setback)));
-                self.enters(node, image, Phase::Stalled);
+                self.gave_up(node, image);
                 if let Setback::RolledBack { .. } = setback {
                     self.note(|| format!("n{node} i{image} rolled back"));
                 }
@@ -250,6 +250,23 @@ impl World {
         }
     }
 
+    /// A takeover gave up; a destination goes on by itself.
+    fn gave_up(&mut self, node: usize, image: usize) {
+        let (now_us, id) = (self.now_us, self.nodes[node].id.clone());
+        let Some(shell) = self.shell(node, image) else { return };
+        if !shell.session.is_incoming() {
+            return shell.enter(Phase::Stalled, now_us);
+        }
+        shell.gave_up = true;
+        shell.enter(Phase::Incoming, now_us);
+        let decided = shell.session.aggregate().owner.as_ref() == Some(&id);
+        self.counters.count(if decided {
+            "destination gave up what the log had decided"
+        } else {
+            "destination gave up and waits for the next seal"
+        });
+    }
+
     fn opened(&mut self, node: usize, image: usize) -> Result<(), String> {
         let now_us = self.now_us;
         let id = self.nodes[node].id.clone();
@@ -262,6 +279,7 @@ impl World {
         shell.by = Some(by.clone());
         shell.enter(Phase::Open, now_us);
         let goes_on = std::mem::take(&mut shell.guest_goes_on);
+        let gave_up = std::mem::take(&mut shell.gave_up);
         let held = std::mem::take(&mut shell.held);
         shell.ops.extend(held.iter().map(|(op, ask)| (*op, *ask)));
         if self.images[image].reference.open(&by, &record, goes_on)? {
@@ -270,6 +288,9 @@ impl World {
         self.counters.count("takeover opened");
         if goes_on {
             self.counters.count("handed over");
+        }
+        if goes_on && gave_up {
+            self.counters.count("handed over after the destination gave up");
         }
         for (op, ask) in held {
             self.counters.count("operation held until open");

@@ -90,6 +90,8 @@ pub enum Event {
     Operator { image: usize },
     /// Something goes wrong.
     Fault,
+    /// Something goes wrong in the midst of a hand-over.
+    Disturbs { source: usize, destination: usize },
     /// The node that comes and goes does.
     Flaps,
     /// A stopped daemon goes on.

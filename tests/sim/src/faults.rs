@@ -145,6 +145,8 @@ impl World {
                     self.after(down_us, Event::Recovered);
                 }
             }
+            // It waits for a hand-over.
+            Fault::HandOver => return Ok(false),
             Fault::SchedulerKill | Fault::SchedulerStop | Fault::SchedulerCut | Fault::SchedulerClock => {
                 return Ok(self.scheduler_fault(fault));
             }
@@ -189,7 +191,8 @@ impl World {
         true
     }
 
-    fn cuts(&mut self, from: usize, to: usize, us: u64) {
+    /// Nothing passes from one node to another for a time.
+    pub fn cuts(&mut self, from: usize, to: usize, us: u64) {
         self.net.cut.insert((from, to));
         self.after(us, Event::Heals { from, to });
     }

@@ -28,6 +28,7 @@ mod disk;
 mod event;
 mod facts;
 mod faults;
+mod handover;
 mod lead;
 mod life;
 mod links;

@@ -94,6 +94,8 @@ pub struct Shell {
     pub since_us: u64,
     /// It waits for, or opened by, a hand-over.
     pub guest_goes_on: bool,
+    /// A takeover of that hand-over gave up.
+    pub gave_up: bool,
     /// Operations of clients that the owner has.
     pub ops: BTreeMap<OpId, Ask>,
     /// Operations that wait for it to open.
@@ -118,6 +120,7 @@ impl Shell {
             phase: Phase::Detached,
             since_us: now_us,
             guest_goes_on: false,
+            gave_up: false,
             ops: BTreeMap::new(),
             held: BTreeMap::new(),
             by: None,

@@ -11,10 +11,11 @@ use hearth_replication::session::Input;
 
 use crate::disk::{Disk, NOTHING};
 use crate::event::Event;
+use crate::handover::Migration;
 use crate::node::Phase;
 use crate::world::World;
 
-/// How long a takeover or a hand-over may take before it is called off.
+/// How long a takeover may take before it is called off.
 const PATIENCE_US: u64 = 12_000_000;
 
 /// How long an image may be served by nobody before disks that failed are put back as they are.
@@ -25,8 +26,8 @@ const DESPAIR_US: u64 = 25_000_000;
 pub struct Operator {
     /// Since when nobody serves it.
     unserved_us: Option<u64>,
-    /// A hand-over: to whom, and when it is to begin.
-    migration: Option<(usize, u64)>,
+    /// A guest that moves.
+    pub migration: Option<Migration>,
     /// The last look of a healed world: everything was read, and all copies are to be equal once that is answered.
     pub read_back: bool,
 }
@@ -67,7 +68,8 @@ impl World {
             };
             let over = match phase {
                 Phase::Stalled => self.healed || self.chance.happens(300),
-                Phase::Taking | Phase::Incoming => since > PATIENCE_US,
+                Phase::Taking => since > PATIENCE_US,
+                Phase::Incoming => self.images[image].operator.migration.is_none(),
                 Phase::Open => self.healed,
                 Phase::Detached | Phase::Ended => false,
             };
@@ -75,15 +77,7 @@ impl World {
                 self.step(node, image, Input::Seal { to: None }, None)?;
             }
         }
-        if let Some((to, at)) = self.images[image].operator.migration
-            && at <= self.now_us
-        {
-            self.images[image].operator.migration = None;
-            if self.phase(to, image).is_some_and(|(phase, _)| phase == Phase::Incoming) {
-                let to = Some(self.nodes[to].id.clone());
-                return self.step(owner, image, Input::Seal { to }, None);
-            }
-        }
+        self.hands_over(image, owner)?;
         if !self.healed && self.chance.happens(self.plan.moves) {
             return self.moves(image, owner);
         }
@@ -109,6 +103,9 @@ impl World {
         if now_us - since > DESPAIR_US {
             self.images[image].operator.unserved_us = None;
             self.put_back(image)?;
+        }
+        if self.takes_back(image)? {
+            return Ok(());
         }
         for node in self.in_phase(image, &[Phase::Taking, Phase::Incoming]) {
             if self.phase(node, image).is_some_and(|(_, since)| since > PATIENCE_US) {
@@ -140,7 +137,8 @@ impl World {
         self.takes(node, image)
     }
 
-    fn takes(&mut self, node: usize, image: usize) -> Result<(), String> {
+    /// A node takes the image over.
+    pub fn takes(&mut self, node: usize, image: usize) -> Result<(), String> {
         let now_us = self.now_us;
         let lease = self.lease();
         let Some(shell) = self.shell(node, image) else {
@@ -221,18 +219,7 @@ impl World {
                 self.join(image, owner, other, extent)
             }
             6..8 if other != owner && self.images[image].operator.migration.is_none() => {
-                let Some((Phase::Detached | Phase::Ended | Phase::Stalled, _)) = self.phase(other, image) else {
-                    return Ok(());
-                };
-                let lease = self.lease();
-                let now_us = self.now_us;
-                let us = self.chance.within(10_000, 2_000_000);
-                self.images[image].operator.migration = Some((other, now_us + us));
-                if let Some(shell) = self.shell(other, image) {
-                    shell.guest_goes_on = true;
-                    shell.enter(Phase::Incoming, now_us);
-                }
-                self.step(other, image, Input::Incoming { lease }, None)
+                self.begins_migration(image, other)
             }
             8 => self.step(owner, image, Input::Seal { to: None }, None),
             _ if self.nodes[other].running().is_some() => self.takes(other, image),

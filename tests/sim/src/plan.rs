@@ -41,6 +41,8 @@ pub enum Fault {
     SchedulerCut,
     /// A scheduler's wall clock jumps.
     SchedulerClock,
+    /// In the midst of a hand-over its two nodes do not hear each other, or its destination does not reach the log.
+    HandOver,
 }
 
 impl Fault {
@@ -64,6 +66,7 @@ impl Fault {
         (Fault::SchedulerStop, "f16 scheduler stopped and continued"),
         (Fault::SchedulerCut, "f17 scheduler out of the log's reach"),
         (Fault::SchedulerClock, "f18 scheduler's wall clock jumps"),
+        (Fault::HandOver, "f19 hand-over disturbed"),
     ];
 }
 

@@ -156,6 +156,9 @@ impl World {
                 crate::text::text(record)
             ));
         }
+        if self.images[image].operator.migration.is_some() {
+            return Some("has a hand-over that does not end".into());
+        }
         if self.thin(record).is_some() || record.runs().iter().any(|run| !run.joiners.is_empty()) {
             return Some(format!(
                 "has too few copies or an unfinished one: {}",

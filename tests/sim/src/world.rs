@@ -229,7 +229,8 @@ impl World {
     /// A lease never used before.
     pub fn lease(&mut self) -> LeaseId {
         self.leases += 1;
-        LeaseId(self.leases)
+        // Those that follow it are of the destination's further tries.
+        LeaseId(self.leases << 32)
     }
 
     /// A number never used before.
@@ -417,6 +418,10 @@ impl World {
             Event::Starts { node } => self.starts(node),
             Event::Heals { from, to } => {
                 self.heals(from, to);
+                Ok(())
+            }
+            Event::Disturbs { source, destination } => {
+                self.disturbs(source, destination);
                 Ok(())
             }
             Event::Reaches { node } => {

@@ -29,6 +29,8 @@ const FOUND: &[(Mutant, u64)] = &[
     (Mutant::UnmarkedAlone, 40),
     (Mutant::EqualUnflushed, 10),
     (Mutant::WritesUnmissed, 40),
+    (Mutant::DestinationDeaf, 100),
+    (Mutant::SilenceCounts, 40),
 ];
 
 #[test]

@@ -132,6 +132,7 @@ pub struct Cluster {
     nodes: Vec<Daemon>,
     fd_holders: Vec<Daemon>,
     scheduler: Option<Daemon>,
+    standby: Option<Daemon>,
     nats: Nats,
     _leftovers: leftovers::Leftovers,
     dir: TempDir,
@@ -159,6 +160,7 @@ impl Cluster {
             nodes: Vec::new(),
             fd_holders: Vec::new(),
             scheduler: None,
+            standby: None,
             nats,
             _leftovers: leftovers::Leftovers::under(dir.path()),
             dir,
@@ -246,20 +248,37 @@ impl Cluster {
     /// # Errors
     /// It does not start.
     pub fn start_scheduler(&mut self) -> Result<()> {
-        let dir = self.scheduler_dir();
-        fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        self.scheduler = Some(self.launch_scheduler("sched-1", &self.scheduler_dir(), "scheduler.log")?);
+        Ok(())
+    }
+
+    /// Starts a second scheduler beside the first, on the log it left, or on none.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub fn start_standby(&mut self) -> Result<()> {
+        let dir = self.dir.path().join("scheduler-2");
+        self.standby = Some(self.launch_scheduler("sched-2", &dir, "scheduler-2.log")?);
+        Ok(())
+    }
+
+    /// Kills the second scheduler, as a crash would.
+    ///
+    /// # Errors
+    /// It cannot be killed.
+    pub fn crash_standby(&mut self) -> Result<()> {
+        self.standby.take().map_or(Ok(()), |mut daemon| daemon.kill())
+    }
+
+    fn launch_scheduler(&self, id: &str, dir: &Path, log: &str) -> Result<Daemon> {
+        fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
         let mut command = self.control.command(&self.programs.path("hearth-scheduler"));
         command
             .args(["--nats", &self.nats.url(), "--nats-monitor", &self.nats.monitor_url()])
             // One server keeps one copy; everything else is as in production.
-            .args(["--id", "sched-1", "--dev", "--dir"])
-            .arg(&dir);
-        self.scheduler = Some(Daemon::start(
-            "hearth-scheduler",
-            &mut command,
-            &self.dir.path().join("scheduler.log"),
-        )?);
-        Ok(())
+            .args(["--id", id, "--dev", "--dir"])
+            .arg(dir);
+        Daemon::start("hearth-scheduler", &mut command, &self.dir.path().join(log))
     }
 
     /// Kills the scheduler, as a crash would, and starts it again.
@@ -297,7 +316,8 @@ impl Cluster {
     /// Names the process, with the end of its log.
     pub fn check_running(&mut self) -> Result<()> {
         self.nats.daemon().check_running()?;
-        for daemon in self.scheduler.iter_mut().chain(&mut self.fd_holders) {
+        let schedulers = self.scheduler.iter_mut().chain(&mut self.standby);
+        for daemon in schedulers.chain(&mut self.fd_holders) {
             daemon.check_running()?;
         }
         self.nodes.iter_mut().try_for_each(Daemon::check_running)
