@@ -16,7 +16,7 @@ use hearth_replication::request::{Answer, Bytes, Extent, Nodes, Refusal, Request
 use hearth_replication::session::{Input, Message, Output, Replica, Session};
 use hearth_replication::takeover::Setback;
 use hearth_replication::time::{
-    ANSWER_MS, ASK_AGAIN_MS, ASK_MS, BootMs, PUBLISH_AGAIN_MS, RAISE_AGAIN_MS, RENEW_AGAIN_MS, RENEW_MS,
+    ANSWER_MS, ASK_AGAIN_MS, ASK_MS, BootMs, PUBLISH_AGAIN_MS, RAISE_AGAIN_MS, READ_LEASE_MS, RENEW_AGAIN_MS, RENEW_MS,
     SEALED_AGAIN_MS, SILENT_MS, TAKE_AGAIN_MS, TAKEOVER_WAIT_MS,
 };
 
@@ -631,6 +631,7 @@ fn without_the_log_a_healthy_image_goes_on_and_an_unsafe_one_waits() {
         bench.wanted();
     }
     bench.cut = nodes("b");
+    bench.pass("a", READ_LEASE_MS);
     bench.ask("a", 100, write(0));
     bench.ask("a", 101, Ask::Read(extent(4, 4)));
     bench.ask("a", 102, Ask::Flush);

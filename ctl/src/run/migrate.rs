@@ -333,8 +333,13 @@ impl Migration<'_> {
         let mut interrupted = std::pin::pin!(tokio::signal::ctrl_c());
         let mut is_cancelled = false;
         self.bar.set_message("copying the guest's memory");
+        let mut is_refused = false;
         loop {
-            let info = self.source.execute("query-migrate", json!({})).await?;
+            let info = match self.source.execute("query-migrate", json!({})).await {
+                // Whoever migrated the guest may end its QEMU here as soon as it runs there.
+                Err(_) if is_refused => json!({"status": "completed"}),
+                info => info?,
+            };
             self.show(&info, done);
             match info["status"].as_str().unwrap_or("none") {
                 "pre-switchover" | "device" | "completed" if !self.moved => {
@@ -346,6 +351,7 @@ impl Migration<'_> {
                         Err(failure) if !is_ours => {
                             output::note(&format!("not handed over yet: {}", failure.message));
                             self.moved = false;
+                            is_refused = true;
                             tokio::time::sleep(LOOK).await;
                             continue;
                         }

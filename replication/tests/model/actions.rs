@@ -25,6 +25,7 @@ pub enum Action {
     TailLoss,
     Fail(usize, usize),
     Takeover(usize, u8),
+    Again(usize, u8),
     Hear(usize, u8),
     Seal(usize),
     IncomingWrite(usize),
@@ -116,6 +117,9 @@ impl fmt::Display for Action {
             Action::Fail(n, member) => write!(f, "{} gives {} up", NAMES[*n], NAMES[*member]),
             Action::Takeover(n, reached) => {
                 write!(f, "{} begins to take over, having heard {}", NAMES[*n], who(reached))
+            }
+            Action::Again(n, reached) => {
+                write!(f, "{} takes over again, having heard {}", NAMES[*n], who(reached))
             }
             Action::Hear(n, reached) => write!(f, "{} has heard {}", NAMES[*n], who(reached)),
             Action::Seal(n) => write!(f, "{} is told to hand over", NAMES[*n]),

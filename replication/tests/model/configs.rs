@@ -346,6 +346,24 @@ pub fn handover_alone(rules: Rules, deep: bool) -> Config {
     }
 }
 
+/// A live migration whose destination gives up what the log has decided, and takes over again.
+pub fn handover_again(rules: Rules, deep: bool) -> Config {
+    Config {
+        members: 0b011,
+        destination: Some(1),
+        budget: Budget {
+            writes: [1, 1, 0],
+            reads: bound(deep, [0, 0, 0], [1, 0, 0]),
+            seals: 1,
+            takeovers: [1, 1, 0],
+            time: bound(deep, 1, 2),
+            ..NOTHING
+        },
+        reach: &[Reached::HandedOver, Reached::TookAgain, Reached::WroteAfterTakeover],
+        ..base("hand-over tried again", rules)
+    }
+}
+
 /// A live migration with the death of any daemon between any two steps.
 pub fn handover_crash(rules: Rules, deep: bool) -> Config {
     Config {
@@ -406,7 +424,7 @@ pub fn site_loss(rules: Rules, deep: bool) -> Config {
             flushes: [1, 0, 0],
             reads: [0, 1, 0],
             site_losses: 2,
-            takeovers: bound(deep, [0, 1, 0], [1, 1, 0]),
+            takeovers: [1, 1, 0],
             time: bound(deep, 1, 2),
             ..NOTHING
         },

@@ -116,6 +116,7 @@ pub enum Reached {
     WroteAfterShrink,
     Joined,
     HandedOver,
+    TookAgain,
     WayBack,
     AllLost,
     Frozen,

@@ -40,7 +40,6 @@ mod world;
 
 use std::time::Instant;
 
-use hearth_replication::mutants::Rules;
 use stateright::{Checker, Expectation, HasDiscoveries, Model, Path};
 
 use actions::Action;
@@ -111,6 +110,6 @@ mod explorations {
 
     explorations! {
         fence crash in_flight rivals shrink_alone shrink_disk shrink_takeover lease_alone lease_again join_alone join_takeover join_crash join_power rejoin_alone rejoin_power relocate
-        handover_alone handover_crash handover_power no_copy tail_shrink tail_rivals site_loss power_loss
+        handover_alone handover_again handover_crash handover_power no_copy tail_shrink tail_rivals site_loss power_loss
     }
 }

@@ -1,6 +1,7 @@
 //! What may happen next, and what must hold.
 
 use hearth_protocol::{BlockIndex, Incarnation, NodeId};
+use hearth_replication::handover::Incoming;
 use hearth_replication::member;
 use hearth_replication::mutants::Rules;
 use hearth_replication::owner;
@@ -112,6 +113,10 @@ impl Exploration {
                 heard.fold(1 << at, |all, (_, other)| all | 1 << other)
             });
             let asking = node.takeover.as_ref().is_some_and(takeover::Takeover::is_asking);
+            let decided = |incoming: &Incoming| incoming.is_decided(&node.aggregate);
+            if node.incoming.as_ref().is_some_and(decided) && world.left.takeovers[at] > 0 {
+                actions.extend(subsets.clone().map(|heard| Action::Again(at, heard)));
+            }
             if asking {
                 actions.extend(subsets.map(|heard| Action::Hear(at, heard)));
             } else if world.left.takeovers[at] > 0 && node.owner.is_none() && node.incoming.is_none() {
@@ -316,6 +321,10 @@ impl Model for Exploration {
                 world.left.takeovers[at] -= 1;
                 world.begin_takeover(config, at, heard);
             }
+            Action::Again(at, heard) => {
+                world.left.takeovers[at] -= 1;
+                world.take_again(config, at, heard);
+            }
             Action::Hear(at, heard) => world.hear(config, at, heard),
             Action::Seal(at) => {
                 world.left.seals -= 1;
@@ -382,6 +391,7 @@ impl Model for Exploration {
             WroteAfterShrink, "a write is acknowledged by a smaller set";
             Joined, "a node joins";
             HandedOver, "a hand-over is done";
+            TookAgain, "a destination takes over again";
             WayBack, "a source comes back";
             AllLost, "an image opens after all its members lost power";
             Frozen, "a lost end of the log is noticed";

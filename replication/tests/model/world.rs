@@ -395,6 +395,17 @@ impl World {
         self.hear(config, at, reached);
     }
 
+    /// The takeover of a destination that the log has decided for gave up, and another one begins.
+    pub fn take_again(&mut self, config: &Config, at: usize, reached: u8) {
+        let log = self.nodes[at].aggregate.clone();
+        let incoming = &mut self.node(at).incoming;
+        if let Some(takeover) = incoming.as_mut().and_then(|incoming| incoming.again(&log)) {
+            self.ghost().reach(Reached::TookAgain);
+            self.node(at).takeover = Some(takeover);
+            self.hear(config, at, reached);
+        }
+    }
+
     /// The answers of some nodes arrive.
     pub fn hear(&mut self, config: &Config, at: usize, reached: u8) {
         for other in (0..3).filter(|other| reached & (1 << other) != 0) {
