@@ -642,7 +642,7 @@ fn without_the_log_a_healthy_image_goes_on_and_an_unsafe_one_waits() {
     let mut answered = answers(&bench.wanted());
     answered.sort();
     assert_eq!(answered, ["100", "101", "102"]);
-    assert_eq!(bench.at("a").record().unwrap().members(), nodes("a"));
+    assert_eq!(bench.at("a").record().unwrap().members(), nodes("a c"));
 }
 
 #[test]

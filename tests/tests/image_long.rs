@@ -59,7 +59,9 @@ fn control_is_dead(trial: &mut Trial) -> Result<()> {
     std::thread::sleep(PAST_THE_LEASE);
     trial.clients.stand_still(half / 2)?;
     trial.signal(member, libc::SIGCONT)?;
-    // It was given up, which only the log can say.
+    // It carries out what it was sent before, which may be answered then. Nothing new is sent to it: it was given up, which
+    // only the log can say.
+    std::thread::sleep(PAST_THE_LEASE);
     trial.clients.stand_still(half / 2)?;
     trial.cluster.nats().crash_and_restart()?;
     trial.cluster.crash_and_restart_scheduler()?;
