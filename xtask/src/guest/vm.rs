@@ -18,6 +18,11 @@ use crate::wait;
 const LINES_MAX: usize = 4_096;
 /// Lines that an error shows.
 const LINES_SHOWN_MAX: usize = 15;
+/// Lines of it that are shown of a crash of its kernel.
+const CRASH_LINES_MAX: usize = 80;
+/// How Linux begins to tell of a crash that it may not outlive, and how it ends.
+const CRASHES: [&str; 3] = ["kernel BUG at", "BUG: ", "Oops: "];
+const CRASH_TOLD: &str = "---[ end trace";
 /// How often a wait looks for Ctrl-C.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 
@@ -304,12 +309,13 @@ impl Guest {
     /// Waits for a line with `marker`, drops what came before it, and returns the rest of that line.
     ///
     /// # Errors
-    /// It does not come in time, the guest reports a failure, or the machine ends. The console's last lines are in the
-    /// error.
+    /// It does not come in time, the guest reports a failure, its kernel crashes, or the machine ends. The console's last
+    /// lines are in the error.
     pub fn wait_for(&mut self, marker: &str, timeout: Duration) -> Result<String> {
         const FAILED: &str = "HEARTH-GUEST-FAILED";
         let deadline = Instant::now() + timeout;
         let mut recent: VecDeque<String> = VecDeque::new();
+        let mut crashed = false;
         let name = self.name.clone();
         let tail = |recent: &VecDeque<String>| recent.iter().map(|l| format!("\n  | {l}")).collect::<String>();
         let mut console = self.console();
@@ -321,8 +327,13 @@ impl Guest {
                 if let Some(at) = line.find(FAILED) {
                     bail!("guest {name}: {}", line[at + FAILED.len()..].trim());
                 }
+                crashed |= CRASHES.iter().any(|how| line.contains(how));
+                let is_told = crashed && line.contains(CRASH_TOLD);
                 recent.push_back(line);
-                if recent.len() > LINES_SHOWN_MAX {
+                if is_told {
+                    bail!("the kernel of guest {name} crashed; its console:{}", tail(&recent));
+                }
+                if recent.len() > if crashed { CRASH_LINES_MAX } else { LINES_SHOWN_MAX } {
                     recent.pop_front();
                 }
             }
