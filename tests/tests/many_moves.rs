@@ -298,7 +298,10 @@ fn replicas_move_all_the_time_and_nothing_is_lost_or_stuck() -> Result<()> {
         } else {
             moving.replace(image)
         };
-        what.with_context(|| format!("move {step}, of {}: {:?}", IMAGES[image], moving.done))?;
+        if let Err(error) = what {
+            moving.cluster.check_running()?;
+            return Err(error.context(format!("move {step}, of {}: {:?}", IMAGES[image], moving.done)));
+        }
         moving
             .clients
             .go_on(5, WITHIN)
