@@ -18,7 +18,7 @@ impl Owner {
         }
         let holds_alone = match op.kind {
             Kind::Write { extent, .. } => self.holds_alone(&from, extent),
-            Kind::Read(_) | Kind::Flush { .. } | Kind::Copy { .. } => false,
+            _ => false,
         };
         if !holds_alone || self.spares(&from) {
             self.give_up(from);

@@ -96,6 +96,8 @@ pub struct Shell {
     pub guest_goes_on: bool,
     /// Operations of clients that the owner has.
     pub ops: BTreeMap<OpId, Ask>,
+    /// Comparisons and rewritings of copies that are under way.
+    pub checks: BTreeMap<OpId, Extent>,
     /// Operations that wait for it to open.
     pub held: BTreeMap<OpId, Ask>,
     /// Under what it answers.
@@ -119,6 +121,7 @@ impl Shell {
             since_us: now_us,
             guest_goes_on: false,
             ops: BTreeMap::new(),
+            checks: BTreeMap::new(),
             held: BTreeMap::new(),
             by: None,
             wake_us: None,
