@@ -16,7 +16,7 @@ use crate::world::World;
 
 impl World {
     /// The operator has some blocks compared.
-    pub fn compare(&mut self, image: usize, owner: usize) -> Result<(), String> {
+    pub fn compare_copies(&mut self, image: usize, owner: usize) -> Result<(), String> {
         let first = self.chance.below(self.plan.blocks);
         let last = self.chance.within(first, self.plan.blocks - 1).min(first + 3);
         let extent = Extent {
