@@ -15,8 +15,6 @@ pub const STATES: &[&str] = &[
     "node joined again with what changed",
     "member left",
     "copies compared",
-    "unreadable block found",
-    "copies written anew",
     "copy deleted",
     "handed over",
     "sealed",
