@@ -87,6 +87,11 @@ impl LogPublisher {
         }
     }
 
+    /// The operator's words that its events carry; may be empty.
+    pub fn reason(&self) -> &str {
+        &self.reason
+    }
+
     /// Who publishes.
     pub fn publisher(&self) -> &Publisher {
         &self.inner.publisher

@@ -117,6 +117,20 @@ pub struct OnNode {
     pub node: Option<NodeId>,
 }
 
+/// How a job goes through an image
+#[derive(Debug, Clone, Args)]
+pub struct Throttle {
+    /// Only these blocks, such as 0-1023
+    #[arg(long, value_parser = blocks, value_name = "FIRST-LAST")]
+    pub blocks: Option<(BlockIndex, BlockIndex)>,
+    /// Bytes of the image a second, at most
+    #[arg(long, default_value = "64MiB", value_parser = rate, value_name = "SIZE")]
+    pub rate: ByteLen,
+    /// Does not wait for the end
+    #[arg(long)]
+    pub detach: bool,
+}
+
 /// Options of every change
 #[derive(Debug, Clone, Args)]
 pub struct Change {
@@ -165,6 +179,16 @@ fn blocks(text: &str) -> Result<(BlockIndex, BlockIndex), String> {
     match (number(parts.0), number(parts.1)) {
         (Ok(first), Ok(last)) if first <= last => Ok((first, last)),
         _ => Err("use the first and the last block, such as 0-1023".into()),
+    }
+}
+
+fn rate(text: &str) -> Result<ByteLen, String> {
+    let rate: ByteLen = text
+        .parse()
+        .map_err(|e: hearth_protocol::size::SizeError| e.to_string())?;
+    match rate.0 {
+        0 => Err("use 1 byte a second or more".into()),
+        _ => Ok(rate),
     }
 }
 
@@ -419,6 +443,11 @@ missed least, one after the other, never the owner's. Both need the image attach
         on: OnNode,
     },
     /// Starts serving images on their node
+    #[command(
+        after_help = "Where every node with the newest copy is gone for good, --takeover --accept-data-loss starts from an \
+older one. Make sure first that those nodes are off, or their guests go on writing what nobody keeps. When they come back, \
+they serve nothing and are synced anew. The log says which copy was taken, and which one was known."
+    )]
     Attach {
         /// The images
         #[arg(required = true, value_name = "IMAGE")]
@@ -432,6 +461,13 @@ missed least, one after the other, never the owner's. Both need the image attach
         /// Takes an image with replicas over from a node that the log says owns it: that node is fenced off
         #[arg(long, requires = "node")]
         takeover: bool,
+        /// With --takeover: takes this node's copy though it may lack what was written last, and GIVES THAT UP for good.
+        /// Refused while a newer copy can be reached
+        #[arg(long, requires = "takeover")]
+        accept_data_loss: bool,
+        /// Does not ask
+        #[arg(short, long, requires = "accept_data_loss")]
+        yes: bool,
         /// As the destination of a live migration: reads go through to the owner, writes wait until it has handed over
         #[arg(long, requires = "node", conflicts_with = "takeover")]
         incoming: bool,
@@ -480,12 +516,58 @@ pre-switchover; then let it go on with migrate-continue."
         #[command(flatten)]
         change: Change,
     },
-    /// Where its blocks are: runs of layer and tier
+    /// Where its blocks are: the nodes that hold them, and of an image without replicas the layer and the tier
+    #[command(
+        after_help = "With --blocks, block by block; as JSON {name, size, block_size, blocks: [{index, locations: [{node, \
+synced}]}]}, up to 65536 blocks at a time: --blocks 65536-131071 shows the next ones."
+    )]
     Map {
         /// The image
         image: ImageName,
+        /// Block by block, all of them or these, such as 0-1023
+        #[arg(long, value_parser = blocks, value_name = "FIRST-LAST", num_args = 0..=1, conflicts_with = "tiers")]
+        blocks: Option<Option<(BlockIndex, BlockIndex)>>,
+        /// The layer and the tier on one node, also of an image with replicas
+        #[arg(long)]
+        tiers: bool,
         #[command(flatten)]
         on: OnNode,
+    },
+    /// Compares the replicas of an image while its guest goes on, and repairs blocks that differ
+    #[command(
+        after_help = "The copy that counts is the one that the guest reads: that of the node it is attached on, unless its \
+disk cannot read the block. Writes of the guest to the blocks being compared wait, a mebibyte at a time. What was found is \
+in the job and in the log (hearth log list --kind copies_checked).\n\n\
+Exit code 1 if blocks differ and were not repaired. Ctrl-C leaves the job running; hearth job pause, resume and cancel."
+    )]
+    Scrub {
+        /// The image
+        image: ImageName,
+        /// Only reports differences
+        #[arg(long)]
+        check: bool,
+        #[command(flatten)]
+        throttle: Throttle,
+        #[command(flatten)]
+        on: OnNode,
+        #[command(flatten)]
+        change: Change,
+    },
+    /// Writes the replicas of blocks anew from the copy that the guest reads, while the guest goes on
+    #[command(
+        after_help = "The same as the repair of hearth image scrub, without a comparison first, so it writes every block \
+named. No node leaves the set for it. To have a node hold blocks that it does not hold yet: hearth location add."
+    )]
+    Sync {
+        /// The image
+        image: ImageName,
+        /// Only the copy on this node
+        #[arg(long, value_name = "NODE")]
+        node: Option<NodeId>,
+        #[command(flatten)]
+        throttle: Throttle,
+        #[command(flatten)]
+        change: Change,
     },
     /// How a guest gets the disk: a snippet for its configuration
     AttachInfo {
@@ -627,7 +709,41 @@ pub enum Job {
         #[command(flatten)]
         on: OnNode,
     },
-    /// Stops a job; what it made so far is removed
+    /// The jobs of all nodes, the newest first
+    #[command(visible_alias = "ls")]
+    List {
+        /// Only of this node
+        #[arg(long, value_name = "NODE")]
+        node: Option<NodeId>,
+        /// Also those that have ended
+        #[arg(short, long)]
+        all: bool,
+        #[command(flatten)]
+        watch: Watch,
+    },
+    /// Has a job stand still until it is resumed
+    #[command(
+        after_help = "A join (hearth location add) copies nothing while it is paused; the guest's writes still go to the \
+joining node, so that nothing has to be copied twice."
+    )]
+    Pause {
+        /// Its number
+        job: u64,
+        #[command(flatten)]
+        on: OnNode,
+        #[command(flatten)]
+        change: Change,
+    },
+    /// Has a paused job go on
+    Resume {
+        /// Its number
+        job: u64,
+        #[command(flatten)]
+        on: OnNode,
+        #[command(flatten)]
+        change: Change,
+    },
+    /// Stops a job; a file or an image that it was making is removed
     Cancel {
         /// Its number
         job: u64,

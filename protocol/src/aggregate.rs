@@ -3,7 +3,8 @@
 //! A change names the record it replaces. So of two that were published against one record the first counts and the other
 //! is void, in whatever order they arrive and whatever became of the publisher; compare-and-publish only spares the log
 //! the void ones. The invariant: a record that counts was never lower in epoch or set version than the one before, gains
-//! members only by way of joiners, and each run keeps a member it had.
+//! members only by way of joiners, and each run keeps a member it had. The one exception names itself: a takeover that an
+//! operator forced ([`Change::stale`]) leaves the image with its publisher's copy alone.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -23,6 +24,10 @@ pub struct Change {
     pub from: Stamp,
     /// The record that is to count.
     pub to: Arc<Record>,
+    /// Of a takeover that an operator forced: the record of the copy that is taken though newer ones may be elsewhere. What
+    /// was acknowledged since is given up.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stale: Option<Stamp>,
 }
 
 /// Why a change does not count.
@@ -39,6 +44,8 @@ pub enum Void {
     NotSynced,
     /// No member of a run stays.
     LastCopy,
+    /// A forced takeover that takes more than its own copy, or one that this log never had.
+    NotForced,
 }
 
 impl Void {
@@ -50,6 +57,7 @@ impl Void {
             Void::NotOwner => "only the owner changes the set",
             Void::NotSynced => "a node becomes a member only after it has joined and was synced",
             Void::LastCopy => "a run would keep none of its members",
+            Void::NotForced => "a forced takeover takes one copy, its publisher's, of a record that the log knows",
         }
     }
 }
@@ -93,7 +101,15 @@ impl Aggregate {
         if record.grant() == self.record.grant() {
             return matches!(record.age(&self.record), Age::Same | Age::Older);
         }
-        let stamp = record.stamp();
+        self.had(record.stamp())
+    }
+
+    /// Whether a record of this stamp stands in this log.
+    fn had(&self, stamp: Stamp) -> bool {
+        let now = self.record.stamp();
+        if (stamp.epoch, stamp.lease) == (now.epoch, now.lease) {
+            return stamp.set_version <= now.set_version;
+        }
         let ended = self.ended.get(&stamp.epoch);
         ended.is_some_and(|(lease, last)| *lease == stamp.lease && stamp.set_version <= *last)
     }
@@ -118,7 +134,19 @@ impl Aggregate {
         if !grant && self.owner.as_ref() != Some(&change.by) {
             return Err(Void::NotOwner);
         }
-        for (before, after) in pairs(old, new) {
+        if let Some(stale) = change.stale {
+            let alone = Nodes::from([change.by.clone()]);
+            let known = self.had(stale) && stale.epoch <= was.epoch;
+            if !grant || !known || new.everyone() != alone {
+                return Err(Void::NotForced);
+            }
+        }
+        let pairs = match change.stale {
+            // Its copy need not be in the set: that is what an operator accepted.
+            Some(_) => Vec::new(),
+            None => pairs(old, new),
+        };
+        for (before, after) in pairs {
             let synced = if grant { before.0.clone() } else { before.0 | before.1 };
             if !after.0.is_subset(&synced) {
                 return Err(Void::NotSynced);

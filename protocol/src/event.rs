@@ -1,5 +1,7 @@
 //! Facts in the log. Past tense, except [`Event::CommandGiven`], which records that an order was given.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::aggregate::Change;
@@ -69,6 +71,8 @@ pub enum Event {
         /// How many, 1 to [`crate::limits::REPLICAS_MAX`].
         wanted: u64,
     },
+    /// The copies of an image with replicas were compared, or written anew from one of them.
+    CopiesChecked(CopiesChecked),
     /// An image was copied into a file.
     ImageExported {
         /// Which image.
@@ -252,6 +256,39 @@ pub struct ImageCreated {
     pub members: Nodes,
 }
 
+/// What was done about copies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CheckHow {
+    /// They were compared, and a difference was left as it is.
+    Compare,
+    /// They were compared, and blocks that differ were written anew.
+    Repair,
+    /// All blocks were written anew, without a look at them first.
+    Rewrite,
+}
+
+/// See [`Event::CopiesChecked`]: what was found and done, also if it ended before all blocks were reached.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CopiesChecked {
+    /// Which image.
+    pub image: ImageId,
+    /// What was done.
+    pub how: CheckHow,
+    /// The first block.
+    pub first: BlockIndex,
+    /// How many blocks from there on were reached.
+    pub blocks: u64,
+    /// Blocks that not all copies held the same bytes of; of [`CheckHow::Rewrite`] none.
+    pub differing: u64,
+    /// Blocks that were written anew, and are durably the same everywhere.
+    pub repaired: u64,
+    /// Of each node, how many of its blocks differed from the copy that counts, or could not be read.
+    pub copies: BTreeMap<NodeId, u64>,
+    /// The first blocks that differed, at most [`crate::limits::DIFFERENCES_NAMED_MAX`].
+    pub named: Vec<BlockIndex>,
+}
+
 /// See [`Event::ImageAttached`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageAttached {
@@ -335,6 +372,7 @@ impl Event {
             Event::ImageResized { .. } => "image_resized",
             Event::LocationsChanged { .. } => "locations_changed",
             Event::ReplicasSet { .. } => "replicas_set",
+            Event::CopiesChecked(_) => "copies_checked",
             Event::ImageExported { .. } => "image_exported",
             Event::ImageDeleted { .. } => "image_deleted",
             Event::LayerSealed { .. } => "layer_sealed",

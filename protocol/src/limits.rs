@@ -55,3 +55,6 @@ pub const TICK_MS: u64 = 1_000;
 
 /// Ticks without a report after which a node counts as absent.
 pub const ABSENT_AFTER_TICKS: u64 = 5;
+
+/// Blocks that one report about copies names.
+pub const DIFFERENCES_NAMED_MAX: usize = 64;

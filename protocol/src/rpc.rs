@@ -3,11 +3,12 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::event::CopiesChecked;
 use crate::heat::LatencySummary;
 use crate::ids::{ImageId, ImageName, LayerId, NodeId, SnapshotName};
 use crate::policy::TierPolicy;
-use crate::record::{Record, Run};
-use crate::units::{BlockIndex, ByteLen, Epoch, Seq};
+use crate::record::{Record, Run, Stamp};
+use crate::units::{BlockIndex, ByteLen, Epoch, Seq, WallMs};
 use crate::view::{ClusterView, HealthItem, ImageHeatView, StopView};
 
 /// What kind of failure, as the exit code that scripts rely on (FIELD "CLI").
@@ -93,6 +94,9 @@ pub enum AttachHow {
     Plain,
     /// Its owner, also if the log says that another node is: that one is fenced off.
     Takeover,
+    /// Its owner from this node's copy, though newer ones may be elsewhere: what was written since is given up. Refused while
+    /// [`AttachHow::Takeover`] would do, or a newer copy answers.
+    AcceptDataLoss,
     /// The destination of a live migration: another node owns it until that hands it over.
     Incoming,
 }
@@ -217,6 +221,31 @@ pub enum NodeRequest {
         #[serde(default)]
         pace: Pace,
     },
+    /// Compares the copies of blocks while the guest goes on, asked of the image's owner; answers at once with a job.
+    ImageScrub {
+        /// Which image.
+        image: ImageName,
+        /// First and last block; `None` for all.
+        #[serde(default)]
+        blocks: Option<(BlockIndex, BlockIndex)>,
+        /// Writes blocks that differ anew, from the copy that the guest reads.
+        repair: bool,
+        /// Bytes of the image a second, at most.
+        rate: ByteLen,
+    },
+    /// Writes the copies of blocks anew from the one that the guest reads, asked of the owner; answers at once with a job.
+    ImageSync {
+        /// Which image.
+        image: ImageName,
+        /// First and last block; `None` for all.
+        #[serde(default)]
+        blocks: Option<(BlockIndex, BlockIndex)>,
+        /// Only this node's copy; `None` for all but the one that is read.
+        #[serde(default)]
+        node: Option<NodeId>,
+        /// Bytes of the image a second, at most.
+        rate: ByteLen,
+    },
     /// Sets how many replicas an image is to have, asked of a node that holds it.
     ImageSet {
         /// Which image.
@@ -280,6 +309,15 @@ pub enum NodeRequest {
         /// Its id, from [`NodeReply::Job`].
         job: u64,
     },
+    /// The jobs of this node: those that run, and the last ones that ended.
+    JobList,
+    /// Has a job stand still, or go on.
+    JobPause {
+        /// Its id.
+        job: u64,
+        /// Whether it is to stand still.
+        paused: bool,
+    },
     /// Stops a job; what it made so far is removed.
     JobCancel {
         /// Its id.
@@ -331,6 +369,11 @@ pub enum NodeReply {
     },
     /// Started; ask again with [`NodeRequest::JobShow`].
     Job(JobInfo),
+    /// The node's jobs.
+    Jobs {
+        /// Ascending by id.
+        jobs: Vec<JobInfo>,
+    },
     /// The image's map.
     Map {
         /// Runs in ascending order that cover the whole image.
@@ -366,6 +409,9 @@ pub struct ImageInfo {
     /// The nodes that hold it, if it has replicas, as this node's record says: runs of the location map.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub locations: Vec<Run>,
+    /// The record that these are of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub record: Option<Stamp>,
     /// How it is served, if it is.
     pub attached: Option<AttachInfo>,
     /// What is wrong with it and what to do, in words; absent while all is well.
@@ -406,11 +452,55 @@ pub struct MapRun {
     pub tier: String,
 }
 
+/// What a job is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum JobKind {
+    /// An image comes from a file.
+    Import,
+    /// An image goes into a file.
+    Export,
+    /// A node comes to hold an image.
+    Join,
+    /// Blocks are brought into RAM.
+    Prewarm,
+    /// Copies are compared.
+    Scrub,
+    /// Copies are written anew.
+    Sync,
+}
+
+impl JobKind {
+    /// The word users see.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            JobKind::Import => "import",
+            JobKind::Export => "export",
+            JobKind::Join => "join",
+            JobKind::Prewarm => "prewarm",
+            JobKind::Scrub => "scrub",
+            JobKind::Sync => "sync",
+        }
+    }
+}
+
 /// A long operation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct JobInfo {
     /// Its id on this node.
     pub id: u64,
+    /// What it is.
+    pub kind: JobKind,
+    /// The image that it is about.
+    pub image: ImageName,
+    /// When it began.
+    pub began: WallMs,
+    /// Whether it stands still until it is resumed.
+    #[serde(default)]
+    pub paused: bool,
+    /// What a comparison of copies found so far.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub found: Option<CopiesChecked>,
     /// What it does, for people.
     pub what: String,
     /// Bytes done.

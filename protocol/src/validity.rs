@@ -20,7 +20,9 @@ use serde::{Deserialize, Serialize};
 use crate::aggregate::Aggregate;
 use crate::event::Event;
 use crate::ids::{ImageId, ImageName, LeaseId, NodeId, Publisher, SchedulerId};
-use crate::limits::{FAULT_DOMAIN_BYTES_MAX, IMAGE_BYTES_MAX, LAYERS_PER_IMAGE_MAX, REPLICAS_MAX};
+use crate::limits::{
+    DIFFERENCES_NAMED_MAX, FAULT_DOMAIN_BYTES_MAX, IMAGE_BYTES_MAX, LAYERS_PER_IMAGE_MAX, REPLICAS_MAX,
+};
 use crate::units::{Epoch, Term, TickNo, is_block_size};
 
 /// The verdict on one event.
@@ -271,6 +273,12 @@ impl Validity {
                     None => verdict,
                 }
             }
+            Event::CopiesChecked(checked) => match self.images.get(&checked.image) {
+                _ if checked.named.len() > DIFFERENCES_NAMED_MAX => Verdict::Void("it names too many blocks"),
+                None => Verdict::Void("no such image"),
+                Some(known) if known.owner.as_ref().is_some_and(|(owner, _)| owner == node) => Verdict::Valid,
+                Some(_) => Verdict::Void("the node is not the owner"),
+            },
             Event::SnapshotTaken { image, .. }
             | Event::SnapshotDeleted { image, .. }
             | Event::ImageExported { image, .. } => self.owned_by(*image, node),
@@ -388,6 +396,7 @@ mod tests {
                 by: by.parse().unwrap(),
                 from: from.stamp(),
                 to: Arc::new(to),
+                stale: None,
             },
         };
         let mut v = Validity::default();

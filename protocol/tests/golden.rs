@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use hearth_protocol::aggregate::Change;
 use hearth_protocol::command::{Alternative, Demotion, LostNode, Order, Outcome, Promotion, Reason, Resident};
-use hearth_protocol::event::{HeatFolded, ImageAttached, ImageCreated, NodeJoined};
+use hearth_protocol::event::{CheckHow, CopiesChecked, HeatFolded, ImageAttached, ImageCreated, NodeJoined};
 use hearth_protocol::heat::{
     BlockHeat, DiskUse, HeatOrigin, HeatReport, ImageHeat, LatencySummary, LayerHeat, Omitted, TierUse, pack,
 };
@@ -213,6 +213,19 @@ fn events() -> Vec<(&'static str, Event)> {
                         )
                         .unwrap(),
                     ),
+                    stale: None,
+                },
+            },
+        ),
+        (
+            "locations_changed_forced",
+            Event::LocationsChanged {
+                image: IMAGE,
+                change: Change {
+                    by: node(),
+                    from: stamp(2, 4),
+                    to: Arc::new(Record::new(stamp(3, 5), vec![run(0, &["node-1"], &[])]).unwrap()),
+                    stale: Some(stamp(2, 3)),
                 },
             },
         ),
@@ -265,6 +278,19 @@ fn events() -> Vec<(&'static str, Event)> {
                 image: IMAGE,
                 wanted: 3,
             },
+        ),
+        (
+            "copies_checked",
+            Event::CopiesChecked(CopiesChecked {
+                image: IMAGE,
+                how: CheckHow::Repair,
+                first: BlockIndex(16),
+                blocks: 240,
+                differing: 3,
+                repaired: 2,
+                copies: [("node-2".parse().unwrap(), 3), ("node-3".parse().unwrap(), 1)].into(),
+                named: vec![BlockIndex(20), BlockIndex(21), BlockIndex(77)],
+            }),
         ),
         (
             "image_exported",
@@ -549,7 +575,7 @@ fn every_event_has_a_golden_file_and_still_reads_as_its_json() {
         );
     }
     // Every variant of `Event`: adding one without a golden file fails here.
-    assert_eq!(kinds.len(), 25);
+    assert_eq!(kinds.len(), 26);
 }
 
 #[test]

@@ -143,6 +143,7 @@ fn a_change_counts_or_is_void() {
             by: node(by),
             from,
             to: to.clone(),
+            stale: None,
         };
         assert_eq!(log.judge(&change), expect, "{to:?}");
         assert_eq!(log.record == to, expect.is_ok());
@@ -168,6 +169,46 @@ fn a_change_counts_or_is_void() {
 }
 
 #[test]
+fn a_forced_takeover_takes_its_own_copy_alone_of_a_record_that_was() {
+    // a owned epoch 1, gave b up and went on alone; b, whose record is the one before, is forced.
+    let mut log = aggregate();
+    let alone = Change {
+        by: node("a"),
+        from: log.record.stamp(),
+        to: Arc::new(record(1, 1, 2, vec![run(0, "a", "")])),
+        stale: None,
+    };
+    let before = log.record.stamp();
+    log.judge(&alone).unwrap();
+    let check = |by: &str, to: Record, stale: Option<Stamp>, expect: Result<(), Void>| {
+        let mut log = log.clone();
+        let change = Change {
+            by: node(by),
+            from: stamp(1, 1, 2),
+            to: Arc::new(to),
+            stale,
+        };
+        assert_eq!(log.judge(&change), expect, "{change:?}");
+        if expect.is_ok() {
+            assert_eq!((log.owner, log.ended.len()), (Some(node(by)), 1));
+        }
+    };
+    let next = |epoch, lease, members, joiners| record(epoch, lease, 3, vec![run(0, members, joiners)]);
+    check("b", next(2, 2, "b", ""), Some(before), Ok(()));
+    // A copy of the newest record that is in doubt.
+    check("a", next(2, 2, "a", ""), Some(stamp(1, 1, 2)), Ok(()));
+    check("b", next(2, 2, "b", ""), None, Err(Void::NotSynced));
+    check("b", next(2, 2, "a b", ""), Some(before), Err(Void::NotForced));
+    check("b", next(2, 2, "b", "a"), Some(before), Err(Void::NotForced));
+    check("b", next(2, 2, "c", ""), Some(before), Err(Void::NotForced));
+    check("b", next(2, 2, "b", ""), Some(stamp(1, 1, 3)), Err(Void::NotForced));
+    check("b", next(2, 2, "b", ""), Some(stamp(1, 7, 1)), Err(Void::NotForced));
+    check("b", next(2, 1, "b", ""), Some(before), Err(Void::NotNext));
+    // Under the same epoch it is no takeover.
+    check("a", next(1, 1, "a", ""), Some(before), Err(Void::NotForced));
+}
+
+#[test]
 fn a_log_knows_its_records_and_no_others() {
     let mut log = aggregate();
     let first = log.record.clone();
@@ -175,6 +216,7 @@ fn a_log_knows_its_records_and_no_others() {
         by: node("b"),
         from: first.stamp(),
         to: Arc::new(first.granted(LeaseId(2), &nodes("b")).unwrap()),
+        stale: None,
     };
     log.judge(&grant).unwrap();
     assert!(log.knows(&first) && log.knows(&grant.to));

@@ -53,6 +53,8 @@ pub enum Bytes {
 pub enum Work {
     /// Read blocks.
     Read(Extent),
+    /// Say what each block holds on the disk, as a hash.
+    Hash(Extent),
     /// Write blocks; with `fua`, to stable storage before the answer.
     Write {
         /// Which blocks.
@@ -85,11 +87,20 @@ pub struct Request {
     pub work: Work,
 }
 
+/// What a block holds: the first half of its blake3.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct BlockHash(pub u128);
+
+/// A member's blocks of an extent, in their order; `None` for one that its disk cannot read.
+pub type Hashes = Vec<Option<BlockHash>>;
+
 /// A member's answer.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Answer {
     /// Done.
     Done,
+    /// What its blocks hold.
+    Hashed(Hashes),
     /// The read lease is renewed.
     Granted {
         /// As in the request.

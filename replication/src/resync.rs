@@ -4,6 +4,8 @@
 //! each copy while no write overlaps it. Then everybody flushes: the joining node what it was given, and the members what they never
 //! marked while there was only one copy. Only then the joining node is proposed as a member.
 //!
+//! A join that is paused begins no more copies. It stays a joiner, so that nothing written meanwhile has to be copied again.
+//!
 //! A node that was a member in this session before is copied only what it has missed, and what it has marked itself.
 
 use std::collections::BTreeSet;
@@ -60,6 +62,8 @@ pub struct Join {
     /// The record that the node had before it joined, and the blocks it has marked.
     told: Option<(Arc<Record>, BTreeSet<BlockIndex>)>,
     changed: Option<Changed>,
+    /// Nothing more is copied for now; writes go to the node all the same.
+    paused: bool,
 }
 
 /// What is to be copied to a node that was a member in this session before.
@@ -89,6 +93,7 @@ impl Join {
             stage: Stage::Adding,
             told: None,
             changed: None,
+            paused: false,
         }
     }
 
@@ -112,6 +117,16 @@ impl Join {
             let member_by = [before, base];
             self.changed = Some(Changed { member_by, blocks });
         }
+    }
+
+    /// Begins no more copies, or goes on with them.
+    pub fn pause(&mut self, paused: bool) {
+        self.paused = paused;
+    }
+
+    /// Whether no more copies are begun.
+    pub fn is_paused(&self) -> bool {
+        self.paused
     }
 
     /// Whether only what changed is copied, as far as the node was a member.
@@ -158,7 +173,7 @@ impl Join {
         }
         if let Stage::Copying(from) = self.stage {
             match self.next(record, from) {
-                Some(copy) if under_way < COPIES_MAX && self.allowed != Some(0) => {
+                Some(copy) if under_way < COPIES_MAX && self.allowed != Some(0) && !self.paused => {
                     let blocks = copy.last.0 - copy.first.0 + 1;
                     self.allowed = self.allowed.map(|allowed| allowed.saturating_sub(blocks));
                     self.stage = Stage::Copying(copy.last.next());

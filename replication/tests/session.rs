@@ -265,6 +265,7 @@ fn a_log_that_is_read_behind_what_members_recorded_is_waited_for() {
         by: node("a"),
         from: first("a b c").record.stamp(),
         to: bench.at("a").aggregate().record.clone(),
+        stale: None,
     };
     bench.wanted();
     bench.step("c", Input::Take { lease: LeaseId(3) });

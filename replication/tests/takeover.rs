@@ -137,6 +137,106 @@ fn it_starts_from_members_of_the_newest_record_or_says_why_not() {
 }
 
 #[test]
+fn a_forced_takeover_takes_this_copy_alone_and_only_where_nothing_newer_answers() {
+    // a owned epoch 2 with b, and went on alone.
+    let before = record(2, 20, 4, &[(0, "a b")]);
+    let now = record(2, 20, 5, &[(0, "a")]);
+    let check = |now: &Arc<Record>, answers: &[(&str, Standing)], expect: Result<Stamp, Setback>| {
+        let (_, out) = told(Mode::Forced, log(now.clone()), answers);
+        match expect {
+            Ok(stale) => {
+                let [Output::Publish(change)] = &out[..] else {
+                    panic!("{out:?}")
+                };
+                assert_eq!((change.stale, change.to.everyone()), (Some(stale), nodes("b")));
+                assert_eq!((change.to.epoch(), change.from), (Epoch(3), now.stamp()));
+                assert_eq!(log(now.clone()).judge(change), Ok(()));
+            }
+            Err(setback) => {
+                let text = setback.to_string();
+                assert!(text.contains(": "), "{text:?} does not say what to do");
+                assert_eq!(out, [Output::GivenUp(setback)]);
+            }
+        }
+    };
+    let old = standing(&before);
+    let failed = |standing: &Standing| Standing {
+        failed: true,
+        ..standing.clone()
+    };
+    let newer = |name: &str| Err(Setback::NewerThere { node: node(name) });
+    check(&now, &[("b", old.clone())], Ok(before.stamp()));
+    check(
+        &now,
+        &[("a", failed(&standing(&now))), ("b", old.clone())],
+        Ok(before.stamp()),
+    );
+    check(
+        &now,
+        &[("a", standing(&now)), ("b", old.clone())],
+        Err(Setback::NotNeeded),
+    );
+    check(&before, &[("b", old.clone())], Err(Setback::NotNeeded));
+    // Both lost power, but a has what b has not.
+    let gone = record(2, 20, 5, &[(0, "a c")]);
+    check(&gone, &[("a", lost(&gone)), ("b", old.clone())], newer("a"));
+    // b is a member that may have lost writes, and the other one is away.
+    let both = record(2, 20, 5, &[(0, "b c")]);
+    check(&both, &[("b", lost(&both))], Ok(both.stamp()));
+    let older = record(1, 10, 3, &[(0, "b d")]);
+    check(&now, &[("d", old.clone()), ("b", standing(&older))], Ok(older.stamp()));
+    check(
+        &now,
+        &[("d", standing(&record(2, 20, 4, &[(0, "d")]))), ("b", standing(&older))],
+        newer("d"),
+    );
+    // Nothing whole to take.
+    check(&now, &[("c", old.clone())], Err(Setback::NothingToTake));
+    check(&now, &[("b", failed(&old))], Err(Setback::NothingToTake));
+    let part = record(2, 20, 4, &[(0, "a"), (8, "b")]);
+    check(&now, &[("b", standing(&part))], Err(Setback::NothingToTake));
+    let unknown = record(2, 20, 6, &[(0, "b")]);
+    check(
+        &now,
+        &[("b", standing(&unknown))],
+        Err(Setback::RolledBack { node: node("b") }),
+    );
+}
+
+#[test]
+fn a_forced_takeover_raises_the_fence_and_waits_as_any_other() {
+    let before = record(2, 20, 4, &[(0, "a b")]);
+    let now = record(2, 20, 5, &[(0, "a")]);
+    let marked = lost(&before);
+    let (mut takeover, out) = told(Mode::Forced, log(now.clone()), &[("b", marked.clone())]);
+    let to = published(&out);
+    let out = takeover.step(BootMs(0), Input::Committed(to.clone()));
+    let over = now.stamp();
+    let record = to.clone();
+    assert_eq!(
+        out,
+        [Output::Raise {
+            to: node("b"),
+            record,
+            over
+        }]
+    );
+    let at = BootMs(1_000);
+    assert!(
+        run(&mut takeover, &to, &[("b", marked)], at).is_empty(),
+        "it has nobody to be made equal to"
+    );
+    let opens = at.after(TAKEOVER_WAIT_MS);
+    assert_eq!(takeover.opens_at(), Some(opens));
+    assert!(takeover.step(BootMs(opens.0 - 1), Input::Tick).is_empty());
+    let out = takeover.step(opens, Input::Tick);
+    assert!(
+        matches!(&out[..], [Output::Opened(owner)] if owner.record() == &to),
+        "{out:?}"
+    );
+}
+
+#[test]
 fn a_running_guest_loses_nothing_silently() {
     let now = record(2, 20, 5, &[(0, "a b")]);
     let stores = BTreeMap::from([(node("a"), Incarnation(1)), (node("b"), Incarnation(1))]);
@@ -196,7 +296,7 @@ fn run(takeover: &mut Takeover, to: &Arc<Record>, standings: &[(&str, Standing)]
                         Work::Read(extent) => format!("{to} reads {}", extent.first),
                         Work::Write { extent, .. } => format!("{to} writes {}", extent.first),
                         Work::Flush { .. } => format!("{to} flushes"),
-                        Work::Renew { .. } => panic!("{request:?}"),
+                        Work::Hash(_) | Work::Renew { .. } => panic!("{request:?}"),
                     };
                     asked.push(what);
                     queue.push((to, request));

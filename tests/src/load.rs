@@ -138,6 +138,17 @@ pub fn verify(socket: &Path, export: &str, pattern: &Pattern) -> Result<()> {
     client.quit()
 }
 
+/// Writes one byte all over one 64 KiB of an export, durably.
+///
+/// # Errors
+/// `qemu-io`'s.
+pub fn write(socket: &Path, export: &str, slot: usize, byte: u8) -> Result<()> {
+    let mut client = QemuIo::open(socket, export)?;
+    let at = slot as u64 * REQUEST_BYTES;
+    client.run(&format!("write -f -P {byte} {at} {REQUEST_BYTES}"))?;
+    client.quit()
+}
+
 fn ended(thread: JoinHandle<Result<Pattern>>) -> Result<Pattern> {
     thread.join().unwrap_or_else(|_| bail!("the load's thread panicked"))
 }

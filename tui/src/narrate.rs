@@ -4,12 +4,13 @@
 
 use hearth_protocol::aggregate::Change;
 use hearth_protocol::command::{Alternative, Outcome};
+use hearth_protocol::event::{CheckHow, CopiesChecked};
 use hearth_protocol::limits::TICK_MS;
 use hearth_protocol::record::Nodes;
 use hearth_protocol::view::{DecisionView, DrainView, ImageView, NodeView, ReplicasView};
 use hearth_protocol::{
-    BlockIndex, ByteLen, Command, Epoch, Event, HeatScore, ImageId, ImageName, LayerId, Order, Reason, Seq, SetVersion,
-    WallMs,
+    BlockIndex, ByteLen, Command, Epoch, Event, HeatScore, ImageId, ImageName, LayerId, NodeId, Order, Reason, Seq,
+    SetVersion, WallMs,
 };
 
 use crate::fmt;
@@ -547,7 +548,48 @@ fn located(image: &str, change: &Change) -> String {
     } else {
         format!("{image} attached on {} at epoch {}", change.by, stamp.epoch)
     };
+    let what = match change.stale {
+        None => what,
+        Some(taken) => format!(
+            "{what} BY FORCE, from a copy of epoch {}, set {}: what was written since, up to epoch {}, set {}, is given up",
+            taken.epoch, taken.set_version, change.from.epoch, change.from.set_version
+        ),
+    };
     format!("{what}: {}", runs.join("; "))
+}
+
+/// What was found and done about copies.
+pub fn copies(image: &str, checked: &CopiesChecked) -> String {
+    let blocks = plural(checked.blocks, "block");
+    let from = checked.first;
+    if checked.how == CheckHow::Rewrite {
+        let on: Vec<_> = checked.copies.keys().map(|node| node.as_str()).collect();
+        return format!("{image}: {blocks} from {from} on written anew on {}", on.join(", "));
+    }
+    if checked.differing == 0 {
+        return format!("{image}: {blocks} from {from} on compared, all copies are equal");
+    }
+    let of = |(node, count): (&NodeId, &u64)| format!("{count} on {node}");
+    let nodes: Vec<_> = checked.copies.iter().map(of).collect();
+    let named: Vec<_> = checked.named.iter().take(8).map(|block| block.to_string()).collect();
+    let more = if checked.differing > named.len() as u64 {
+        " ..."
+    } else {
+        ""
+    };
+    let became = match checked.how {
+        CheckHow::Compare => "left as they are".to_owned(),
+        _ => format!("{} repaired", checked.repaired),
+    };
+    format!(
+        "{image}: {blocks} from {from} on compared, {} ({}), {became}: {}{more}",
+        match checked.differing {
+            1 => "1 differs".to_owned(),
+            count => format!("{count} differ"),
+        },
+        nodes.join(", "),
+        named.join(" ")
+    )
 }
 
 fn because(reason: &str) -> String {
@@ -587,6 +629,7 @@ pub fn event(event: &Event, name: &dyn Fn(ImageId) -> Option<ImageName>) -> Stri
         Event::SnapshotTaken { image, name, .. } => format!("{}@{name} taken", named(*image)),
         Event::ImageResized { image, size, .. } => format!("{} resized to {}", named(*image), fmt::bytes(*size)),
         Event::ReplicasSet { image, wanted } => format!("{} is to have {}", named(*image), plural(*wanted, "replica")),
+        Event::CopiesChecked(checked) => copies(&named(checked.image), checked),
         Event::ImageExported {
             image,
             snapshot,

@@ -5,6 +5,7 @@ use std::ops::ControlFlow;
 use std::time::Duration;
 
 use hearth_protocol::chain::hex;
+use hearth_protocol::event::CopiesChecked;
 use hearth_protocol::{Envelope, Event, ImageId, ImageName, LayerId, Publisher, Seq};
 use hearth_tui::tables::LogLine;
 use hearth_tui::{fmt, narrate};
@@ -158,6 +159,7 @@ fn about(event: &Event, image: ImageId, catalog: &Catalog) -> bool {
         | Event::ImageResized { image: i, .. }
         | Event::LocationsChanged { image: i, .. }
         | Event::ReplicasSet { image: i, .. }
+        | Event::CopiesChecked(CopiesChecked { image: i, .. })
         | Event::ImageExported { image: i, .. }
         | Event::ImageDeleted { image: i } => *i == image,
         Event::LayerSealed { layer, .. } | Event::LayerDropped { layer, .. } => stands_on(layer),

@@ -12,7 +12,7 @@ use hearth_tui::{fmt, narrate, tables};
 use serde::Serialize;
 
 use super::ask::{Ask, act_each, asks};
-use super::{Context, import, job, watch};
+use super::{Context, import, job, map, scrub, watch};
 use crate::Outcome;
 use crate::cli::{Change, Export, FileFormat, Image};
 use crate::cluster::{Cluster, unexpected};
@@ -166,7 +166,7 @@ pub async fn run(context: &Context, verb: Image) -> Outcome {
             })
             .await?;
             if !yes && !change.dry_run {
-                confirm(&asks)?;
+                confirm(&asks, "deleting", "all blocks in it will be gone for ever", "delete")?;
             }
             act_each(context, &cluster, change, "deleted", asks).await
         }
@@ -179,6 +179,8 @@ pub async fn run(context: &Context, verb: Image) -> Outcome {
             export,
             device,
             takeover,
+            accept_data_loss,
+            yes,
             incoming,
             on,
             change,
@@ -189,14 +191,19 @@ pub async fn run(context: &Context, verb: Image) -> Outcome {
                 (ExportKind::Socket, "NBD")
             };
             let role = match (takeover, incoming) {
+                (true, _) if accept_data_loss => AttachHow::AcceptDataLoss,
                 (true, _) => AttachHow::Takeover,
                 (_, true) => AttachHow::Incoming,
                 _ => AttachHow::Plain,
             };
             let asks = asks(&cluster, images, on.node, |image, node| {
                 let image = image.clone();
+                let loss = match accept_data_loss {
+                    true => ", giving up every write that the copy there does not have",
+                    false => "",
+                };
                 (
-                    format!("attach {image} on {node} over {how}"),
+                    format!("attach {image} on {node} over {how}{loss}"),
                     NodeRequest::ImageAttach {
                         image,
                         export,
@@ -204,7 +211,16 @@ pub async fn run(context: &Context, verb: Image) -> Outcome {
                     },
                 )
             });
-            act_each(context, &cluster, change, "attached", asks.await?).await
+            let asks = asks.await?;
+            if accept_data_loss && !yes && !change.dry_run {
+                confirm(
+                    &asks,
+                    "accepting the loss of writes to",
+                    "the last writes to it may be gone for ever",
+                    "accept that",
+                )?;
+            }
+            act_each(context, &cluster, change, "attached", asks).await
         }
         Image::Detach { images, on, change } => {
             let asks = asks(&cluster, images, on.node, |image, node| {
@@ -232,8 +248,16 @@ pub async fn run(context: &Context, verb: Image) -> Outcome {
             };
             job::start(context, &cluster, change, ask, detach).await
         }
-        Image::Map { image, on } => {
+        Image::Map {
+            image,
+            blocks,
+            tiers,
+            on,
+        } => {
             let node = cluster.node_of(&image, on.node).await?;
+            if !tiers && map::show(context, &cluster, &image, &node, blocks).await? {
+                return Ok(());
+            }
             match cluster.node(&node, &NodeRequest::ImageMap { image }).await? {
                 NodeReply::Map { runs } => {
                     context.out.many(&runs, || map_table(&runs));
@@ -242,6 +266,19 @@ pub async fn run(context: &Context, verb: Image) -> Outcome {
                 other => Err(unexpected(&format!("node {node}"), &other)),
             }
         }
+        Image::Scrub {
+            image,
+            check,
+            throttle,
+            on,
+            change,
+        } => scrub::scrub(context, &cluster, image, check, throttle, on.node, change).await,
+        Image::Sync {
+            image,
+            node,
+            throttle,
+            change,
+        } => scrub::sync(context, &cluster, image, node, throttle, change).await,
         Image::AttachInfo { image, format, on } => {
             let info = cluster.image_info(&image, on.node).await?;
             let Some(attached) = &info.attached else {
@@ -278,11 +315,11 @@ async fn act(
 }
 
 /// Asks on the terminal for the image's name, or for the number of images.
-fn confirm(asks: &[Ask]) -> Outcome {
+fn confirm(asks: &[Ask], doing: &str, harm: &str, verb: &str) -> Outcome {
     let (subject, word) = match asks {
         [
             Ask {
-                request: NodeRequest::ImageDelete { image },
+                request: NodeRequest::ImageDelete { image } | NodeRequest::ImageAttach { image, .. },
                 ..
             },
         ] => (image.to_string(), "its name"),
@@ -291,16 +328,13 @@ fn confirm(asks: &[Ask]) -> Outcome {
     if !io::stdin().is_terminal() || !io::stderr().is_terminal() {
         return Err(Failure::new(
             FailureKind::Usage,
-            format!("deleting {subject} needs a confirmation, and there is no terminal to ask on"),
+            format!("{doing} {subject} needs a confirmation, and there is no terminal to ask on"),
             "add --yes if it is meant",
         ));
     }
     let mut stderr = io::stderr();
     // A terminal that cannot be written shows no question, and then nothing is confirmed below.
-    let _ = write!(
-        stderr,
-        "{subject} and all blocks in it will be gone for ever. Type {word} to delete: "
-    );
+    let _ = write!(stderr, "{subject}: {harm}. Type {word} to {verb}: ");
     let _ = stderr.flush();
     let mut line = String::new();
     let read = io::stdin().read_line(&mut line);
@@ -309,7 +343,7 @@ fn confirm(asks: &[Ask]) -> Outcome {
     } else {
         Err(Failure::new(
             FailureKind::Usage,
-            format!("nothing was deleted: {:?} is not {word}", line.trim()),
+            format!("nothing was done: {:?} is not {word}", line.trim()),
             "",
         ))
     }
@@ -517,6 +551,7 @@ mod tests {
             parent: None,
             node: "n1".parse().unwrap(),
             locations: vec![],
+            record: None,
             attached: None,
             trouble: None,
         };

@@ -77,13 +77,13 @@ pub async fn run(context: &Context, verb: Location) -> Outcome {
 }
 
 /// Blocks of an image's run: the first, and how many.
-fn blocks(info: &ImageInfo, at: usize, run: &Run) -> (u64, u64) {
+pub(super) fn blocks(info: &ImageInfo, at: usize, run: &Run) -> (u64, u64) {
     let all = info.size.0.div_ceil(info.block_size.0.max(1));
     let end = info.locations.get(at + 1).map_or(all, |next| next.first.0.min(all));
     (run.first.0, end.saturating_sub(run.first.0))
 }
 
-fn names(nodes: &Nodes) -> String {
+pub(super) fn names(nodes: &Nodes) -> String {
     let names: Vec<_> = nodes.iter().map(|node| node.as_str()).collect();
     if names.is_empty() { "-".into() } else { names.join(" ") }
 }

@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use hearth_protocol::command::Outcome;
-use hearth_protocol::event::ImageCreated;
+use hearth_protocol::event::{CopiesChecked, ImageCreated};
 use hearth_protocol::publishers::{Arrival, Publishers};
 use hearth_protocol::validity::{self, Validity, Verdict};
 use hearth_protocol::{
@@ -303,6 +303,7 @@ fn image_of(event: &Event) -> Option<ImageId> {
         | Event::ImageResized { image, .. }
         | Event::LocationsChanged { image, .. }
         | Event::ReplicasSet { image, .. }
+        | Event::CopiesChecked(CopiesChecked { image, .. })
         | Event::ImageExported { image, .. }
         | Event::ImageDeleted { image } => Some(*image),
         _ => None,

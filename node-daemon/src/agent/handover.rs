@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use hearth_protocol::rpc::{Answer, ExportKind, Failure, FailureKind, MapRun, NodeReply, NodeRequest};
+use hearth_protocol::rpc::{Answer, ExportKind, Failure, FailureKind, JobKind, MapRun, NodeReply, NodeRequest};
 use hearth_protocol::{ImageId, ImageName, LeaseId, NodeId};
 use hearth_replication::session::{Input, Session};
 
@@ -105,6 +105,8 @@ impl Requests {
         let warm = warmed(&runs, meta.block_size, meta.size, copy.volume.warmable_bytes());
         let total: u64 = warm.iter().map(|(_, length)| length).sum();
         let job = self.jobs.start(
+            JobKind::Prewarm,
+            image.clone(),
             format!("prewarm {image} with what {owner} has in RAM"),
             move |progress| {
                 let mut done = 0;

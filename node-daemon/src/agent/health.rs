@@ -96,6 +96,7 @@ impl Requests {
                 parent: None,
                 node: self.node.config.id.clone(),
                 locations: Vec::new(),
+                record: None,
                 attached: None,
                 trouble: in_words(&[ailment]),
             })

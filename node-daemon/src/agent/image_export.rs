@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use hearth_protocol::rpc::{Answer, Failure, FailureKind, ImageFormat, NodeReply};
+use hearth_protocol::rpc::{Answer, Failure, FailureKind, ImageFormat, JobKind, NodeReply};
 use hearth_protocol::{ByteLen, Event, ImageName, SnapshotName};
 
 use super::node::{failed, store_failure};
@@ -39,7 +39,7 @@ impl Requests {
         let jobs = Arc::clone(&self.jobs);
         let at = snapshot.as_ref().map_or_else(String::new, |name| format!("@{name}"));
         let what = format!("export {image}{at} to {} as {}", path.display(), format.as_str());
-        let job = jobs.start(what, move |progress| {
+        let job = jobs.start(JobKind::Export, meta.name.clone(), what, move |progress| {
             let allocated = match &snapshot {
                 Some(name) => {
                     let at = meta.snapshot(name).map_err(|e| store_failure(&e))?;

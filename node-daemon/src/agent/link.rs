@@ -158,6 +158,11 @@ impl Link {
         }
     }
 
+    /// The operator's words; may be empty.
+    pub fn reason(&self) -> &str {
+        self.publisher.reason()
+    }
+
     /// The bus below.
     pub fn bus(&self) -> &Bus {
         &self.bus

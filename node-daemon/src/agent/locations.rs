@@ -2,7 +2,7 @@
 //!
 //! What has to be agreed between nodes is agreed by `hearth-replication` over the log; here it is asked for and waited for.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use hearth_bus::rpc;
@@ -10,8 +10,8 @@ use hearth_protocol::aggregate::Aggregate;
 use hearth_protocol::event::ImageCreated;
 use hearth_protocol::record::{Extent, Nodes};
 use hearth_protocol::rpc::{
-    Answer, Asked, ExportKind, Failure, FailureKind, NodeReply, NodeRequest, Pace, ReplicaSpec, SchedulerReply,
-    SchedulerRequest,
+    Answer, Asked, AttachHow, ExportKind, Failure, FailureKind, JobKind, NodeReply, NodeRequest, Pace, ReplicaSpec,
+    SchedulerReply, SchedulerRequest,
 };
 use hearth_protocol::{
     BlockIndex, ByteLen, Epoch, Event, ImageId, ImageName, LayerId, LeaseId, NodeId, SetVersion, subject,
@@ -22,6 +22,7 @@ use hearth_replication::session::{Input, Session};
 use hearth_replication::takeover::Setback;
 use tokio::sync::broadcast::error::{RecvError, TryRecvError};
 
+use super::jobs::Wish;
 use super::node::{failed, store_failure};
 use super::pace::Pacer;
 use super::requests::Requests;
@@ -254,13 +255,13 @@ impl Requests {
         self,
         replica: Arc<Replica>,
         export: ExportKind,
-        takeover: bool,
+        how: AttachHow,
     ) -> Answer<NodeReply> {
         let (image, name) = (replica.image(), replica.shape().name.clone());
         let me = &self.node.config.id;
         let owner = self.owner_of(image);
         if let Some(owner) = owner.filter(|owner| owner != me)
-            && !takeover
+            && how == AttachHow::Plain
         {
             return Err(Failure::new(
                 FailureKind::Refused,
@@ -268,7 +269,13 @@ impl Requests {
                 format!("detach it there, or if {owner} is gone: hearth image attach {name} --node {me} --takeover"),
             ));
         }
-        let (epoch, lease) = self.own(&replica).await?;
+        self.say_why(image, Some(self.link.reason().to_owned()));
+        let owned = match how {
+            AttachHow::AcceptDataLoss => self.own_by_force(&replica).await,
+            _ => self.own(&replica).await,
+        };
+        self.say_why(image, None);
+        let (epoch, lease) = owned?;
         let attached = self
             .blocking(move |node| node.attach(image, epoch, lease, export))
             .await;
@@ -278,6 +285,15 @@ impl Requests {
         }
         let meta = self.node.store.image(image).map_err(|e| store_failure(&e))?;
         Ok(NodeReply::Image(self.info(&meta)))
+    }
+
+    /// What an operator said of the ownership being taken, for the event that begins it; `None` when it is decided.
+    fn say_why(&self, image: ImageId, reason: Option<String>) {
+        let mut words = self.words.lock().unwrap_or_else(PoisonError::into_inner);
+        match reason {
+            Some(reason) => words.insert(image, reason),
+            None => words.remove(&image),
+        };
     }
 
     /// Who owns an image, as the log says.
@@ -291,12 +307,26 @@ impl Requests {
     /// the same time the first one in the log goes on and the other one gives up: were both to try again, each would end
     /// what the other began, for ever.
     pub(super) async fn own(&self, replica: &Arc<Replica>) -> Result<(Epoch, LeaseId), Failure> {
+        self.own_as(replica, |lease| Input::Take { lease }).await
+    }
+
+    /// Becomes the owner from this node's copy alone, as an operator accepted.
+    async fn own_by_force(&self, replica: &Arc<Replica>) -> Result<(Epoch, LeaseId), Failure> {
+        let owned = self.own_as(replica, |lease| Input::Force { lease }).await?;
+        tracing::error!(
+            image = %replica.shape().name, epoch = %owned.0,
+            "taken over by force: writes that this node's copy does not have are given up"
+        );
+        Ok(owned)
+    }
+
+    async fn own_as(&self, replica: &Arc<Replica>, input: fn(LeaseId) -> Input) -> Result<(Epoch, LeaseId), Failure> {
         let name = &replica.shape().name;
         let deadline = Instant::now() + TAKE_WITHIN;
         let expected = [self.owner_of(replica.image()), Some(self.node.config.id.clone()), None];
         loop {
             let lease = LeaseId(hearth_bus::new_incarnation().0);
-            let setback = match self.take(replica, lease, deadline).await? {
+            let setback = match self.take(replica, lease, input(lease), deadline).await? {
                 Ok(epoch) => return Ok((epoch, lease)),
                 Err(setback) => setback,
             };
@@ -310,11 +340,16 @@ impl Requests {
                 _ => false,
             };
             if !again || Instant::now() > deadline {
-                return Err(Failure::new(
-                    kind,
-                    format!("{name} cannot be attached here: {setback}"),
-                    format!("see who holds it: hearth location list {name}"),
-                ));
+                let me = &self.node.config.id;
+                let hint = match setback {
+                    Setback::NoMember { .. } | Setback::InDoubt { .. } => format!(
+                        "start those nodes; only if they are gone for good, give up what this node's copy does not have: \
+                         hearth image attach {name} --node {me} --takeover --accept-data-loss"
+                    ),
+                    _ => format!("see who holds it: hearth image map {name}"),
+                };
+                let message = format!("{name} cannot be attached here: {setback}");
+                return Err(Failure::new(kind, message, hint));
             }
             tracing::info!(image = %name, %setback, "not the owner yet; trying again");
             tokio::time::sleep(TAKE_AGAIN).await;
@@ -325,13 +360,14 @@ impl Requests {
         &self,
         replica: &Arc<Replica>,
         lease: LeaseId,
+        input: Input,
         deadline: Instant,
     ) -> Result<Result<Epoch, Setback>, Failure> {
         let mut notices = self.node.replicas.notices();
         let image = replica.image();
         let taking = Arc::clone(replica);
         self.blocking(move |_| {
-            taking.step(Input::Take { lease });
+            taking.step(input);
             Ok(())
         })
         .await?;
@@ -441,7 +477,8 @@ impl Requests {
         let joining = node.clone();
         let id = replica.image();
         let (links, most) = (Arc::clone(&self.node.links), self.node.config.move_bytes_per_second.0);
-        let job = self.jobs.start(format!("have {node} hold {image}"), move |progress| {
+        let (name, what) = (image.clone(), format!("have {node} hold {image}"));
+        let job = self.jobs.start_working(JobKind::Join, name, what, move |working| {
             let mut pacer = Pacer::new(Arc::clone(&replica), joining.clone(), pace, links, most);
             replica.step(Input::Join {
                 node: joining.clone(),
@@ -451,6 +488,7 @@ impl Requests {
                 allowed: pacer.first(),
             });
             let mut cancelled = false;
+            let mut paused = false;
             let deny = |denial: Denial| {
                 Err(Failure::new(
                     FailureKind::Refused,
@@ -461,7 +499,7 @@ impl Requests {
             loop {
                 match notices.try_recv() {
                     Ok((of, Notice::Joined(node))) if of == id && node == joining => {
-                        progress(total, total);
+                        working.report(total, total);
                         return Ok(());
                     }
                     Ok((of, Notice::NotChanged(node, denial))) if of == id && node == joining => {
@@ -477,11 +515,17 @@ impl Requests {
                 let copied = replica.look(|session| session.owner().and_then(|owner| owner.copied_up_to()));
                 let done = copied.map_or(0, |block| block.0.saturating_sub(first.0));
                 let done = done.saturating_mul(replica.shape().block_size).min(total);
-                let goes_on = progress(done, total);
-                pacer.step(done, LOOK);
-                if !goes_on && !cancelled {
+                let wish = working.report(done, total);
+                if !paused {
+                    pacer.step(done, LOOK);
+                }
+                if wish == Wish::Cancel && !cancelled {
                     cancelled = true;
                     replica.step(Input::Cancel(joining.clone()));
+                }
+                if (wish == Wish::Pause) != paused && !cancelled {
+                    paused = !paused;
+                    replica.step(Input::Pause(paused));
                 }
                 let held = replica.look(|session| session.record().is_some_and(|r| r.holds(&joining, extent)));
                 if held {

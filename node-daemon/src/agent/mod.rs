@@ -20,6 +20,7 @@ pub mod report;
 pub mod requests;
 mod resize;
 mod run;
+mod scrub;
 pub mod seen;
 mod served;
 

@@ -142,7 +142,10 @@ fn publish(requests: &Requests, publishing: &Arc<Mutex<BTreeSet<ImageId>>>, imag
     if !is_free {
         return;
     }
-    let (link, publishing) = (requests.link.clone(), Arc::clone(publishing));
+    let words = requests.words.lock().unwrap_or_else(PoisonError::into_inner);
+    let reason = words.get(&image).cloned().unwrap_or_default();
+    drop(words);
+    let (link, publishing) = (requests.link.because(&reason), Arc::clone(publishing));
     tokio::spawn(async move {
         if let Err(failure) = link
             .publish_image(image, &Event::LocationsChanged { image, change })

@@ -1,13 +1,14 @@
 //! Answers the `hearth` command: every change is first possible in the store, then a fact in the log, then done.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use hearth_protocol::event::{ImageAttached, ImageCreated};
 use hearth_protocol::limits::REASON_BYTES_MAX;
 use hearth_protocol::rpc::{
-    Answer, Asked, AttachHow, AttachInfo, ExportKind, Failure, FailureKind, ImageInfo, NodeInfo, NodeReply, NodeRequest,
+    Answer, Asked, AttachHow, AttachInfo, ExportKind, Failure, FailureKind, ImageInfo, JobKind, NodeInfo, NodeReply,
+    NodeRequest,
 };
 use hearth_protocol::{ByteLen, Epoch, Event, ImageId, ImageName, LayerId, LeaseId, SnapshotName};
 use hearth_replication::session::Input;
@@ -39,6 +40,8 @@ pub struct Requests {
     pub jobs: Arc<Jobs>,
     /// Images that are being handed over by this node.
     pub handing_over: Arc<Mutex<BTreeSet<ImageId>>>,
+    /// Operators' words for the ownerships that are being taken, for the events by which they are.
+    pub words: Arc<Mutex<BTreeMap<ImageId, String>>>,
 }
 
 impl Requests {
@@ -91,6 +94,18 @@ impl Requests {
                 pace,
             } => self.add_location(image, node, blocks, pace).await,
             NodeRequest::LocationRemove { image, node } => self.remove_location(image, node).await,
+            NodeRequest::ImageScrub {
+                image,
+                blocks,
+                repair,
+                rate,
+            } => self.scrub(image, blocks, repair, rate).await,
+            NodeRequest::ImageSync {
+                image,
+                blocks,
+                node,
+                rate,
+            } => self.sync(image, blocks, node, rate).await,
             NodeRequest::ImageSet { image, replicas } => self.set_replicas(image, replicas).await,
             NodeRequest::ReplicaPrepare(spec) => self.prepare_replica(spec).await,
             NodeRequest::ReplicaForget { image } => self.forget_replica(image).await,
@@ -111,6 +126,8 @@ impl Requests {
                 Ok(NodeReply::Images { images })
             }
             NodeRequest::JobShow { job } => Ok(NodeReply::Job(self.jobs.show(job)?)),
+            NodeRequest::JobList => Ok(NodeReply::Jobs { jobs: self.jobs.list() }),
+            NodeRequest::JobPause { job, paused } => Ok(NodeReply::Job(self.jobs.pause(job, paused)?)),
             NodeRequest::JobCancel { job } => Ok(NodeReply::Job(self.jobs.cancel(job)?)),
             NodeRequest::NodeShow => Ok(NodeReply::Node(self.node_info())),
             NodeRequest::Health => self.blocking_health().await,
@@ -245,7 +262,8 @@ impl Requests {
         }
         let runtime = tokio::runtime::Handle::current();
         let jobs = Arc::clone(&self.jobs);
-        let job = jobs.start(format!("import {path} as {name}"), move |progress| {
+        let what = format!("import {path} as {name}");
+        let job = jobs.start(JobKind::Import, name.clone(), what, move |progress| {
             let meta = self
                 .node
                 .store
@@ -412,9 +430,8 @@ impl Requests {
             let (requests, serving) = (self.clone(), Arc::clone(&replica));
             let attached = match how {
                 AttachHow::Incoming => requests.attach_incoming(serving, export).await,
-                AttachHow::Plain | AttachHow::Takeover => {
-                    let takeover = how == AttachHow::Takeover;
-                    requests.attach_replicas(serving, export, takeover).await
+                AttachHow::Plain | AttachHow::Takeover | AttachHow::AcceptDataLoss => {
+                    requests.attach_replicas(serving, export, how).await
                 }
             };
             if attached.is_err() {
@@ -521,6 +538,8 @@ impl Requests {
             tracing::warn!(image = %meta.name, %error, "cannot tell how much an image has allocated");
             0
         });
+        let replica = self.replica(meta.id);
+        let record = replica.and_then(|replica| replica.look(|session| session.record().cloned()));
         ImageInfo {
             id: meta.id,
             name: meta.name.clone(),
@@ -531,10 +550,8 @@ impl Requests {
             snapshots: meta.snapshots.iter().map(|s| s.name.clone()).collect(),
             parent: meta.parent.as_ref().map(|p| format!("{}@{}", p.name, p.snapshot)),
             node: self.node.config.id.clone(),
-            locations: self.replica(meta.id).map_or_else(Vec::new, |replica| {
-                let record = replica.look(|session| session.record().cloned());
-                record.map_or_else(Vec::new, |record| record.runs().to_vec())
-            }),
+            locations: record.as_ref().map_or_else(Vec::new, |record| record.runs().to_vec()),
+            record: record.map(|record| record.stamp()),
             attached: self.node.served.get(meta.id).map(|served| self.attach_info(&served)),
             trouble: in_words(&self.ailments(&meta)),
         }
@@ -581,6 +598,8 @@ fn changes_images(request: &NodeRequest) -> bool {
         | NodeRequest::ImageHandOver { .. }
         | NodeRequest::LocationAdd { .. }
         | NodeRequest::LocationRemove { .. }
+        | NodeRequest::ImageScrub { .. }
+        | NodeRequest::ImageSync { .. }
         | NodeRequest::ImageSet { .. }
         | NodeRequest::ReplicaPrepare(_)
         | NodeRequest::ReplicaForget { .. }
@@ -590,6 +609,8 @@ fn changes_images(request: &NodeRequest) -> bool {
         | NodeRequest::ImagePrewarm { .. }
         | NodeRequest::ImageList
         | NodeRequest::JobShow { .. }
+        | NodeRequest::JobList
+        | NodeRequest::JobPause { .. }
         | NodeRequest::JobCancel { .. }
         | NodeRequest::NodeShow
         | NodeRequest::Health => false,

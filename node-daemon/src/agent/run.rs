@@ -193,8 +193,9 @@ async fn agent(node: Arc<Node>, connections: NbdHandle, seen: Seen) {
         node: Arc::clone(&node),
         link: link.clone(),
         connections,
-        jobs: Arc::new(Jobs::default()),
         handing_over: Arc::default(),
+        words: Arc::default(),
+        jobs: Jobs::open(&node.config.store_dir, node.store.faults().clone()),
     };
     // Joins, and compares store and log; again after each time that another history took the place of the one read.
     let membership = async {

@@ -7,7 +7,7 @@
 //!   nothing is being written.
 //! - An operation that was begun ends with an answer or a denial.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::{Duration, Instant};
@@ -16,8 +16,8 @@ use hearth_protocol::aggregate::Aggregate;
 use hearth_protocol::record::Record;
 use hearth_protocol::{BlockIndex, ImageId, NodeId};
 use hearth_replication::mutants::Rules;
-use hearth_replication::owner::{Ask, Denial, OpId};
-use hearth_replication::request::{Bytes, RequestId, Work};
+use hearth_replication::owner::{Ask, Check, Denial, OpId};
+use hearth_replication::request::{Bytes, Hashes, RequestId, Work};
 use hearth_replication::session::{Input, Message, Output, Session};
 use hearth_replication::time::BootMs;
 
@@ -41,6 +41,9 @@ const READ_THROUGH_AGAIN: Duration = Duration::from_millis(20);
 
 /// Pause before a record that found no room is tried again.
 const ROOM_AGAIN: Duration = Duration::from_millis(100);
+
+/// Blocks whose hashes one request may ask for; more would make an answer that no frame holds.
+const HASHES_MAX: u64 = 4_096;
 
 /// How often one thing is told of in the journal.
 const TOLD_EVERY_MS: u64 = 10_000;
@@ -71,10 +74,18 @@ pub struct Around {
     pub notices: tokio::sync::broadcast::Sender<Noticed>,
 }
 
+/// How an operation ended.
+enum Ending {
+    /// It is done; with what a read found.
+    Done(Option<Piece>),
+    /// What members have.
+    Compared(BTreeMap<NodeId, Hashes>),
+}
+
 /// An operation that somebody waits for.
 struct Op {
     piece: Option<Piece>,
-    ended: Mutex<Option<Result<Option<Piece>, Denial>>>,
+    ended: Mutex<Option<Result<Ending, Denial>>>,
     changed: Condvar,
 }
 
@@ -252,6 +263,10 @@ impl Replica {
             let fits = |extent| piece.as_ref().is_some_and(|piece| self.shape.holds(piece, extent));
             let sound = match &request.work {
                 Work::Read(extent) => extent.last <= self.shape.end() && piece.as_ref().is_none_or(|_| fits(*extent)),
+                Work::Hash(extent) => {
+                    let blocks = extent.last.0.checked_sub(extent.first.0);
+                    extent.last <= self.shape.end() && blocks.is_some_and(|more| more < HASHES_MAX)
+                }
                 Work::Write { extent, .. } => extent.last <= self.shape.end() && fits(*extent),
                 Work::Flush { .. } | Work::Renew { .. } => true,
             };
@@ -280,6 +295,31 @@ impl Replica {
             self.quick.writing.fetch_add(1, Ordering::SeqCst);
             self.quick.begun.fetch_add(1, Ordering::SeqCst);
         }
+        let result = self.carried_out(piece, |op| Input::Client { op, ask });
+        if writes {
+            self.quick.writing.fetch_sub(1, Ordering::SeqCst);
+        }
+        self.felt.end(began.filter(|_| ask != Ask::Flush));
+        result.map(|ending| match ending {
+            Ending::Done(piece) => piece,
+            Ending::Compared(_) => None,
+        })
+    }
+
+    /// Compares copies, or writes them anew, and waits for the end; a comparison brings what each member has.
+    ///
+    /// # Errors
+    /// Why it was not done, or is not known to be done.
+    pub fn check(&self, check: Check) -> Result<BTreeMap<NodeId, Hashes>, Denial> {
+        let ending = self.carried_out(None, |op| Input::Check { op, check })?;
+        Ok(match ending {
+            Ending::Compared(hashes) => hashes,
+            Ending::Done(_) => BTreeMap::new(),
+        })
+    }
+
+    /// Enters an operation and waits for its end.
+    fn carried_out(&self, piece: Option<Piece>, input: impl FnOnce(OpId) -> Input) -> Result<Ending, Denial> {
         let op = Arc::new(Op {
             piece,
             ended: Mutex::new(None),
@@ -288,22 +328,17 @@ impl Replica {
         let jobs = {
             let mut core = self.core();
             let id = core.enter(Arc::clone(&op));
-            self.take(&mut core, Input::Client { op: id, ask }, None, None)
+            self.take(&mut core, input(id), None, None)
         };
         // This thread may wait: what it asked of its own disk it does itself.
         jobs.into_iter().for_each(|job| self.work(job));
         let mut ended = op.ended.lock().unwrap_or_else(PoisonError::into_inner);
-        let result = loop {
+        loop {
             match ended.take() {
-                Some(result) => break result,
+                Some(result) => return result,
                 None => ended = op.changed.wait(ended).unwrap_or_else(PoisonError::into_inner),
             }
-        };
-        if writes {
-            self.quick.writing.fetch_sub(1, Ordering::SeqCst);
         }
-        self.felt.end(began.filter(|_| ask != Ask::Flush));
-        result
     }
 
     /// Fills `buf` from RAM if all of it is there and may be answered without asking anybody.
@@ -405,8 +440,9 @@ impl Replica {
             }
             Output::Acknowledge { op, bytes } => {
                 let piece = piece_of(core, bytes);
-                end(core.ops.remove(&op), Ok(piece));
+                end(core.ops.remove(&op), Ok(Ending::Done(piece)));
             }
+            Output::Compared { op, hashes } => end(core.ops.remove(&op), Ok(Ending::Compared(hashes))),
             Output::Deny { op, denial } => end(core.ops.remove(&op), Err(denial)),
             Output::ReadThrough { op, owner } => jobs.push(Job::ReadThrough { op, owner }),
             Output::Publish(change) => self.notice(Notice::Publish(change)),
@@ -435,6 +471,15 @@ impl Replica {
     /// Does a job, and what follows from it.
     fn work(&self, job: Job) {
         let jobs = match job {
+            Job::Perform {
+                from,
+                id,
+                work: Work::Hash(extent),
+                ..
+            } => {
+                let hashes = self.hashes(extent);
+                self.take(&mut self.core(), Input::Hashed { from, id, hashes }, None, None)
+            }
             Job::Perform {
                 from,
                 id,
@@ -569,7 +614,7 @@ impl Replica {
         match read {
             Ok(()) => {
                 let body = Body::of(bytes);
-                end(Some(op), Ok(Some(Piece { offset, body })));
+                end(Some(op), Ok(Ending::Done(Some(Piece { offset, body }))));
                 None
             }
             Err(error) => {
@@ -647,7 +692,7 @@ impl Replica {
                 copy.volume.flush()?;
                 return copy.marks.anew(anew, self.around.store.incarnation()).map(|()| None);
             }
-            Work::Renew { .. } => return Ok(None),
+            Work::Hash(_) | Work::Renew { .. } => return Ok(None),
             Work::Write { extent, .. } => {
                 // Also for a block that an earlier write has marked: that mark may still be on its way to the disk.
                 if !mutants::WRITE_UNMARKED.is_on() {
@@ -685,7 +730,7 @@ impl Replica {
     }
 }
 
-fn end(op: Option<Arc<Op>>, result: Result<Option<Piece>, Denial>) {
+fn end(op: Option<Arc<Op>>, result: Result<Ending, Denial>) {
     let Some(op) = op else { return };
     *op.ended.lock().unwrap_or_else(PoisonError::into_inner) = Some(result);
     op.changed.notify_all();

@@ -5,6 +5,7 @@
 //! | [`shape`] | what an image looks like, in bytes and blocks |
 //! | [`piece`] | the bytes that go with a request, and how they travel |
 //! | [`image`] | one image's session: inputs in, outputs carried out, operations waited for |
+//! | [`hash`] | what this node's disk holds, for a comparison of copies |
 //! | [`disk`] | the image as its exports see it, while this node owns it |
 //! | [`felt`] | how long its clients wait |
 //! | [`set`] | all images with replicas of this node, what arrives for them, and their clock |
@@ -17,6 +18,7 @@
 
 pub mod disk;
 pub mod felt;
+pub mod hash;
 pub mod image;
 pub mod piece;
 pub mod pool;

@@ -336,6 +336,27 @@ impl Volume {
         self.fetch(&stack, found, offset, buf)
     }
 
+    /// Reads what the disk holds, past RAM, and leaves no trace in what counts as use.
+    ///
+    /// # Errors
+    /// [`DiskError`].
+    pub fn read_stored(&self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
+        self.check_range(offset, buf.len() as u64)?;
+        if self.closing.load(Ordering::Acquire) {
+            return Err(DiskError::ShuttingDown);
+        }
+        let stack = self.stack();
+        let mut at = 0;
+        while at < buf.len() {
+            let piece = self.piece(offset + at as u64, buf.len() - at);
+            let found = stack.find(self.block_of(piece.unit), 0);
+            let part = &mut buf[at..at + piece.len];
+            stack.read_from(found, offset + at as u64, part, &*self.remote)?;
+            at += piece.len;
+        }
+        Ok(())
+    }
+
     /// Reads below RAM.
     pub(super) fn fetch(&self, stack: &Stack, found: Where, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
         stack.read_from(found, offset, buf, &*self.remote)?;

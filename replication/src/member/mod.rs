@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::words::{Input, Output};
 use crate::mutants::{Mutant, Rules};
-use crate::request::{Answer, Bytes, Nodes, Refusal, Request, RequestId, Stamp, Standing, Work};
+use crate::request::{Answer, Bytes, Hashes, Nodes, Refusal, Request, RequestId, Stamp, Standing, Work};
 use hearth_protocol::record::{Age, Record};
 
 /// Blocks that were written and may not be everywhere, each with the life of the store in which that was marked first.
@@ -185,7 +185,7 @@ impl Member {
             return Err(not_installed);
         }
         let in_set = match &request.work {
-            Work::Read(extent) => record.holds(&self.me, *extent),
+            Work::Read(extent) | Work::Hash(extent) => record.holds(&self.me, *extent),
             Work::Write { extent, .. } => record.concerns(&self.me, *extent),
             Work::Flush { .. } | Work::Renew { .. } => true,
         };
@@ -197,6 +197,7 @@ impl Member {
         match input {
             Input::Request { from, request } => self.request(from, request),
             Input::Finished { from, id, ok } => self.finished(from, id, ok),
+            Input::Hashed { from, id, hashes } => self.hashed(from, id, hashes),
             Input::NoRoom { from, id } => self.no_room(from, id),
             Input::Raise { from, record, over } => self.raise(from, record, over),
             Input::Seal { grant } => self.seal(grant),
@@ -244,7 +245,7 @@ impl Member {
         let mut anew = BTreeSet::new();
         match &mut work {
             Work::Renew { sent } => return answered(Answer::Granted { sent: *sent }),
-            Work::Read(_) => {}
+            Work::Read(_) | Work::Hash(_) => {}
             Work::Write { extent, .. } => {
                 for block in extent.blocks() {
                     mark |= !self.marks.contains_key(&block);
@@ -328,6 +329,27 @@ impl Member {
             answer: if ok { Answer::Done } else { Answer::Failed },
             bytes,
         });
+        out.extend(self.drained());
+        out
+    }
+
+    /// A block that cannot be read is no failure of the disk here: nobody waits for what it holds.
+    fn hashed(&mut self, from: NodeId, id: RequestId, hashes: Hashes) -> Vec<Output> {
+        let key = (from, id);
+        let asked = |admitted: &Admitted| matches!(admitted.work, Work::Hash(_));
+        if !self.admitted.get(&key).is_some_and(asked) {
+            return Vec::new();
+        }
+        let Some(Admitted { stamp, .. }) = self.admitted.remove(&key) else {
+            return Vec::new();
+        };
+        let mut out = vec![Output::Answer {
+            to: key.0,
+            id,
+            stamp,
+            answer: Answer::Hashed(hashes),
+            bytes: Bytes::None,
+        }];
         out.extend(self.drained());
         out
     }

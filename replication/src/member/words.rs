@@ -7,7 +7,7 @@ use hearth_protocol::record::Record;
 use hearth_protocol::{BlockIndex, Epoch, LeaseId, NodeId};
 
 use super::Durable;
-use crate::request::{Answer, Bytes, Refusal, Request, RequestId, Stamp, Standing, Work};
+use crate::request::{Answer, Bytes, Hashes, Refusal, Request, RequestId, Stamp, Standing, Work};
 
 /// What happens to a member.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,6 +27,15 @@ pub enum Input {
         id: RequestId,
         /// Whether it worked. What failed is never tried again (rule 5).
         ok: bool,
+    },
+    /// What the blocks of an admitted request for their hashes hold.
+    Hashed {
+        /// The asking node.
+        from: NodeId,
+        /// Its request.
+        id: RequestId,
+        /// The hashes.
+        hashes: Hashes,
     },
     /// An admitted write ended because the disk has no room for it. What the disk holds otherwise is sound.
     NoRoom {

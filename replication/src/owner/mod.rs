@@ -9,6 +9,7 @@
 //!
 //! It is not the export: an operation's bytes are with whoever drives it. It is made by a takeover that has opened.
 
+mod check;
 mod missed;
 mod ops;
 mod room;
@@ -22,7 +23,7 @@ use hearth_protocol::{BlockIndex, Incarnation, NodeId};
 
 use self::missed::Missed;
 use self::ops::Op;
-pub use self::words::{Ask, Denial, Input, OpId, Output};
+pub use self::words::{Ask, Check, Denial, Input, OpId, Output};
 use crate::mutants::{Mutant, Rules};
 use crate::request::{Answer, Bytes, Nodes, Refusal, Reply, Request, RequestId, Stamp, Work};
 use crate::resync::Join;
@@ -181,6 +182,7 @@ impl Owner {
         let mut out = Vec::new();
         match input {
             Input::Client { op, ask } => self.client(op, ask, &mut out),
+            Input::Check { op, check } => self.check(op, check, &mut out),
             Input::Reply { from, reply } => self.reply(now, from, reply, &mut out),
             Input::MemberFailed(node) => {
                 self.give_up(node);
@@ -209,6 +211,11 @@ impl Owner {
             Input::Allow { node, blocks } => {
                 if let Some(join) = self.join.as_mut().filter(|join| *join.node() == node) {
                     join.allow(blocks);
+                }
+            }
+            Input::Pause(paused) => {
+                if let Some(join) = &mut self.join {
+                    join.pause(paused);
                 }
             }
             Input::Leave(node) => self.leave(node, &mut out),
@@ -271,6 +278,7 @@ impl Owner {
                 *lease = (*lease).max(sent);
             }
             Answer::Done => self.done(now, from, id, stamp, out),
+            Answer::Hashed(hashes) => self.hashed(from, id, stamp, hashes),
             Answer::Failed => {
                 self.give_up(from);
             }

@@ -9,7 +9,7 @@ use hearth_protocol::{BlockIndex, NodeId, SetVersion};
 
 use super::{Ask, Denial, OpId, Output, Owner, Phase};
 use crate::mutants::Mutant;
-use crate::request::{Bytes, Extent, Nodes, Request, RequestId, Stamp, Work};
+use crate::request::{Bytes, Extent, Hashes, Nodes, Request, RequestId, Stamp, Work};
 use crate::time::BootMs;
 use hearth_protocol::record::Record;
 
@@ -30,6 +30,18 @@ pub(super) enum Kind {
         to: NodeId,
         from: Option<NodeId>,
     },
+    /// What members have of blocks, as far as they told.
+    Compare {
+        extent: Extent,
+        hashes: BTreeMap<NodeId, Hashes>,
+    },
+    /// Blocks on their way to members; `reading` until `from` was read.
+    Rewrite {
+        extent: Extent,
+        from: NodeId,
+        to: Nodes,
+        reading: bool,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -47,7 +59,11 @@ pub(super) struct Op {
 impl Op {
     pub(super) fn extent(&self) -> Option<Extent> {
         match &self.kind {
-            Kind::Read(extent) | Kind::Write { extent, .. } | Kind::Copy { extent, .. } => Some(*extent),
+            Kind::Read(extent)
+            | Kind::Write { extent, .. }
+            | Kind::Copy { extent, .. }
+            | Kind::Compare { extent, .. }
+            | Kind::Rewrite { extent, .. } => Some(*extent),
             Kind::Flush { .. } => None,
         }
     }
@@ -57,8 +73,11 @@ impl Op {
         self.sent.clear();
         self.done.clear();
         self.full.clear();
-        if let Kind::Copy { from, .. } = &mut self.kind {
-            *from = None;
+        match &mut self.kind {
+            Kind::Copy { from, .. } => *from = None,
+            Kind::Compare { hashes, .. } => hashes.clear(),
+            Kind::Rewrite { reading, .. } => *reading = true,
+            Kind::Read(_) | Kind::Write { .. } | Kind::Flush { .. } => {}
         }
     }
 }
@@ -130,13 +149,15 @@ impl Owner {
             Kind::Copy { .. } => {
                 self.ops.remove(&id);
             }
-            Kind::Write { .. } | Kind::Flush { .. } => {
+            Kind::Rewrite { reading: true, .. } => self.rewrite(id, from, out),
+            Kind::Write { .. } | Kind::Flush { .. } | Kind::Rewrite { .. } => {
                 op.done.insert(from);
             }
+            Kind::Compare { .. } => {}
         }
     }
 
-    fn send(&mut self, id: RequestId, to: NodeId, work: Work, bytes: Bytes, out: &mut Vec<Output>) {
+    pub(super) fn send(&mut self, id: RequestId, to: NodeId, work: Work, bytes: Bytes, out: &mut Vec<Output>) {
         let stamp = self.record.stamp();
         if let Some(op) = self.ops.get_mut(&id) {
             op.sent.insert(to.clone(), stamp.set_version);
@@ -159,6 +180,11 @@ impl Owner {
         for id in finished {
             let Some(op) = self.ops.remove(&id) else { continue };
             match op.client {
+                Some(client) if matches!(op.kind, Kind::Compare { .. }) => {
+                    if let Kind::Compare { hashes, .. } = op.kind {
+                        out.push(Output::Compared { op: client, hashes });
+                    }
+                }
                 Some(op) => {
                     let bytes = Bytes::None;
                     out.push(Output::Acknowledge { op, bytes });
@@ -180,6 +206,7 @@ impl Owner {
                 self.record.targets_of(*extent),
             ),
             Kind::Flush { .. } => (self.counting(Record::members), self.record.everyone()),
+            Kind::Compare { .. } | Kind::Rewrite { .. } => return self.has_been_checked(op),
             Kind::Read(_) | Kind::Copy { .. } => return false,
         };
         needed.extend(&joiners - &self.gone);
@@ -217,9 +244,13 @@ impl Owner {
             let writing: Vec<Extent> = self
                 .ops
                 .values()
-                .filter(|op| op.started && matches!(op.kind, Kind::Write { .. }))
+                .filter(|op| op.started && matches!(op.kind, Kind::Write { .. } | Kind::Rewrite { .. }))
                 .filter_map(Op::extent)
                 .collect();
+            if matches!(op.kind, Kind::Compare { .. } | Kind::Rewrite { .. }) {
+                self.start_check(id, out);
+                continue;
+            }
             let Some(op) = self.ops.get_mut(&id) else { continue };
             let source = match (&op.kind, source) {
                 (Kind::Read(_) | Kind::Copy { .. }, Some(source)) => source,
@@ -231,7 +262,7 @@ impl Owner {
                 }
                 // Whoever holds it has failed: the next set says what becomes of it.
                 (Kind::Read(_) | Kind::Copy { .. }, None) => continue,
-                (Kind::Write { .. } | Kind::Flush { .. }, _) => self.me.clone(),
+                (_, _) => self.me.clone(),
             };
             op.started = true;
             match &mut op.kind {
@@ -250,6 +281,7 @@ impl Owner {
                     keep.extend(writing.into_iter().flat_map(Extent::blocks));
                     self.send_all(id, out);
                 }
+                Kind::Compare { .. } | Kind::Rewrite { .. } => {}
             }
         }
     }
@@ -266,7 +298,7 @@ impl Owner {
                     !self.rules.breaks(Mutant::CopyUnlocked)
                 }
                 (Kind::Write { .. }, Kind::Read(_)) => !self.rules.breaks(Mutant::ReadOvertakesWrite),
-                (Kind::Write { .. }, _) | (_, Kind::Write { .. }) => true,
+                (Kind::Write { .. } | Kind::Rewrite { .. }, _) | (_, Kind::Write { .. } | Kind::Rewrite { .. }) => true,
                 _ => false,
             }
         })
@@ -299,7 +331,7 @@ impl Owner {
                 },
             ),
             Kind::Flush { keep } => (self.record.everyone(), Work::Flush { keep: keep.clone() }),
-            Kind::Read(_) | Kind::Copy { .. } => return,
+            Kind::Read(_) | Kind::Copy { .. } | Kind::Compare { .. } | Kind::Rewrite { .. } => return,
         };
         if let Kind::Write { extent, .. } = op.kind {
             self.misses(extent);

@@ -19,7 +19,7 @@ impl Owner {
         }
         let holds_alone = match op.kind {
             Kind::Write { extent, .. } => self.holds_alone(&from, extent),
-            Kind::Read(_) | Kind::Flush { .. } | Kind::Copy { .. } => false,
+            _ => false,
         };
         if self.rules.breaks(Mutant::FullMemberKept)
             && let Some(op) = self.ops.get_mut(&id)

@@ -99,6 +99,7 @@ impl Owner {
             by: self.me.clone(),
             from: self.committed.stamp(),
             to,
+            stale: None,
         }));
     }
 
@@ -118,7 +119,7 @@ impl Owner {
         for id in ids {
             let Some(op) = self.ops.get_mut(&id) else { continue };
             match op.kind {
-                Kind::Read(_) | Kind::Copy { .. } => op.restart(),
+                Kind::Read(_) | Kind::Copy { .. } | Kind::Compare { .. } | Kind::Rewrite { .. } => op.restart(),
                 Kind::Write { .. } | Kind::Flush { .. } if op.started => self.send_all(id, out),
                 Kind::Write { .. } | Kind::Flush { .. } => {}
             }

@@ -8,7 +8,7 @@ use hearth_protocol::{BlockIndex, Epoch, Incarnation, LeaseId, NodeId};
 pub use crate::request::OpId;
 
 use crate::handover::HELD_WRITES_MAX;
-use crate::request::{Bytes, Extent, Reply, Request, Stamp};
+use crate::request::{Bytes, Extent, Hashes, Nodes, Reply, Request, Stamp};
 use hearth_protocol::aggregate::{Aggregate, Change};
 use hearth_protocol::record::Record;
 
@@ -28,6 +28,33 @@ pub enum Ask {
     Flush,
 }
 
+/// What is asked about the copies of blocks, by whoever looks after them. A client's writes to these blocks wait, so that one
+/// under way is no difference.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Check {
+    /// What every member of the blocks has on its disk.
+    Compare(Extent),
+    /// Write to members what another one gives when it is read. None of them leaves the set for that: what it brings to
+    /// them is what the image holds anyway.
+    Rewrite {
+        /// Which blocks.
+        extent: Extent,
+        /// Whose copy counts.
+        from: NodeId,
+        /// Who is written to.
+        to: Nodes,
+    },
+}
+
+impl Check {
+    /// Its blocks.
+    pub fn extent(&self) -> Extent {
+        match self {
+            Check::Compare(extent) | Check::Rewrite { extent, .. } => *extent,
+        }
+    }
+}
+
 /// What happens to an owner.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Input {
@@ -37,6 +64,13 @@ pub enum Input {
         op: OpId,
         /// What.
         ask: Ask,
+    },
+    /// Somebody asks about copies.
+    Check {
+        /// The operation's number.
+        op: OpId,
+        /// What.
+        check: Check,
     },
     /// A member replied.
     Reply {
@@ -77,6 +111,8 @@ pub enum Input {
         /// How many.
         blocks: Option<u64>,
     },
+    /// The join under way is to copy nothing for now, or to go on.
+    Pause(bool),
     /// A member's copy is to go.
     Leave(NodeId),
     /// The image is handed over: drain, then seal.
@@ -114,6 +150,13 @@ pub enum Output {
         op: OpId,
         /// What a read found.
         bytes: Bytes,
+    },
+    /// Answer [`Check::Compare`].
+    Compared {
+        /// Which operation.
+        op: OpId,
+        /// What each member has.
+        hashes: BTreeMap<NodeId, Hashes>,
     },
     /// Answer a client: not done, or not known to be done.
     Deny {
@@ -184,6 +227,9 @@ pub enum Denial {
     /// No member holds all of what is to be read.
     #[error("no member holds all these blocks: read them run by run")]
     Split,
+    /// The copy that was to be read is none.
+    #[error("the copy that was to be read is not in the set of these blocks any more: look at hearth location list")]
+    CopyGone,
     /// Another change is under way.
     #[error("another change of this image's locations is under way: ask again when it is done")]
     Busy,

@@ -112,7 +112,11 @@ impl Session {
                 },
             },
             Input::Seal { .. } => Wants::Sealed(false),
-            Input::Finished { .. } | Input::NoRoom { .. } | Input::Persisted { .. } | Input::Drop { .. } => return,
+            Input::Finished { .. }
+            | Input::Hashed { .. }
+            | Input::NoRoom { .. }
+            | Input::Persisted { .. }
+            | Input::Drop { .. } => return,
         };
         self.copy_wants(output, &Bytes::None, step);
     }

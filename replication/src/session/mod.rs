@@ -19,16 +19,16 @@ mod words;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use hearth_protocol::NodeId;
 use hearth_protocol::aggregate::{Aggregate, Change};
 use hearth_protocol::record::Record;
+use hearth_protocol::{LeaseId, NodeId};
 
 use self::waits::{Asking, Waits};
 pub use self::words::{Input, Message, Output, Replica};
 use crate::handover::{HELD_WRITES_MAX, Held, Incoming};
 use crate::member::{self, Member};
 use crate::mutants::{Mutant, Rules};
-use crate::owner::{self, Ask, Denial, OpId, Owner};
+use crate::owner::{self, Ask, Check, Denial, OpId, Owner};
 use crate::request::{Bytes, Reply, Standing};
 use crate::takeover::{self, Mode, Setback, Takeover};
 use crate::time::{BootMs, TAKE_AGAIN_MS};
@@ -190,6 +190,7 @@ impl Session {
         let none = Bytes::None;
         match input {
             Input::Client { op, ask } => self.client(op, ask, step),
+            Input::Check { op, check } => self.check(op, check, step),
             Input::Peer { from, message } => self.peer(from, message, step),
             Input::Lost(node) => {
                 self.waits.renew_soon(step.now);
@@ -200,6 +201,10 @@ impl Session {
             Input::Finished { from, id, ok } => {
                 let finished = member::Input::Finished { from, id, ok };
                 step.todo.push_back(Inner::Member(finished, none));
+            }
+            Input::Hashed { from, id, hashes } => {
+                let hashed = member::Input::Hashed { from, id, hashes };
+                step.todo.push_back(Inner::Member(hashed, none));
             }
             Input::NoRoom { from, id } => {
                 let refused = member::Input::NoRoom { from, id };
@@ -224,12 +229,8 @@ impl Session {
                     .push_back(Inner::Owner(owner::Input::Rebased(self.log.clone())));
                 self.committed(step);
             }
-            Input::Take { lease } => {
-                if !matches!(self.role, Role::Owning(_) | Role::Taking(_, None)) {
-                    let (me, log) = (self.me.clone(), self.log.clone());
-                    self.begin(Takeover::new(me, self.rules, lease, Mode::Fault, log), None, step);
-                }
-            }
+            Input::Take { lease } => self.takes(lease, Mode::Fault, step),
+            Input::Force { lease } => self.takes(lease, Mode::Forced, step),
             Input::Incoming { lease } => {
                 if !matches!(self.role, Role::Owning(_) | Role::Taking(..)) {
                     self.waits.take_again = None;
@@ -281,6 +282,7 @@ impl Session {
                 }
                 _ => {}
             },
+            Input::Pause(paused) => step.todo.push_back(Inner::Owner(owner::Input::Pause(paused))),
             Input::Leave(node) => match &self.role {
                 Role::Owning(_) => step.todo.push_back(Inner::Owner(owner::Input::Leave(node))),
                 _ => self.not_changed(node, step),
@@ -290,12 +292,28 @@ impl Session {
         }
     }
 
+    fn takes(&mut self, lease: LeaseId, mode: Mode, step: &mut Step) {
+        if !matches!(self.role, Role::Owning(_) | Role::Taking(_, None)) {
+            let (me, log) = (self.me.clone(), self.log.clone());
+            self.begin(Takeover::new(me, self.rules, lease, mode, log), None, step);
+        }
+    }
+
     fn not_changed(&self, node: NodeId, step: &mut Step) {
         let denial = match &self.role {
             Role::Ended(denial) => denial.clone(),
             _ => Denial::Detached,
         };
         step.out.push(Output::NotChanged { node, denial });
+    }
+
+    fn check(&self, op: OpId, check: Check, step: &mut Step) {
+        let denial = match &self.role {
+            Role::Owning(_) => return step.todo.push_back(Inner::Owner(owner::Input::Check { op, check })),
+            Role::Ended(denial) => denial.clone(),
+            Role::Detached | Role::Incoming(_) | Role::Taking(..) | Role::Stalled => Denial::Detached,
+        };
+        step.out.push(Output::Deny { op, denial });
     }
 
     fn client(&mut self, op: OpId, ask: Ask, step: &mut Step) {
@@ -413,11 +431,18 @@ impl Session {
     fn begin(&mut self, takeover: Takeover, incoming: Option<Incoming>, step: &mut Step) {
         self.waits.clear();
         self.waits.handing = None;
+        let mut left = self.log.record.everyone();
+        if takeover.is_forced() {
+            // This node, which need not be in the set, and those that may know more than it does.
+            left.insert(self.me.clone());
+            let known = self.member.as_ref().and_then(Member::record);
+            left.extend(known.into_iter().flat_map(|record| record.everyone()));
+        }
         self.waits.asking = Some(Asking {
             lease: takeover.lease(),
             since: step.now,
             again: step.now,
-            left: self.log.record.everyone(),
+            left,
             ahead: false,
         });
         self.role = Role::Taking(Box::new(takeover), incoming);

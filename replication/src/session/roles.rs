@@ -76,6 +76,7 @@ impl Session {
                 OwnerWants::Publish(change) => self.publish(change, step),
                 OwnerWants::Raise { to, record, over } => self.raise(to, record, over, step),
                 OwnerWants::Acknowledge { op, bytes } => step.out.push(Output::Acknowledge { op, bytes }),
+                OwnerWants::Compared { op, hashes } => step.out.push(Output::Compared { op, hashes }),
                 OwnerWants::Deny { op, denial } => step.out.push(Output::Deny { op, denial }),
                 OwnerWants::Joined(node) => step.out.push(Output::Joined(node)),
                 OwnerWants::NotChanged { node, denial } => step.out.push(Output::NotChanged { node, denial }),

@@ -9,8 +9,8 @@ use hearth_protocol::{BlockIndex, Incarnation, LeaseId, NodeId};
 use serde::{Deserialize, Serialize};
 
 use crate::member::{Durable, Marks};
-use crate::owner::{Ask, Denial, OpId};
-use crate::request::{Answer, Bytes, Extent, Refusal, Request, RequestId, Stamp, Standing, Work};
+use crate::owner::{Ask, Check, Denial, OpId};
+use crate::request::{Answer, Bytes, Extent, Hashes, Refusal, Request, RequestId, Stamp, Standing, Work};
 use crate::takeover::Setback;
 
 /// A copy as the disk has it.
@@ -89,6 +89,13 @@ pub enum Input {
         /// What.
         ask: Ask,
     },
+    /// Somebody asks about the copies of blocks. Denied at once unless this node owns the image.
+    Check {
+        /// Its operation's number, of the same count as clients'.
+        op: OpId,
+        /// What.
+        check: Check,
+    },
     /// Another node says something: at most once, in any order, maybe late.
     Peer {
         /// Which node.
@@ -106,6 +113,15 @@ pub enum Input {
         id: RequestId,
         /// Whether it worked.
         ok: bool,
+    },
+    /// [`Output::Perform`] of a request for hashes ended.
+    Hashed {
+        /// The asking node.
+        from: NodeId,
+        /// Its request.
+        id: RequestId,
+        /// What the blocks hold.
+        hashes: Hashes,
     },
     /// [`Output::Perform`] of a write ended because the disk has no room for it.
     NoRoom {
@@ -127,6 +143,11 @@ pub enum Input {
     Rebased(Aggregate),
     /// Become the owner: an attach, or a takeover after a fault.
     Take {
+        /// Drawn anew for each one.
+        lease: LeaseId,
+    },
+    /// Become the owner from this node's copy alone, though it may miss what was acknowledged: an operator accepted that.
+    Force {
         /// Drawn anew for each one.
         lease: LeaseId,
     },
@@ -163,6 +184,8 @@ pub enum Input {
     },
     /// A node that joins is to get no copy after all. Ignored once it counts as a member of some blocks: then it finishes.
     Cancel(NodeId),
+    /// The join under way is to copy nothing for now, or to go on. Writes go to the joining node all the same.
+    Pause(bool),
     /// A member's copy is to go.
     Leave(NodeId),
     /// End here: an owner drains, seals durably and hands over to a node, if one is named. What is not open yet ends at once.
@@ -218,6 +241,13 @@ pub enum Output {
         op: OpId,
         /// What a read found.
         bytes: Bytes,
+    },
+    /// Answer [`Check::Compare`].
+    Compared {
+        /// Which operation.
+        op: OpId,
+        /// What each member has.
+        hashes: BTreeMap<NodeId, Hashes>,
     },
     /// Answer a client: not done, or not known to be done.
     Deny {

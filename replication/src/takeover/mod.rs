@@ -6,11 +6,13 @@
 //! - It opens when every member of its record has recorded it, and either the old owner's seal of the epoch before is known,
 //!   or there was none before, or 1.25 T have passed since the last member recorded it.
 //! - A member that may have lost acknowledged writes is copied from only if every member of the newest record may have.
+//! - What was acknowledged is given up only where an operator forced it, and only if no copy of the newest record answers.
 //!
 //! It gives up with a reason rather than go on from less; then another one, under another lease, may begin. An earlier
 //! epoch of the same node counts as a seal only if it was sealed: an epoch that was granted may never have opened, and then
 //! the one before it may still answer reads.
 
+mod force;
 mod words;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -31,6 +33,8 @@ use hearth_protocol::record::{Age, Record, Run};
 pub enum Mode {
     /// It is not known: a takeover after a fault.
     Fault,
+    /// It is not known either, and an operator accepted that what this node's copy does not have is given up.
+    Forced,
     /// The source of a live migration handed over this sealed epoch and the lives of its members' stores. Its guest goes
     /// on, so nothing that was acknowledged may be missing.
     Handover {
@@ -117,6 +121,11 @@ impl Takeover {
         self.lease
     }
 
+    /// Whether an operator forced it.
+    pub fn is_forced(&self) -> bool {
+        self.mode == Mode::Forced
+    }
+
     /// Whether it still asks.
     pub fn is_asking(&self) -> bool {
         self.phase == Phase::Asking
@@ -190,6 +199,10 @@ impl Takeover {
                 return Err(Setback::RolledBack { node: node.clone() });
             }
         }
+        if self.mode == Mode::Forced {
+            let (to, taken) = self.forced()?;
+            return Ok(self.propose(to, Some(taken)));
+        }
         let usable: Nodes = self
             .told
             .iter()
@@ -208,14 +221,19 @@ impl Takeover {
             .record
             .granted(self.lease, &usable)
             .map_err(|_| no_member(BlockIndex(0)))?;
+        Ok(self.propose(to, None))
+    }
+
+    fn propose(&mut self, to: Record, stale: Option<Stamp>) -> Vec<Output> {
         let to = Arc::new(to);
         self.to = Some(to.clone());
         self.phase = Phase::Proposed;
-        Ok(vec![Output::Publish(Change {
+        vec![Output::Publish(Change {
             by: self.me.clone(),
             from: self.log.record.stamp(),
             to,
-        })])
+            stale,
+        })]
     }
 
     /// The member of a run of the old record that the others are made equal to.
@@ -266,7 +284,7 @@ impl Takeover {
     /// have left those blocks long ago.
     fn lost(&self, run: &Run, node: &NodeId, standing: &Standing) -> bool {
         let other_store = match &self.mode {
-            Mode::Fault => false,
+            Mode::Fault | Mode::Forced => false,
             Mode::Handover { stores, .. } => stores.get(node).is_some_and(|store| *store != standing.store),
         };
         let marked = if other_store { &standing.doubt } else { &standing.lost };
@@ -315,7 +333,13 @@ impl Takeover {
         self.raised_at = now;
         let mut left = Vec::new();
         let mut behind = None;
-        for run in self.log.record.runs().iter().rev() {
+        // A copy that was forced is alone: there is nothing to make equal.
+        let runs = if self.mode == Mode::Forced {
+            &[]
+        } else {
+            self.log.record.runs()
+        };
+        for run in runs.iter().rev() {
             let from = self.sound(run, &self.raised)?;
             let members = to.members_of(Extent::block(run.first));
             let mut doubt: BTreeSet<BlockIndex> = BTreeSet::new();
@@ -430,7 +454,7 @@ impl Takeover {
         let grant = Some(self.log.record.grant());
         let sealed = match &self.mode {
             Mode::Handover { sealed, .. } => Some(*sealed) == grant,
-            Mode::Fault => false,
+            Mode::Fault | Mode::Forced => false,
         } || self
             .told
             .values()

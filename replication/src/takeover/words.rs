@@ -102,6 +102,20 @@ pub enum Setback {
         /// The run.
         first: BlockIndex,
     },
+    /// A forced takeover on a node without a copy.
+    #[error(
+        "this node holds no working copy of all blocks: force the takeover on a node that does, see hearth image map"
+    )]
+    NothingToTake,
+    /// A forced takeover where another one would do.
+    #[error("the newest copy can be reached, so nothing has to be given up: take over without accepting a loss")]
+    NotNeeded,
+    /// A forced takeover although another node has more.
+    #[error("node {node} can be reached and has a newer copy than this one: take over there instead")]
+    NewerThere {
+        /// Which node.
+        node: NodeId,
+    },
     /// Somebody else's change came first.
     #[error("another change of this image came first: look who owns it now, and ask again if this node is to own it")]
     Overtaken,

@@ -69,7 +69,7 @@ impl World {
                         let ended = member::Input::Finished { from, id, ok: true };
                         self.member(config, at, ended, Some(stamp), bytes);
                     }
-                    Work::Renew { .. } => {}
+                    Work::Hash(_) | Work::Renew { .. } => {}
                 }
             }
             member::Output::Persist(durable) => {
@@ -200,6 +200,7 @@ impl World {
                     let by = (at, grant.0, grant.1);
                     self.ghost().acknowledge(op.0 as u8, by, served_by, brought);
                 }
+                owner::Output::Compared { .. } => {}
                 owner::Output::Deny { op, .. } => self.ghost().deny(op.0 as u8),
                 owner::Output::Joined(node) => {
                     self.ghost().lossy &= !(1 << number(&node));

@@ -331,7 +331,7 @@ impl State {
             }
             Event::NodeDrainSet { node, draining, .. } => facts.marks.drain(node, *draining, facts.now(seq)),
             Event::FaultDomainSet { node, fault_domain, .. } => facts.marks.place(node, fault_domain, facts.now(seq)),
-            Event::ImageExported { .. } => {}
+            Event::ImageExported { .. } | Event::CopiesChecked(_) => {}
             Event::SnapshotDeleted { image, name } => facts.catalog.snapshot_deleted(*image, name),
             Event::ImageDeleted { image } => {
                 facts.repairs.deleted(*image);

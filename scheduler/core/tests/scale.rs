@@ -61,6 +61,7 @@ impl Cluster {
                 set_version: from,
             },
             to: to.clone(),
+            stale: None,
         };
         let event = Event::LocationsChanged {
             image: ImageId(image),

@@ -1,5 +1,6 @@
 //! What records are found by. Keys end in the position, so that one index entry needs no value.
 
+use hearth_protocol::event::CopiesChecked;
 use hearth_protocol::{CommandId, Envelope, Event, ImageId, LayerId, NodeId, Publisher, Seq, WallMs};
 
 /// One thing to find records by.
@@ -110,6 +111,7 @@ pub(super) fn keys(seq: Seq, envelope: &Envelope, event: &Event) -> Vec<(Group, 
         | Event::SnapshotDeleted { image, .. }
         | Event::LocationsChanged { image, .. }
         | Event::ReplicasSet { image, .. }
+        | Event::CopiesChecked(CopiesChecked { image, .. })
         | Event::ImageExported { image, .. }
         | Event::ImageDeleted { image } => {
             found.push(Index::Image(*image));

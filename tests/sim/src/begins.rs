@@ -84,6 +84,7 @@ pub fn log(plan: &Plan, ids: &[NodeId], chance: &mut Chance) -> Log {
                 by: by.clone(),
                 from: log.now[image].record.stamp(),
                 to: Arc::new(record),
+                stale: None,
             };
             let image = image_id(image);
             says(&mut log, Event::LocationsChanged { image, change });

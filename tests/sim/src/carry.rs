@@ -160,7 +160,15 @@ impl World {
                 self.send(node, to, image, message, values);
             }
             Output::Publish(change) => self.publish(node, image, change),
+            Output::Compared { op, hashes } => self.compared(node, image, op, &hashes)?,
             Output::Acknowledge { op, bytes } => {
+                if self
+                    .shell(node, image)
+                    .is_some_and(|shell| shell.checks.remove(&op).is_some())
+                {
+                    self.counters.count("copies written anew");
+                    return Ok(());
+                }
                 let found = self.values(node, image, &bytes, came)?;
                 self.acknowledge(node, image, op, &found)?;
             }
@@ -168,7 +176,7 @@ impl World {
                 let Some(shell) = self.shell(node, image) else {
                     return Ok(());
                 };
-                if shell.held.remove(&op).is_some() {
+                if shell.held.remove(&op).is_some() || shell.checks.remove(&op).is_some() {
                     return Ok(());
                 }
                 let ask = shell.ops.remove(&op);
@@ -363,6 +371,9 @@ impl World {
         let Some((job, found)) = ended else { return Ok(()) };
         let ok = found.is_some();
         let id = job.id;
+        if let Work::Hash(extent) = job.work {
+            return self.hashed(node, image, job.from, id, extent, found);
+        }
         if fails {
             let torn = matches!(&job.work, Work::Write { extent, .. } if extent.first != extent.last);
             if torn {

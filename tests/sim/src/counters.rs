@@ -14,6 +14,7 @@ pub const STATES: &[&str] = &[
     "part of an image joined",
     "node joined again with what changed",
     "member left",
+    "copies compared",
     "copy deleted",
     "handed over",
     "hand-over tried again",

@@ -180,6 +180,7 @@ impl Disk {
                     .any(|block| (extent.first..=extent.last).contains(block));
                 found = extent.blocks().map(|block| self.now(block.0)).collect();
             }
+            Work::Hash(extent) => found = extent.blocks().map(|block| self.now(block.0)).collect(),
             Work::Write { extent, fua } => {
                 self.mark(&job, *extent, store);
                 self.write(&job.values, *extent, *fua && ok, (!ok).then_some(chance));

@@ -22,6 +22,7 @@ mod agent;
 mod begins;
 mod carry;
 mod chance;
+mod check;
 mod clients;
 pub mod counters;
 mod disk;

@@ -98,6 +98,8 @@ pub struct Shell {
     pub gave_up: bool,
     /// Operations of clients that the owner has.
     pub ops: BTreeMap<OpId, Ask>,
+    /// Comparisons and rewritings of copies that are under way.
+    pub checks: BTreeMap<OpId, Extent>,
     /// Operations that wait for it to open.
     pub held: BTreeMap<OpId, Ask>,
     /// Under what it answers.
@@ -122,6 +124,7 @@ impl Shell {
             guest_goes_on: false,
             gave_up: false,
             ops: BTreeMap::new(),
+            checks: BTreeMap::new(),
             held: BTreeMap::new(),
             by: None,
             wake_us: None,

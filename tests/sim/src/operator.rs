@@ -199,6 +199,9 @@ impl World {
 
     /// Something is moved without need.
     fn moves(&mut self, image: usize, owner: usize) -> Result<(), String> {
+        if self.chance.happens(250) {
+            return self.compare_copies(image, owner);
+        }
         let other = self.chance.index(self.nodes.len());
         let record = self.log.now[image].record.clone();
         match self.chance.below(10) {

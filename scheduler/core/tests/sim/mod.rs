@@ -349,6 +349,7 @@ impl Sim {
                     by: node_id(by),
                     from: record.stamp(),
                     to: Arc::new(change(&record)),
+                    stale: None,
                 },
             },
         )
