@@ -126,9 +126,10 @@ impl Moving {
                         "does not own",
                         "not attached here",
                         "holds these blocks",
-                    ]
-                    .iter()
-                    .any(|words| text.contains(words));
+                        "still reading the log",
+                        "does not answer",
+                    ];
+                    let passes = passes.iter().any(|words| text.contains(words));
                     ensure!(passes, "{words:?}: {text}");
                     if text.contains("holds these blocks") {
                         return Ok(text);
