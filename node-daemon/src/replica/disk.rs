@@ -8,12 +8,38 @@ use std::sync::Arc;
 use hearth_protocol::ImageId;
 use hearth_replication::owner::{Ask, Denial};
 
-use super::image::Replica;
+use super::image::{Asked, Replica};
 use super::piece::{Body, Piece};
-use crate::disk::{Disk, DiskError, Extent, ExtentKind};
+use crate::disk::{Begun, Change, Disk, DiskError, Extent, ExtentKind};
+use crate::shared::Shared;
 
 /// Bytes zeroed by one operation; a multiple of every block size.
 const ZERO_STEP: u64 = 64 << 20;
+
+/// Bytes of writes that follow each other on the disk and are carried out as one; a larger one is split by nobody.
+const JOINED_BYTES_MAX: usize = 256 << 10;
+
+/// Writes of one batch of which each begins where the one before it ends.
+struct Joined {
+    offset: u64,
+    length: usize,
+    fua: bool,
+    parts: Vec<Shared>,
+    tell: Vec<Box<dyn FnOnce(Result<(), DiskError>) + Send>>,
+}
+
+impl Joined {
+    fn takes(&self, offset: u64, length: usize, fua: bool) -> bool {
+        offset == self.offset + self.length as u64 && fua == self.fua && self.length + length <= JOINED_BYTES_MAX
+    }
+
+    fn bytes(&mut self) -> Shared {
+        match self.parts.len() {
+            1 => self.parts.remove(0),
+            _ => Shared::from(self.parts.iter().flat_map(|part| part.iter().copied()).collect::<Vec<u8>>()),
+        }
+    }
+}
 
 /// See the module.
 pub struct ReplicatedDisk(Arc<Replica>);
@@ -59,6 +85,24 @@ impl ReplicatedDisk {
             .ask(Ask::Write { extent, fua }, Some(piece))
             .map(drop)
             .map_err(denied)
+    }
+
+    /// Writes that follow each other, as one operation.
+    fn asked(&self, mut writes: Joined) -> Asked {
+        let extent = self.0.shape().extent(writes.offset, writes.length as u64);
+        let piece = Piece {
+            offset: writes.offset,
+            body: Body::Data(writes.bytes()),
+        };
+        let (fua, tell) = (writes.fua, writes.tell);
+        Asked {
+            ask: Ask::Write { extent, fua },
+            piece: Some(piece),
+            tell: Box::new(move |ended| {
+                let ended = ended.map(drop);
+                tell.into_iter().for_each(|tell| tell(ended.clone().map_err(denied)));
+            }),
+        }
     }
 
     fn zero(&self, offset: u64, length: u64, keep_allocated: bool, fua: bool) -> Result<(), DiskError> {
@@ -137,11 +181,64 @@ impl Disk for ReplicatedDisk {
         if data.is_empty() {
             return Ok(());
         }
-        self.write_body(offset, Body::Data(Arc::new(data.to_vec())), fua)
+        self.write_body(offset, Body::Data(data.to_vec().into()), fua)
     }
 
     fn flush(&self) -> Result<(), DiskError> {
         self.0.ask(Ask::Flush, None).map(drop).map_err(denied)
+    }
+
+    fn takes_batches(&self) -> bool {
+        true
+    }
+
+    fn begin(&self, changes: Vec<Begun>) {
+        let mut asked: Vec<Asked> = Vec::with_capacity(changes.len());
+        let mut joined: Option<Joined> = None;
+        for Begun { change, tell } in changes {
+            let (offset, data, fua) = match change {
+                Change::Write { offset, data, fua } => (offset, data, fua),
+                Change::Flush => {
+                    asked.extend(joined.take().map(|writes| self.asked(writes)));
+                    let tell = Box::new(move |ended: super::image::Ended| tell(ended.map(drop).map_err(denied)));
+                    asked.push(Asked {
+                        ask: Ask::Flush,
+                        piece: None,
+                        tell,
+                    });
+                    continue;
+                }
+            };
+            if let Err(error) = self.check(offset, data.len() as u64) {
+                tell(Err(error));
+                continue;
+            }
+            if data.is_empty() {
+                tell(Ok(()));
+                continue;
+            }
+            let writes = match joined.take() {
+                Some(mut writes) if writes.takes(offset, data.len(), fua) => {
+                    writes.length += data.len();
+                    writes.parts.push(data);
+                    writes.tell.push(tell);
+                    writes
+                }
+                before => {
+                    asked.extend(before.map(|writes| self.asked(writes)));
+                    Joined {
+                        offset,
+                        length: data.len(),
+                        fua,
+                        parts: vec![data],
+                        tell: vec![tell],
+                    }
+                }
+            };
+            joined = Some(writes);
+        }
+        asked.extend(joined.map(|writes| self.asked(writes)));
+        self.0.begin(asked);
     }
 
     fn trim(&self, offset: u64, length: u64, fua: bool) -> Result<(), DiskError> {

@@ -7,9 +7,9 @@
 //!   nothing is being written.
 //! - An operation that was begun ends with an answer or a denial.
 
-use std::collections::{BTreeSet, HashMap};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, Weak};
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak, mpsc};
 use std::time::{Duration, Instant};
 
 use hearth_protocol::aggregate::Aggregate;
@@ -29,7 +29,7 @@ use super::through::Through;
 use super::{Notice, Noticed};
 use crate::disk::{Disk, DiskError};
 use crate::mutants;
-use crate::peer::Links;
+use crate::peer::{Frame, Links};
 use crate::store::{Marks, Store, StoreError};
 use crate::volume::Volume;
 
@@ -41,6 +41,12 @@ const READ_THROUGH_AGAIN: Duration = Duration::from_millis(20);
 
 /// Pause before a record that found no room is tried again.
 const ROOM_AGAIN: Duration = Duration::from_millis(100);
+
+/// A write that takes longer waited for the disk: the kernel alone takes a few microseconds.
+const SLOW: Duration = Duration::from_micros(50);
+
+/// Threads that are called for one batch of slow writes.
+const HELPERS_MAX: usize = 16;
 
 /// How often one thing is told of in the journal.
 const TOLD_EVERY_MS: u64 = 10_000;
@@ -71,22 +77,37 @@ pub struct Around {
     pub notices: tokio::sync::broadcast::Sender<Noticed>,
 }
 
-/// An operation that somebody waits for.
+/// How an operation ended; a read brings what it found.
+pub type Ended = Result<Option<Piece>, Denial>;
+
+/// An operation, and who is told of its end.
+pub struct Asked {
+    /// What.
+    pub ask: Ask,
+    /// A write's bytes; where within its blocks a read wants to read.
+    pub piece: Option<Piece>,
+    /// Told once, on any thread; must not wait.
+    pub tell: Box<dyn FnOnce(Ended) + Send>,
+}
+
+/// An operation that has begun.
 struct Op {
     piece: Option<Piece>,
-    ended: Mutex<Option<Result<Option<Piece>, Denial>>>,
-    changed: Condvar,
+    writes: bool,
+    /// When it began, if the waits of clients are counted and it is one.
+    began: Option<Instant>,
+    tell: Box<dyn FnOnce(Ended) + Send>,
 }
 
 struct Core {
     session: Session,
-    ops: HashMap<OpId, Arc<Op>>,
+    ops: HashMap<OpId, Op>,
     next_op: u64,
 }
 
 impl Core {
     /// Enters an operation under a number of its own.
-    fn enter(&mut self, op: Arc<Op>) -> OpId {
+    fn enter(&mut self, op: Op) -> OpId {
         let id = OpId(self.next_op);
         self.next_op += 1;
         self.ops.insert(id, op);
@@ -94,7 +115,28 @@ impl Core {
     }
 }
 
-/// What is done after the lock is given back.
+/// What steps of the session want done, in their order; all of it after the lock is given back.
+#[derive(Default)]
+struct Wants {
+    /// Frames to each node, and whether they answer it.
+    frames: Vec<(NodeId, bool, Vec<Frame>)>,
+    ended: Vec<(Op, Ended)>,
+    jobs: VecDeque<Job>,
+}
+
+impl Wants {
+    fn send(&mut self, to: NodeId, answers: bool, frame: Frame) {
+        match self.frames.iter_mut().find(|(node, kind, _)| *node == to && *kind == answers) {
+            Some((_, _, frames)) => frames.push(frame),
+            None => self.frames.push((to, answers, vec![frame])),
+        }
+    }
+}
+
+/// An input, what arrived with its message, and what a read found whose end it tells.
+type Taken = (Input, Option<Piece>, Option<Piece>);
+
+/// What waits for the disk.
 enum Job {
     Perform {
         from: NodeId,
@@ -109,6 +151,33 @@ enum Job {
         op: OpId,
         owner: NodeId,
     },
+}
+
+impl Job {
+    /// Whether it takes longer than a write that the kernel takes at once.
+    fn is_long(&self) -> bool {
+        !matches!(
+            self,
+            Job::Perform {
+                work: Work::Write { fua: false, .. },
+                ..
+            }
+        )
+    }
+}
+
+/// Jobs that several threads may share.
+#[derive(Default)]
+struct Shift {
+    jobs: Mutex<VecDeque<Job>>,
+    /// Whether further threads were called.
+    called: AtomicBool,
+}
+
+impl Shift {
+    fn jobs(&self) -> MutexGuard<'_, VecDeque<Job>> {
+        self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// When a read may be answered from RAM without asking the session.
@@ -133,6 +202,8 @@ pub struct Replica {
     felt: Felt,
     /// Bytes copied to joining nodes, without those that are zero.
     copied: AtomicU64,
+    /// Whether the last write took the disk's time, not only the kernel's.
+    slow: AtomicBool,
     /// Readings of the boot-time clock up to which something is not told of again.
     full_told_until_ms: AtomicU64,
     wait_told_until_ms: AtomicU64,
@@ -172,6 +243,7 @@ impl Replica {
             through: Through::default(),
             felt: Felt::default(),
             copied: AtomicU64::new(0),
+            slow: AtomicBool::new(false),
             full_told_until_ms: AtomicU64::new(0),
             wait_told_until_ms: AtomicU64::new(0),
             full_at: AtomicU64::new(0),
@@ -236,7 +308,9 @@ impl Replica {
 
     /// Takes an input that comes without bytes. What has to wait for the disk is left to the pool.
     pub fn step(&self, input: Input) {
-        let jobs = self.take(&mut self.core(), input, None, None);
+        let mut wants = Wants::default();
+        self.take(vec![(input, None, None)], &mut wants);
+        let jobs = self.settle(wants);
         self.leave(jobs);
     }
 
@@ -247,26 +321,65 @@ impl Replica {
     }
 
     /// Takes what another node says, and the bytes that came with it.
-    pub fn received(&self, from: &NodeId, message: Message, piece: Option<Piece>) {
-        if let Message::Request(request) = &message {
-            let fits = |extent| piece.as_ref().is_some_and(|piece| self.shape.holds(piece, extent));
-            let sound = match &request.work {
-                Work::Read(extent) => extent.last <= self.shape.end() && piece.as_ref().is_none_or(|_| fits(*extent)),
-                Work::Write { extent, .. } => extent.last <= self.shape.end() && fits(*extent),
-                Work::Flush { .. } | Work::Renew { .. } => true,
-            };
-            if !sound {
-                tracing::warn!(image = %self.shape.name, %from, "a node asks for what lies past the image's end; ignored");
-                return;
-            }
-        }
-        let from = from.clone();
-        let (arrived, brought) = match &message {
-            Message::Answer { .. } => (None, piece),
-            _ => (piece, None),
-        };
-        let jobs = self.take(&mut self.core(), Input::Peer { from, message }, arrived, brought);
+    pub fn received(&self, from: &NodeId, messages: Vec<(Message, Option<Piece>)>) {
+        let sound = messages.into_iter().filter(|(message, piece)| self.is_within(from, message, piece));
+        let inputs = sound.map(|(message, piece)| {
+            let answers = matches!(message, Message::Answer { .. });
+            let (arrived, brought) = if answers { (None, piece) } else { (piece, None) };
+            let from = from.clone();
+            (Input::Peer { from, message }, arrived, brought)
+        });
+        let mut wants = Wants::default();
+        self.take(inputs.collect(), &mut wants);
+        let jobs = self.settle(wants);
         self.leave(jobs);
+    }
+
+    /// Whether a message asks for nothing past the image's end.
+    fn is_within(&self, from: &NodeId, message: &Message, piece: &Option<Piece>) -> bool {
+        let Message::Request(request) = message else { return true };
+        let fits = |extent| piece.as_ref().is_some_and(|piece| self.shape.holds(piece, extent));
+        let within = match &request.work {
+            Work::Read(extent) => extent.last <= self.shape.end() && piece.as_ref().is_none_or(|_| fits(*extent)),
+            Work::Write { extent, .. } => extent.last <= self.shape.end() && fits(*extent),
+            Work::Flush { .. } | Work::Renew { .. } => true,
+        };
+        if !within {
+            tracing::warn!(image = %self.shape.name, %from, "a node asks for what lies past the image's end; ignored");
+        }
+        within
+    }
+
+    /// Begins operations of clients, all in one step. May wait for this node's disk, never for other nodes.
+    pub fn begin(&self, asked: Vec<Asked>) {
+        let jobs = self.enter(asked);
+        self.work_off(jobs);
+    }
+
+    fn enter(&self, asked: Vec<Asked>) -> VecDeque<Job> {
+        let writes = |ask: &Ask| matches!(ask, Ask::Write { .. });
+        let writing = asked.iter().filter(|asked| writes(&asked.ask)).count() as u64;
+        if writing > 0 {
+            self.quick.writing.fetch_add(writing, Ordering::SeqCst);
+            self.quick.begun.fetch_add(writing, Ordering::SeqCst);
+        }
+        let mut wants = Wants::default();
+        {
+            let mut core = self.core();
+            for Asked { ask, piece, tell } in asked {
+                let writes = writes(&ask);
+                let began = self.felt.begin().filter(|_| ask != Ask::Flush);
+                let op = core.enter(Op {
+                    piece,
+                    writes,
+                    began,
+                    tell,
+                });
+                self.step_one(&mut core, Input::Client { op, ask }, (None, None), &mut wants);
+            }
+            self.stepped(&core);
+        }
+        self.settle(wants)
     }
 
     /// Carries out an operation of a client and waits for its end; a read brings what it found.
@@ -274,36 +387,20 @@ impl Replica {
     /// # Errors
     /// Why it was not done, or is not known to be done.
     pub fn ask(&self, ask: Ask, piece: Option<Piece>) -> Result<Option<Piece>, Denial> {
-        let writes = matches!(ask, Ask::Write { .. });
-        let began = self.felt.begin();
-        if writes {
-            self.quick.writing.fetch_add(1, Ordering::SeqCst);
-            self.quick.begun.fetch_add(1, Ordering::SeqCst);
-        }
-        let op = Arc::new(Op {
-            piece,
-            ended: Mutex::new(None),
-            changed: Condvar::new(),
+        let (tell, ended) = mpsc::sync_channel(1);
+        let tell = Box::new(move |end| {
+            // Whoever asked waits.
+            let _ = tell.send(end);
         });
-        let jobs = {
-            let mut core = self.core();
-            let id = core.enter(Arc::clone(&op));
-            self.take(&mut core, Input::Client { op: id, ask }, None, None)
-        };
+        let mut jobs = self.enter(vec![Asked { ask, piece, tell }]);
         // This thread may wait: what it asked of its own disk it does itself.
-        jobs.into_iter().for_each(|job| self.work(job));
-        let mut ended = op.ended.lock().unwrap_or_else(PoisonError::into_inner);
-        let result = loop {
-            match ended.take() {
-                Some(result) => break result,
-                None => ended = op.changed.wait(ended).unwrap_or_else(PoisonError::into_inner),
-            }
-        };
-        if writes {
-            self.quick.writing.fetch_sub(1, Ordering::SeqCst);
+        if let Some(job) = jobs.pop_front() {
+            let mut wants = Wants::default();
+            self.take(self.work(job).into_iter().collect(), &mut wants);
+            jobs.extend(self.settle(wants));
         }
-        self.felt.end(began.filter(|_| ask != Ask::Flush));
-        result
+        self.leave(jobs);
+        ended.recv().unwrap_or(Err(Denial::Detached))
     }
 
     /// Fills `buf` from RAM if all of it is there and may be answered without asking anybody.
@@ -322,18 +419,49 @@ impl Replica {
         read && self.quick.begun.load(Ordering::SeqCst) == begun
     }
 
-    /// One step of the session. `arrived` came with the message being taken, `brought` is what a read found whose end is
-    /// being taken.
-    fn take(&self, core: &mut Core, input: Input, arrived: Option<Piece>, brought: Option<Piece>) -> Vec<Job> {
-        let outputs = core.session.step(boot_now(), input);
-        let mut jobs = Vec::new();
-        for output in outputs {
-            self.carry_out(core, output, (&arrived, &brought), &mut jobs);
+    /// Steps of the session, under one lock. With each input comes what arrived with the message, and what a read found
+    /// whose end it tells.
+    fn take(&self, inputs: Vec<Taken>, wants: &mut Wants) {
+        if inputs.is_empty() {
+            return;
         }
+        let mut core = self.core();
+        for (input, arrived, brought) in inputs {
+            self.step_one(&mut core, input, (arrived, brought), wants);
+        }
+        self.stepped(&core);
+    }
+
+    fn step_one(&self, core: &mut Core, input: Input, bytes: (Option<Piece>, Option<Piece>), wants: &mut Wants) {
+        for output in core.session.step(boot_now(), input) {
+            self.carry_out(core, output, (&bytes.0, &bytes.1), wants);
+        }
+    }
+
+    /// Before anybody is told of what was stepped.
+    fn stepped(&self, core: &Core) {
         self.quick
             .until_ms
             .store(self.answers_quickly(&core.session), Ordering::SeqCst);
-        jobs
+    }
+
+    /// Tells other nodes and clients; what is left waits for the disk.
+    fn settle(&self, wants: Wants) -> VecDeque<Job> {
+        for (to, answers, frames) in wants.frames {
+            if answers {
+                self.around.links.answer(&to, frames);
+            } else {
+                self.around.links.ask(&to, frames);
+            }
+        }
+        for (op, ended) in wants.ended {
+            if op.writes {
+                self.quick.writing.fetch_sub(1, Ordering::SeqCst);
+            }
+            self.felt.end(op.began);
+            (op.tell)(ended);
+        }
+        wants.jobs
     }
 
     /// See [`Quick::until_ms`].
@@ -352,8 +480,9 @@ impl Replica {
         core: &mut Core,
         output: Output,
         (arrived, brought): (&Option<Piece>, &Option<Piece>),
-        jobs: &mut Vec<Job>,
+        wants: &mut Wants,
     ) {
+        let jobs = &mut wants.jobs;
         let piece_of = |core: &Core, bytes: Bytes| match bytes {
             Bytes::None => None,
             Bytes::OfClient(op) => core.ops.get(&op).and_then(|op| op.piece.clone()),
@@ -371,7 +500,7 @@ impl Replica {
             } => {
                 let piece = piece_of(core, bytes.clone());
                 self.count_copy(&work, &bytes, piece.as_ref());
-                jobs.push(Job::Perform {
+                jobs.push_back(Job::Perform {
                     from,
                     id,
                     work,
@@ -379,14 +508,14 @@ impl Replica {
                     piece,
                 });
             }
-            Output::Persist(durable) => jobs.push(Job::Persist(durable)),
+            Output::Persist(durable) => jobs.push_back(Job::Persist(durable)),
             // In its place among the outputs: a block that is marked again later is marked behind this.
             Output::Unmark(blocks) => {
                 if let Some(copy) = self.copy() {
                     copy.marks.unmark(&blocks);
                 }
             }
-            Output::Forget => jobs.push(Job::Forget),
+            Output::Forget => jobs.push_back(Job::Forget),
             Output::Send { to, message, bytes } => {
                 let piece = piece_of(core, bytes.clone());
                 if let Message::Request(request) = &message {
@@ -397,18 +526,14 @@ impl Replica {
                     Message::Answer { .. } | Message::Raised(_) | Message::NotRaised { .. } | Message::Told { .. }
                 );
                 let frame = to_frame(self.image, message, piece.as_ref());
-                if answers {
-                    self.around.links.answer(&to, frame);
-                } else {
-                    self.around.links.ask(&to, frame);
-                }
+                wants.send(to, answers, frame);
             }
             Output::Acknowledge { op, bytes } => {
                 let piece = piece_of(core, bytes);
-                end(core.ops.remove(&op), Ok(piece));
+                wants.ended.extend(core.ops.remove(&op).map(|op| (op, Ok(piece))));
             }
-            Output::Deny { op, denial } => end(core.ops.remove(&op), Err(denial)),
-            Output::ReadThrough { op, owner } => jobs.push(Job::ReadThrough { op, owner }),
+            Output::Deny { op, denial } => wants.ended.extend(core.ops.remove(&op).map(|op| (op, Err(denial)))),
+            Output::ReadThrough { op, owner } => jobs.push_back(Job::ReadThrough { op, owner }),
             Output::Publish(change) => self.notice(Notice::Publish(change)),
             Output::Opened => self.notice(Notice::Opened),
             Output::GivenUp(setback) => self.notice(Notice::GivenUp(setback)),
@@ -425,16 +550,72 @@ impl Replica {
     }
 
     /// Leaves jobs to the pool.
-    fn leave(&self, jobs: Vec<Job>) {
-        for job in jobs {
-            let Some(this) = self.this.upgrade() else { return };
-            self.around.pool.run(move || this.work(job));
+    fn leave(&self, jobs: VecDeque<Job>) {
+        if !jobs.is_empty() {
+            let jobs = Mutex::new(jobs);
+            self.call(&Arc::new(Shift { jobs, ..Shift::default() }), 1);
         }
     }
 
-    /// Does a job, and what follows from it.
-    fn work(&self, job: Job) {
-        let jobs = match job {
+    /// Has threads of the pool work a shift off.
+    fn call(&self, shift: &Arc<Shift>, threads: usize) {
+        for _ in 0..threads {
+            let Some(this) = self.this.upgrade() else { return };
+            let shift = Arc::clone(shift);
+            self.around.pool.run(move || this.work_shift(&shift));
+        }
+    }
+
+    /// Does jobs, and what follows from them, on this thread and on as many others as it takes.
+    fn work_off(&self, jobs: VecDeque<Job>) {
+        if !jobs.is_empty() {
+            let jobs = Mutex::new(jobs);
+            self.work_shift(&Arc::new(Shift { jobs, ..Shift::default() }));
+        }
+    }
+
+    /// Writes that the kernel takes at once are done one after the other and reported together: to wake a thread for each
+    /// takes longer. Once one has to wait for the disk, other threads do the rest at the same time.
+    fn work_shift(&self, shift: &Arc<Shift>) {
+        let mut ended = Vec::new();
+        loop {
+            let (job, left) = {
+                let mut jobs = shift.jobs();
+                (jobs.pop_front(), jobs.len())
+            };
+            let Some(job) = job else {
+                if ended.is_empty() {
+                    return;
+                }
+                self.report(&mut ended, shift);
+                continue;
+            };
+            let long = job.is_long();
+            if long || self.slow.load(Ordering::Relaxed) {
+                self.report(&mut ended, shift);
+                if left > 0 && !shift.called.swap(true, Ordering::Relaxed) {
+                    self.call(shift, left.min(HELPERS_MAX));
+                }
+            }
+            let began = Instant::now();
+            ended.extend(self.work(job));
+            if !long {
+                self.slow.store(began.elapsed() > SLOW, Ordering::Relaxed);
+            }
+        }
+    }
+
+    fn report(&self, ended: &mut Vec<Taken>, shift: &Shift) {
+        if !ended.is_empty() {
+            let mut wants = Wants::default();
+            self.take(std::mem::take(ended), &mut wants);
+            shift.jobs().extend(self.settle(wants));
+        }
+    }
+
+    /// Does a job, and says how it ended.
+    fn work(&self, job: Job) -> Option<Taken> {
+        Some(match job {
             Job::Perform {
                 from,
                 id,
@@ -453,7 +634,7 @@ impl Replica {
                         (Input::Finished { from, id, ok: false }, None)
                     }
                 };
-                self.take(&mut self.core(), ended, None, brought)
+                (ended, None, brought)
             }
             Job::Persist(durable) => {
                 let put = self.around.store.put_durable(self.image, &durable);
@@ -462,7 +643,8 @@ impl Replica {
                     // record it has, and whoever asked waits or goes on without it.
                     tracing::warn!(image = %self.shape.name, %error, "a record waits for room in the store");
                     std::thread::sleep(ROOM_AGAIN);
-                    return self.leave(vec![Job::Persist(durable)]);
+                    self.leave([Job::Persist(durable)].into());
+                    return None;
                 }
                 if let Err(error) = &put {
                     tracing::error!(image = %self.shape.name, %error, "a record cannot be made durable here");
@@ -473,12 +655,9 @@ impl Replica {
                 {
                     copy.volume.set_epoch(record.epoch());
                 }
-                self.take(&mut self.core(), Input::Persisted { ok }, None, None)
+                (Input::Persisted { ok }, None, None)
             }
-            Job::ReadThrough { op, owner } => match self.read_through(op, &owner) {
-                Some(jobs) => jobs,
-                None => return,
-            },
+            Job::ReadThrough { op, owner } => return self.read_through(op, &owner),
             Job::Forget => {
                 match self.forget() {
                     Ok(()) => self.notice(Notice::Forgotten),
@@ -486,10 +665,9 @@ impl Replica {
                         tracing::error!(image = %self.shape.name, %error, "a copy that others hold cannot be deleted");
                     }
                 }
-                return;
+                return None;
             }
-        };
-        self.leave(jobs);
+        })
     }
 
     /// Whether this node's copy takes writes, if it has room.
@@ -551,37 +729,45 @@ impl Replica {
 
     /// A read at the destination of a hand-over. One that the source does not answer any more is asked here anew: then it
     /// waits until this node is the owner.
-    fn read_through(&self, id: OpId, owner: &NodeId) -> Option<Vec<Job>> {
-        let op = self.core().ops.get(&id).cloned()?;
+    fn read_through(&self, id: OpId, owner: &NodeId) -> Option<Taken> {
+        let wanted = self.core().ops.get(&id)?.piece.clone();
         let Some(Piece {
             offset,
             body: Body::Wanted(length),
-        }) = op.piece
+        }) = wanted
         else {
-            end(self.core().ops.remove(&id), Err(Denial::Detached));
+            self.end(id, Err(Denial::Detached));
             return None;
         };
         let mut bytes = vec![0; length as usize];
         let address = self.around.links.address(owner);
-        let read = self.through.read(owner, address, &self.shape.name, offset, &mut bytes);
-        let mut core = self.core();
-        core.ops.remove(&id);
-        match read {
+        match self.through.read(owner, address, &self.shape.name, offset, &mut bytes) {
             Ok(()) => {
                 let body = Body::of(bytes);
-                end(Some(op), Ok(Some(Piece { offset, body })));
+                self.end(id, Ok(Some(Piece { offset, body })));
                 None
             }
             Err(error) => {
                 tracing::info!(image = %self.shape.name, %owner, %error, "the source does not answer a read; it is asked here again");
-                drop(core);
                 // The source is about to seal, or down: its seal or another attempt comes in its time.
                 std::thread::sleep(READ_THROUGH_AGAIN);
-                core = self.core();
+                let mut core = self.core();
+                let op = core.ops.remove(&id)?;
                 let id = core.enter(op);
                 let ask = Ask::Read(self.shape.extent(offset, length));
-                Some(self.take(&mut core, Input::Client { op: id, ask }, None, None))
+                Some((Input::Client { op: id, ask }, None, None))
             }
+        }
+    }
+
+    fn end(&self, id: OpId, ended: Ended) {
+        let op = self.core().ops.remove(&id);
+        if let Some(op) = op {
+            let wants = Wants {
+                ended: vec![(op, ended)],
+                ..Wants::default()
+            };
+            self.settle(wants);
         }
     }
 
@@ -683,10 +869,4 @@ impl Replica {
         }
         Ok(None)
     }
-}
-
-fn end(op: Option<Arc<Op>>, result: Result<Option<Piece>, Denial>) {
-    let Some(op) = op else { return };
-    *op.ended.lock().unwrap_or_else(PoisonError::into_inner) = Some(result);
-    op.changed.notify_all();
 }

@@ -13,6 +13,12 @@ use crate::request::{Bytes, Extent, Nodes, Request, RequestId, Stamp, Work};
 use crate::time::BootMs;
 use hearth_protocol::record::Record;
 
+/// Every block that an image can have.
+const EVERYTHING: Extent = Extent {
+    first: BlockIndex(0),
+    last: BlockIndex(u64::MAX),
+};
+
 /// What stands behind an operation.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) enum Kind {
@@ -174,19 +180,20 @@ impl Owner {
     }
 
     pub(super) fn has_everywhere(&self, op: &Op) -> bool {
-        let (mut needed, joiners) = match &op.kind {
-            Kind::Write { extent, .. } => (
-                self.counting(|record| record.members_of(*extent)),
-                self.record.targets_of(*extent),
-            ),
-            Kind::Flush { .. } => (self.counting(Record::members), self.record.everyone()),
+        let extent = match &op.kind {
+            Kind::Write { extent, .. } => *extent,
+            Kind::Flush { .. } => EVERYTHING,
             Kind::Read(_) | Kind::Copy { .. } => return false,
         };
-        needed.extend(&joiners - &self.gone);
-        if self.rules.breaks(Mutant::AckBeforeSetDurable) {
-            needed = &needed - &self.gone;
-        }
-        needed.is_subset(&op.done)
+        let early = self.rules.breaks(Mutant::AckBeforeSetDurable);
+        let has = |node: &NodeId| op.done.contains(node);
+        let is_gone = |node: &NodeId| self.gone.contains(node);
+        let members = |record: &Record| {
+            let mut members = record.touched(extent).flat_map(|run| &run.members);
+            members.all(|node| has(node) || (early && is_gone(node)))
+        };
+        let mut joiners = self.record.touched(extent).flat_map(|run| &run.joiners);
+        self.that_count().all(members) && joiners.all(|node| has(node) || is_gone(node))
     }
 
     /// Sends what waits and may go.
@@ -208,15 +215,14 @@ impl Owner {
             if self.is_behind_another(id, op) || (reads && !leased) {
                 continue;
             }
-            let source = self.source(op);
             let client = op.client;
-            let split = op.extent().is_some_and(|extent| !self.is_held(extent));
-            let writing: Vec<Extent> = self
-                .ops
-                .values()
-                .filter(|op| op.started && matches!(op.kind, Kind::Write { .. }))
-                .filter_map(Op::extent)
-                .collect();
+            let moves = matches!(op.kind, Kind::Read(_) | Kind::Copy { .. });
+            let source = if moves { self.source(op) } else { None };
+            let split = reads && op.extent().is_some_and(|extent| !self.is_held(extent));
+            let writing: Vec<Extent> = match op.kind {
+                Kind::Flush { .. } => self.writing(),
+                _ => Vec::new(),
+            };
             let Some(op) = self.ops.get_mut(&id) else { continue };
             let source = match (&op.kind, source) {
                 (Kind::Read(_) | Kind::Copy { .. }, Some(source)) => source,
@@ -249,6 +255,13 @@ impl Owner {
                 }
             }
         }
+    }
+
+    /// What writes under way change.
+    fn writing(&self) -> Vec<Extent> {
+        let started = self.ops.values().filter(|op| op.started);
+        let writes = started.filter(|op| matches!(op.kind, Kind::Write { .. }));
+        writes.filter_map(Op::extent).collect()
     }
 
     /// Whether an earlier operation that overlaps is not finished.
