@@ -8,50 +8,29 @@ use std::sync::Arc;
 use hearth_protocol::ImageId;
 use hearth_replication::owner::{Ask, Denial};
 
-use super::image::{Asked, Replica};
+use super::image::Replica;
 use super::piece::{Body, Piece};
+use super::turns::Turns;
 use crate::disk::{Begun, Change, Disk, DiskError, Extent, ExtentKind};
-use crate::shared::Shared;
 
 /// Bytes zeroed by one operation; a multiple of every block size.
 const ZERO_STEP: u64 = 64 << 20;
 
-/// Bytes of writes that follow each other on the disk and are carried out as one; a larger one is split by nobody.
-const JOINED_BYTES_MAX: usize = 256 << 10;
-
-/// Writes of one batch of which each begins where the one before it ends.
-struct Joined {
-    offset: u64,
-    length: usize,
-    fua: bool,
-    parts: Vec<Shared>,
-    tell: Vec<Box<dyn FnOnce(Result<(), DiskError>) + Send>>,
-}
-
-impl Joined {
-    fn takes(&self, offset: u64, length: usize, fua: bool) -> bool {
-        offset == self.offset + self.length as u64 && fua == self.fua && self.length + length <= JOINED_BYTES_MAX
-    }
-
-    fn bytes(&mut self) -> Shared {
-        match self.parts.len() {
-            1 => self.parts.remove(0),
-            _ => Shared::from(self.parts.iter().flat_map(|part| part.iter().copied()).collect::<Vec<u8>>()),
-        }
-    }
-}
-
 /// See the module.
-pub struct ReplicatedDisk(Arc<Replica>);
+pub struct ReplicatedDisk {
+    replica: Arc<Replica>,
+    turns: Arc<Turns>,
+}
 
 impl ReplicatedDisk {
     /// The image as a disk.
     pub fn new(replica: Arc<Replica>) -> Self {
-        Self(replica)
+        let turns = Turns::new(Arc::clone(&replica));
+        Self { replica, turns }
     }
 
     fn check(&self, offset: u64, length: u64) -> Result<(), DiskError> {
-        let size = self.0.shape().size;
+        let size = self.replica.shape().size;
         match offset.checked_add(length) {
             Some(end) if end <= size => Ok(()),
             _ => Err(DiskError::OutOfRange { offset, length, size }),
@@ -60,9 +39,9 @@ impl ReplicatedDisk {
 
     /// The parts of a range that lie in one run each.
     fn runs(&self, offset: u64, length: u64) -> Vec<(u64, u64)> {
-        let shape = self.0.shape();
+        let shape = self.replica.shape();
         let extent = shape.extent(offset, length);
-        let starts: Vec<u64> = self.0.look(|session| {
+        let starts: Vec<u64> = self.replica.look(|session| {
             let record = session.record();
             record.map_or_else(Vec::new, |record| {
                 let touched = record.touched(extent).skip(1);
@@ -79,30 +58,12 @@ impl ReplicatedDisk {
     }
 
     fn write_body(&self, offset: u64, body: Body, fua: bool) -> Result<(), DiskError> {
-        let extent = self.0.shape().extent(offset, body.length());
+        let extent = self.replica.shape().extent(offset, body.length());
         let piece = Piece { offset, body };
-        self.0
+        self.replica
             .ask(Ask::Write { extent, fua }, Some(piece))
             .map(drop)
             .map_err(denied)
-    }
-
-    /// Writes that follow each other, as one operation.
-    fn asked(&self, mut writes: Joined) -> Asked {
-        let extent = self.0.shape().extent(writes.offset, writes.length as u64);
-        let piece = Piece {
-            offset: writes.offset,
-            body: Body::Data(writes.bytes()),
-        };
-        let (fua, tell) = (writes.fua, writes.tell);
-        Asked {
-            ask: Ask::Write { extent, fua },
-            piece: Some(piece),
-            tell: Box::new(move |ended| {
-                let ended = ended.map(drop);
-                tell.into_iter().for_each(|tell| tell(ended.clone().map_err(denied)));
-            }),
-        }
     }
 
     fn zero(&self, offset: u64, length: u64, keep_allocated: bool, fua: bool) -> Result<(), DiskError> {
@@ -121,7 +82,7 @@ impl ReplicatedDisk {
     }
 }
 
-fn denied(denial: Denial) -> DiskError {
+pub(super) fn denied(denial: Denial) -> DiskError {
     match denial {
         Denial::NoRoom => DiskError::NoSpace(denial.to_string()),
         Denial::Detached | Denial::Sealed { .. } => DiskError::ShuttingDown,
@@ -131,15 +92,15 @@ fn denied(denial: Denial) -> DiskError {
 
 impl Disk for ReplicatedDisk {
     fn image(&self) -> ImageId {
-        self.0.image()
+        self.replica.image()
     }
 
     fn size_bytes(&self) -> u64 {
-        self.0.shape().size
+        self.replica.shape().size
     }
 
     fn block_size_bytes(&self) -> u64 {
-        self.0.shape().block_size
+        self.replica.shape().block_size
     }
 
     fn is_read_only(&self) -> bool {
@@ -147,7 +108,7 @@ impl Disk for ReplicatedDisk {
     }
 
     fn try_read_ram(&self, offset: u64, buf: &mut [u8]) -> bool {
-        self.0.read_ram(offset, buf)
+        self.replica.read_ram(offset, buf)
     }
 
     fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
@@ -161,8 +122,13 @@ impl Disk for ReplicatedDisk {
                 offset: at,
                 body: Body::Wanted(length),
             };
-            let ask = Ask::Read(self.0.shape().extent(at, length));
-            match self.0.ask(ask, Some(wanted)).map_err(denied)?.map(|piece| piece.body) {
+            let ask = Ask::Read(self.replica.shape().extent(at, length));
+            match self
+                .replica
+                .ask(ask, Some(wanted))
+                .map_err(denied)?
+                .map(|piece| piece.body)
+            {
                 Some(Body::Data(bytes)) if bytes.len() == part.len() => part.copy_from_slice(&bytes),
                 Some(Body::Zeros { length: zeros, .. }) if zeros == length => part.fill(0),
                 _ => {
@@ -185,7 +151,7 @@ impl Disk for ReplicatedDisk {
     }
 
     fn flush(&self) -> Result<(), DiskError> {
-        self.0.ask(Ask::Flush, None).map(drop).map_err(denied)
+        self.replica.ask(Ask::Flush, None).map(drop).map_err(denied)
     }
 
     fn takes_batches(&self) -> bool {
@@ -193,52 +159,21 @@ impl Disk for ReplicatedDisk {
     }
 
     fn begin(&self, changes: Vec<Begun>) {
-        let mut asked: Vec<Asked> = Vec::with_capacity(changes.len());
-        let mut joined: Option<Joined> = None;
-        for Begun { change, tell } in changes {
-            let (offset, data, fua) = match change {
-                Change::Write { offset, data, fua } => (offset, data, fua),
-                Change::Flush => {
-                    asked.extend(joined.take().map(|writes| self.asked(writes)));
-                    let tell = Box::new(move |ended: super::image::Ended| tell(ended.map(drop).map_err(denied)));
-                    asked.push(Asked {
-                        ask: Ask::Flush,
-                        piece: None,
-                        tell,
-                    });
-                    continue;
+        let mut sound = Vec::with_capacity(changes.len());
+        for begun in changes {
+            if let Change::Write { offset, data, .. } = &begun.change
+                && let Some(ended) = match self.check(*offset, data.len() as u64) {
+                    Ok(()) if data.is_empty() => Some(Ok(())),
+                    Ok(()) => None,
+                    Err(error) => Some(Err(error)),
                 }
-            };
-            if let Err(error) = self.check(offset, data.len() as u64) {
-                tell(Err(error));
-                continue;
+            {
+                (begun.tell)(ended);
+            } else {
+                sound.push(begun);
             }
-            if data.is_empty() {
-                tell(Ok(()));
-                continue;
-            }
-            let writes = match joined.take() {
-                Some(mut writes) if writes.takes(offset, data.len(), fua) => {
-                    writes.length += data.len();
-                    writes.parts.push(data);
-                    writes.tell.push(tell);
-                    writes
-                }
-                before => {
-                    asked.extend(before.map(|writes| self.asked(writes)));
-                    Joined {
-                        offset,
-                        length: data.len(),
-                        fua,
-                        parts: vec![data],
-                        tell: vec![tell],
-                    }
-                }
-            };
-            joined = Some(writes);
         }
-        asked.extend(joined.map(|writes| self.asked(writes)));
-        self.0.begin(asked);
+        self.turns.begin(sound);
     }
 
     fn trim(&self, offset: u64, length: u64, fua: bool) -> Result<(), DiskError> {
@@ -251,7 +186,7 @@ impl Disk for ReplicatedDisk {
 
     fn cache(&self, offset: u64, length: u64) -> Result<(), DiskError> {
         self.check(offset, length)?;
-        match self.0.copy() {
+        match self.replica.copy() {
             Some(copy) => copy.volume.cache(offset, length),
             None => Ok(()),
         }
@@ -265,12 +200,12 @@ impl Disk for ReplicatedDisk {
         extents_max: usize,
     ) -> Result<Vec<Extent>, DiskError> {
         self.check(offset, length)?;
-        let me = self.0.me();
-        let extent = self.0.shape().extent(offset, length);
+        let me = self.replica.me();
+        let extent = self.replica.shape().extent(offset, length);
         let whole = self
-            .0
+            .replica
             .look(|session| session.record().is_some_and(|record| record.holds(me, extent)));
-        match self.0.copy() {
+        match self.replica.copy() {
             Some(copy) if whole => copy.volume.extents(offset, length, kind, extents_max),
             // What lies on other nodes is taken for data there: nothing is lost by reading it.
             _ => {

@@ -7,20 +7,23 @@
 //!   nothing is being written.
 //! - An operation that was begun ends with an answer or a denial.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+mod work;
+
+use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak, mpsc};
 use std::time::{Duration, Instant};
 
 use hearth_protocol::aggregate::Aggregate;
 use hearth_protocol::record::Record;
-use hearth_protocol::{BlockIndex, ImageId, NodeId};
+use hearth_protocol::{ImageId, NodeId};
 use hearth_replication::mutants::Rules;
 use hearth_replication::owner::{Ask, Denial, OpId};
-use hearth_replication::request::{Bytes, RequestId, Work};
+use hearth_replication::request::{Bytes, Work};
 use hearth_replication::session::{Input, Message, Output, Session};
 use hearth_replication::time::BootMs;
 
+use self::work::Job;
 use super::felt::Felt;
 use super::piece::{Body, Piece, to_frame};
 use super::pool::Pool;
@@ -38,15 +41,6 @@ const SEAL_WITHIN: Duration = Duration::from_secs(10);
 
 /// Pause before a read at the destination of a hand-over is tried again.
 const READ_THROUGH_AGAIN: Duration = Duration::from_millis(20);
-
-/// Pause before a record that found no room is tried again.
-const ROOM_AGAIN: Duration = Duration::from_millis(100);
-
-/// A write that takes longer waited for the disk: the kernel alone takes a few microseconds.
-const SLOW: Duration = Duration::from_micros(50);
-
-/// Threads that are called for one batch of slow writes.
-const HELPERS_MAX: usize = 16;
 
 /// How often one thing is told of in the journal.
 const TOLD_EVERY_MS: u64 = 10_000;
@@ -126,7 +120,11 @@ struct Wants {
 
 impl Wants {
     fn send(&mut self, to: NodeId, answers: bool, frame: Frame) {
-        match self.frames.iter_mut().find(|(node, kind, _)| *node == to && *kind == answers) {
+        match self
+            .frames
+            .iter_mut()
+            .find(|(node, kind, _)| *node == to && *kind == answers)
+        {
             Some((_, _, frames)) => frames.push(frame),
             None => self.frames.push((to, answers, vec![frame])),
         }
@@ -135,50 +133,6 @@ impl Wants {
 
 /// An input, what arrived with its message, and what a read found whose end it tells.
 type Taken = (Input, Option<Piece>, Option<Piece>);
-
-/// What waits for the disk.
-enum Job {
-    Perform {
-        from: NodeId,
-        id: RequestId,
-        work: Work,
-        anew: BTreeSet<BlockIndex>,
-        piece: Option<Piece>,
-    },
-    Persist(hearth_replication::member::Durable),
-    Forget,
-    ReadThrough {
-        op: OpId,
-        owner: NodeId,
-    },
-}
-
-impl Job {
-    /// Whether it takes longer than a write that the kernel takes at once.
-    fn is_long(&self) -> bool {
-        !matches!(
-            self,
-            Job::Perform {
-                work: Work::Write { fua: false, .. },
-                ..
-            }
-        )
-    }
-}
-
-/// Jobs that several threads may share.
-#[derive(Default)]
-struct Shift {
-    jobs: Mutex<VecDeque<Job>>,
-    /// Whether further threads were called.
-    called: AtomicBool,
-}
-
-impl Shift {
-    fn jobs(&self) -> MutexGuard<'_, VecDeque<Job>> {
-        self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
 
 /// When a read may be answered from RAM without asking the session.
 #[derive(Default)]
@@ -322,7 +276,9 @@ impl Replica {
 
     /// Takes what another node says, and the bytes that came with it.
     pub fn received(&self, from: &NodeId, messages: Vec<(Message, Option<Piece>)>) {
-        let sound = messages.into_iter().filter(|(message, piece)| self.is_within(from, message, piece));
+        let sound = messages
+            .into_iter()
+            .filter(|(message, piece)| self.is_within(from, message, piece));
         let inputs = sound.map(|(message, piece)| {
             let answers = matches!(message, Message::Answer { .. });
             let (arrived, brought) = if answers { (None, piece) } else { (piece, None) };
@@ -337,7 +293,9 @@ impl Replica {
 
     /// Whether a message asks for nothing past the image's end.
     fn is_within(&self, from: &NodeId, message: &Message, piece: &Option<Piece>) -> bool {
-        let Message::Request(request) = message else { return true };
+        let Message::Request(request) = message else {
+            return true;
+        };
         let fits = |extent| piece.as_ref().is_some_and(|piece| self.shape.holds(piece, extent));
         let within = match &request.work {
             Work::Read(extent) => extent.last <= self.shape.end() && piece.as_ref().is_none_or(|_| fits(*extent)),
@@ -354,6 +312,13 @@ impl Replica {
     pub fn begin(&self, asked: Vec<Asked>) {
         let jobs = self.enter(asked);
         self.work_off(jobs);
+    }
+
+    /// As [`Self::begin`], on a thread that may wait for the disk.
+    pub(super) fn begin_elsewhere(&self, asked: Vec<Asked>) {
+        if let Some(this) = self.this.upgrade() {
+            self.around.pool.run(move || this.begin(asked));
+        }
     }
 
     fn enter(&self, asked: Vec<Asked>) -> VecDeque<Job> {
@@ -549,127 +514,6 @@ impl Replica {
         let _ = self.around.notices.send((self.image, notice));
     }
 
-    /// Leaves jobs to the pool.
-    fn leave(&self, jobs: VecDeque<Job>) {
-        if !jobs.is_empty() {
-            let jobs = Mutex::new(jobs);
-            self.call(&Arc::new(Shift { jobs, ..Shift::default() }), 1);
-        }
-    }
-
-    /// Has threads of the pool work a shift off.
-    fn call(&self, shift: &Arc<Shift>, threads: usize) {
-        for _ in 0..threads {
-            let Some(this) = self.this.upgrade() else { return };
-            let shift = Arc::clone(shift);
-            self.around.pool.run(move || this.work_shift(&shift));
-        }
-    }
-
-    /// Does jobs, and what follows from them, on this thread and on as many others as it takes.
-    fn work_off(&self, jobs: VecDeque<Job>) {
-        if !jobs.is_empty() {
-            let jobs = Mutex::new(jobs);
-            self.work_shift(&Arc::new(Shift { jobs, ..Shift::default() }));
-        }
-    }
-
-    /// Writes that the kernel takes at once are done one after the other and reported together: to wake a thread for each
-    /// takes longer. Once one has to wait for the disk, other threads do the rest at the same time.
-    fn work_shift(&self, shift: &Arc<Shift>) {
-        let mut ended = Vec::new();
-        loop {
-            let (job, left) = {
-                let mut jobs = shift.jobs();
-                (jobs.pop_front(), jobs.len())
-            };
-            let Some(job) = job else {
-                if ended.is_empty() {
-                    return;
-                }
-                self.report(&mut ended, shift);
-                continue;
-            };
-            let long = job.is_long();
-            if long || self.slow.load(Ordering::Relaxed) {
-                self.report(&mut ended, shift);
-                if left > 0 && !shift.called.swap(true, Ordering::Relaxed) {
-                    self.call(shift, left.min(HELPERS_MAX));
-                }
-            }
-            let began = Instant::now();
-            ended.extend(self.work(job));
-            if !long {
-                self.slow.store(began.elapsed() > SLOW, Ordering::Relaxed);
-            }
-        }
-    }
-
-    fn report(&self, ended: &mut Vec<Taken>, shift: &Shift) {
-        if !ended.is_empty() {
-            let mut wants = Wants::default();
-            self.take(std::mem::take(ended), &mut wants);
-            shift.jobs().extend(self.settle(wants));
-        }
-    }
-
-    /// Does a job, and says how it ended.
-    fn work(&self, job: Job) -> Option<Taken> {
-        Some(match job {
-            Job::Perform {
-                from,
-                id,
-                work,
-                anew,
-                piece,
-            } => {
-                let (ended, brought) = match self.perform(&work, &anew, piece) {
-                    Ok(brought) => (Input::Finished { from, id, ok: true }, brought),
-                    Err(error @ DiskError::NoSpace(_)) if matches!(work, Work::Write { .. }) && self.is_sound() => {
-                        self.tell_full(&error);
-                        (Input::NoRoom { from, id }, None)
-                    }
-                    Err(error) => {
-                        tracing::error!(image = %self.shape.name, %error, "this node's copy failed; it leaves the set");
-                        (Input::Finished { from, id, ok: false }, None)
-                    }
-                };
-                (ended, None, brought)
-            }
-            Job::Persist(durable) => {
-                let put = self.around.store.put_durable(self.image, &durable);
-                if let Err(error @ StoreError::NoSpace(_)) = &put {
-                    // Nothing of it counts, so it is no failure of the disk. Until there is room this copy keeps to the
-                    // record it has, and whoever asked waits or goes on without it.
-                    tracing::warn!(image = %self.shape.name, %error, "a record waits for room in the store");
-                    std::thread::sleep(ROOM_AGAIN);
-                    self.leave([Job::Persist(durable)].into());
-                    return None;
-                }
-                if let Err(error) = &put {
-                    tracing::error!(image = %self.shape.name, %error, "a record cannot be made durable here");
-                }
-                let ok = put.is_ok();
-                if let (true, Some(record), Some(copy)) = (ok, &durable.record, self.copy())
-                    && copy.volume.epoch() != record.epoch()
-                {
-                    copy.volume.set_epoch(record.epoch());
-                }
-                (Input::Persisted { ok }, None, None)
-            }
-            Job::ReadThrough { op, owner } => return self.read_through(op, &owner),
-            Job::Forget => {
-                match self.forget() {
-                    Ok(()) => self.notice(Notice::Forgotten),
-                    Err(error) => {
-                        tracing::error!(image = %self.shape.name, %error, "a copy that others hold cannot be deleted");
-                    }
-                }
-                return None;
-            }
-        })
-    }
-
     /// Whether this node's copy takes writes, if it has room.
     fn is_sound(&self) -> bool {
         self.copy().is_some_and(|copy| copy.volume.poisoned().is_none())
@@ -810,63 +654,5 @@ impl Replica {
             Some(copy) => copy.volume.detach(),
             None => Ok(()),
         }
-    }
-
-    fn perform(
-        &self,
-        work: &Work,
-        anew: &BTreeSet<BlockIndex>,
-        piece: Option<Piece>,
-    ) -> Result<Option<Piece>, DiskError> {
-        let Some(copy) = self.copy() else {
-            return Err(DiskError::ShuttingDown);
-        };
-        let (volume, piece) = match work {
-            Work::Read(extent) => {
-                let Piece { offset, body } = piece.unwrap_or_else(|| self.shape.bytes(*extent));
-                let mut bytes = vec![0; body.length() as usize];
-                copy.volume.read(offset, &mut bytes)?;
-                let body = Body::of(bytes);
-                return Ok(Some(Piece { offset, body }));
-            }
-            Work::Flush { .. } => {
-                copy.volume.flush()?;
-                return copy.marks.anew(anew, self.around.store.incarnation()).map(|()| None);
-            }
-            Work::Renew { .. } => return Ok(None),
-            Work::Write { extent, .. } => {
-                // Also for a block that an earlier write has marked: that mark may still be on its way to the disk.
-                if !mutants::WRITE_UNMARKED.is_on() {
-                    let marked = copy.marks.before_write(*extent, self.around.store.incarnation());
-                    marked.inspect_err(|error| copy.volume.note_refused(error))?;
-                }
-                (copy.volume, piece)
-            }
-        };
-        let fua = matches!(work, Work::Write { fua: true, .. });
-        match piece {
-            Some(Piece {
-                offset,
-                body: Body::Data(bytes),
-            }) => volume.write(offset, &bytes, fua)?,
-            Some(Piece {
-                offset,
-                body: Body::Zeros { length, keep_allocated },
-            }) if keep_allocated => volume.write_zeroes(offset, length, true, fua)?,
-            Some(Piece {
-                offset,
-                body: Body::Zeros { length, .. },
-            }) => volume.trim(offset, length, fua)?,
-            Some(Piece {
-                body: Body::Wanted(_), ..
-            })
-            | None => {
-                return Err(DiskError::Io {
-                    what: format!("a write to image {} came without its bytes", self.shape.name),
-                    source: std::io::ErrorKind::InvalidData.into(),
-                });
-            }
-        }
-        Ok(None)
     }
 }

@@ -62,6 +62,9 @@ enum Kind {
     Zeros { length: u64, keep_allocated: bool },
 }
 
+/// Bytes of most heads: requests and their answers.
+const HEAD_BYTES: usize = 192;
+
 #[derive(Serialize, Deserialize)]
 struct Head {
     image: ImageId,
@@ -91,7 +94,8 @@ pub fn to_frame(image: ImageId, message: Message, piece: Option<&Piece>) -> Fram
         };
         (piece.offset, kind)
     });
-    let head = rmp_serde::to_vec(&Head { image, message, piece }).expect("messages always encode");
+    let mut head = Vec::with_capacity(HEAD_BYTES);
+    rmp_serde::encode::write(&mut head, &Head { image, message, piece }).expect("messages always encode");
     Frame { head, data }
 }
 

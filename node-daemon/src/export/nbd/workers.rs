@@ -207,7 +207,10 @@ impl Lane {
             } = &mut *state;
             let lane = lanes.get_mut(&self.id).expect("a lane lives as long as its handle");
             // Those that are begun together need one worker.
-            let begun = submissions.iter().filter(|submission| submission.job.is_begun()).count();
+            let begun = submissions
+                .iter()
+                .filter(|submission| submission.job.is_begun())
+                .count();
             let added = submissions.len() - begun + usize::from(begun > 0);
             lane.jobs.extend(submissions.drain(..));
             enqueue(self.id, lane, queue, self.shared.per_lane_max);
@@ -377,7 +380,9 @@ fn work(shared: &Shared) {
         if taken[0].job.is_begun() {
             begin(&mut taken, &completions);
         } else {
-            taken.drain(..).for_each(|submission| carry_out(submission, &completions));
+            taken
+                .drain(..)
+                .for_each(|submission| carry_out(submission, &completions));
         }
         drop(completions);
         let mut state = shared.lock();
