@@ -14,6 +14,8 @@ use std::time::Duration;
 
 use hearth_protocol::ImageId;
 
+use crate::shared::Shared;
+
 /// Why a request failed. Exports translate it into the errno of their protocol.
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
@@ -80,6 +82,29 @@ pub struct FileRead {
     pub offset: u64,
 }
 
+/// A change whose end is told later.
+pub struct Begun {
+    /// What.
+    pub change: Change,
+    /// Told once, on any thread; must not wait.
+    pub tell: Box<dyn FnOnce(Result<(), DiskError>) + Send>,
+}
+
+/// What can be begun.
+pub enum Change {
+    /// As [`Disk::write`].
+    Write {
+        /// The first byte.
+        offset: u64,
+        /// What to write.
+        data: Shared,
+        /// On stable storage before the end is told.
+        fua: bool,
+    },
+    /// As [`Disk::flush`].
+    Flush,
+}
+
 /// An image (or sealed layer) as an export sees it.
 pub trait Disk: Send + Sync + 'static {
     /// Which image, for heat and messages.
@@ -140,6 +165,22 @@ pub trait Disk: Send + Sync + 'static {
     /// # Errors
     /// [`DiskError`]; the disk is then poisoned for writes.
     fn flush(&self) -> Result<(), DiskError>;
+
+    /// Whether writes and flushes are to be handed over with [`Disk::begin`], all that wait at a time: where each waits
+    /// for other nodes, a thread for each costs more than the work.
+    fn takes_batches(&self) -> bool {
+        false
+    }
+
+    /// Begins changes. May wait for this node's disk, but not for other nodes.
+    fn begin(&self, changes: Vec<Begun>) {
+        for Begun { change, tell } in changes {
+            tell(match change {
+                Change::Write { offset, data, fua } => self.write(offset, &data, fua),
+                Change::Flush => self.flush(),
+            });
+        }
+    }
 
     /// Gives the range back; it reads as zero afterwards.
     ///

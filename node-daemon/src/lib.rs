@@ -12,6 +12,7 @@ pub mod imagefile;
 pub mod mutants;
 pub mod peer;
 pub mod replica;
+pub mod shared;
 pub mod store;
 pub mod tier;
 pub mod volume;

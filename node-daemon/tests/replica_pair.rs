@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
-use hearth_node::disk::{Disk, DiskError};
+use hearth_node::disk::{Begun, Change, Disk, DiskError};
 use hearth_node::export::nbd::{ExportEntry, ExportTable, Listener, NbdLimits, NbdServer, PeerDoor, SOCKET_MODE};
 use hearth_node::peer::Links;
 use hearth_node::replica::image::Around;
@@ -25,6 +25,7 @@ use tokio::sync::broadcast;
 const IMAGE: ImageId = ImageId(7);
 const BLOCK: u64 = 64 << 10;
 const BLOCKS: u64 = 64;
+const PAGE: u64 = 4 << 10;
 const WITHIN: Duration = Duration::from_secs(20);
 
 fn node(name: &str) -> NodeId {
@@ -347,4 +348,60 @@ fn what_was_written_and_not_flushed_is_in_doubt_after_a_crash() {
     disk.flush().unwrap();
     pair.replica("a").seal().unwrap();
     assert_eq!(doubt(&pair, "a"), [].into());
+}
+
+/// Begins writes of one page each, `value` in every byte, and says how each ended.
+fn begin(disk: &ReplicatedDisk, pages: impl Iterator<Item = u64>, value: u8) -> Vec<Result<(), DiskError>> {
+    let (tell, told) = std::sync::mpsc::channel();
+    let changes = pages.map(|page| Begun {
+        change: Change::Write {
+            offset: page * PAGE,
+            data: vec![value; PAGE as usize].into(),
+            fua: false,
+        },
+        tell: {
+            let tell = tell.clone();
+            Box::new(move |ended| tell.send(ended).unwrap())
+        },
+    });
+    disk.begin(changes.collect());
+    drop(tell);
+    told.iter().collect()
+}
+
+#[test]
+fn what_clients_begin_together_is_on_every_member() {
+    const CLIENTS: u64 = 4;
+    let pages = BLOCKS * BLOCK / PAGE;
+    let mut pair = Pair::new(&["a", "b"]);
+    let disk = pair.take("a", 1);
+    // Pages of one block are written by all of them at a time: some follow each other, some do not.
+    let round = |value: u8, step: u64| {
+        std::thread::scope(|scope| {
+            for client in 0..CLIENTS {
+                let mine = (0..pages).filter(move |page| page / step % CLIENTS == client);
+                let disk = &disk;
+                scope.spawn(move || {
+                    let ended = begin(disk, mine.clone(), value);
+                    assert_eq!(ended.len(), mine.count());
+                    assert!(ended.iter().all(Result::is_ok), "{ended:?}");
+                });
+            }
+        });
+    };
+    let whole = (BLOCKS * BLOCK) as usize;
+    for (value, step) in [(1, 1), (2, 3), (3, 16)] {
+        round(value, step);
+        assert_eq!(pair.copy("a", 0, whole), vec![value; whole]);
+        assert_eq!(pair.copy("b", 0, whole), vec![value; whole]);
+    }
+    // Of what is begun twice without waiting, everybody has the same.
+    let twice = (0..pages).chain((0..pages).rev()).chain(0..pages);
+    assert_eq!(begin(&disk, twice, 4).len() as u64, 3 * pages);
+    assert_eq!(pair.copy("a", 0, whole), pair.copy("b", 0, whole));
+    // What a member that died does not answer ends when the set is without it.
+    pair.kill("b");
+    round(5, 2);
+    assert_eq!(pair.members(), ["a"]);
+    assert_eq!(pair.copy("a", 0, whole), vec![5; whole]);
 }

@@ -8,10 +8,10 @@
 //! It is not secured: like NBD it goes over unix sockets and loopback addresses only, until there is TLS.
 
 use std::collections::HashMap;
-use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::io::{self, BufReader, Read, Write};
 use std::net::{Shutdown, TcpStream};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -23,8 +23,10 @@ use serde::{Deserialize, Serialize};
 use super::PeerError;
 use super::address::PeerAddress;
 use super::frame::Frame;
+use super::outbox::Outbox;
 use super::session::{broken, protocol, shake_hands_as_peer};
 use crate::export::nbd::PeerDoor;
+use crate::export::nbd::buffer::BufferPool;
 use crate::export::nbd::stream::Accepted;
 
 /// How long a connection may take to be made, handshake included.
@@ -35,13 +37,16 @@ const DIAL_AGAIN: Duration = Duration::from_millis(250);
 const UNACKNOWLEDGED_MS_MAX: u32 = 4_000;
 /// Connections that were dialed to this node; each peer needs one.
 const ENTERED_MAX: usize = 256;
-/// Bytes read or written at once.
+/// Bytes read at once.
 const BUFFER_BYTES: usize = 256 << 10;
+/// Frames that arrived together and are delivered together.
+const DELIVERED_MAX: usize = 64;
 
 /// Takes what arrives.
 pub trait Receive: Send + Sync {
-    /// A frame of a peer. Called by the connection's own thread: the next one waits until this returns.
-    fn received(&self, from: &NodeId, frame: Frame);
+    /// Frames of a peer that arrived together, in their order. Called by the connection's own thread: the next ones wait
+    /// until this returns.
+    fn received(&self, from: &NodeId, frames: Vec<Frame>);
 
     /// What was asked of a peer and not answered will not be.
     fn lost(&self, peer: &NodeId);
@@ -120,6 +125,15 @@ impl Socket {
     }
 }
 
+impl From<Socket> for OwnedFd {
+    fn from(socket: Socket) -> Self {
+        match socket {
+            Socket::Unix(stream) => stream.into(),
+            Socket::Tcp(stream) => stream.into(),
+        }
+    }
+}
+
 impl Read for Socket {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         match self {
@@ -142,14 +156,11 @@ impl Write for Socket {
     }
 }
 
-/// One end of a connection: what is put in here is sent, in this order.
+/// One end of a connection.
 struct Queue {
     number: u64,
-    frames: Sender<Sent>,
+    out: Arc<Outbox>,
 }
-
-/// A frame; `None` ends the connection.
-type Sent = Option<Frame>;
 
 #[derive(Default)]
 struct State {
@@ -170,6 +181,8 @@ pub struct Links {
     resolve: Box<Resolve>,
     receive: OnceLock<Weak<dyn Receive>>,
     state: Mutex<State>,
+    /// For the bytes of what arrives.
+    buffers: Arc<BufferPool>,
     this: Weak<Links>,
 }
 
@@ -181,6 +194,7 @@ impl Links {
             resolve: Box::new(resolve),
             receive: OnceLock::new(),
             state: Mutex::default(),
+            buffers: BufferPool::new(0),
             this: this.clone(),
         })
     }
@@ -204,52 +218,62 @@ impl Links {
     }
 
     /// Asks something of a peer, on the connection that this node dialed or dials now.
-    pub fn ask(&self, peer: &NodeId, frame: Frame) {
-        let mut state = self.state();
-        let frame = match state.dialed.get(peer) {
-            Some(queue) => match queue.frames.send(Some(frame)) {
+    pub fn ask(&self, peer: &NodeId, mut frames: Vec<Frame>) {
+        let mut state = loop {
+            let state = self.state();
+            // The thread of one that has ended is about to say so.
+            let known = state.dialed.get(peer).filter(|queue| !queue.out.has_ended());
+            let Some(out) = known.map(|queue| Arc::clone(&queue.out)) else {
+                break state;
+            };
+            drop(state);
+            match out.put(frames) {
                 Ok(()) => return,
-                // Its thread has ended and is about to say so.
-                Err(mpsc::SendError(frame)) => frame,
-            },
-            None => Some(frame),
+                Err(back) => frames = back,
+            }
         };
         state.next += 1;
         let number = state.next;
-        let (frames, waiting) = mpsc::channel();
-        let _ = frames.send(frame);
-        let ends = frames.clone();
-        state.dialed.insert(peer.clone(), Queue { number, frames });
+        let out = Arc::new(Outbox::default());
+        // It has just begun, so it takes them.
+        let _ = out.put(frames);
+        let queue = Queue {
+            number,
+            out: Arc::clone(&out),
+        };
+        state.dialed.insert(peer.clone(), queue);
         let wait = state.dial_again.get(peer).copied();
         drop(state);
         let Some(this) = self.this.upgrade() else { return };
         let peer = peer.clone();
-        let dial = move || this.dialed(&peer, number, wait, (ends, &waiting));
+        let dial = move || this.dialed(&peer, number, wait, &out);
         if let Err(error) = thread::Builder::new().name("peer-out".into()).spawn(dial) {
             tracing::error!(%error, "cannot start a thread for a peer");
         }
     }
 
-    /// Answers a peer, on the connection that it dialed last. Without one the answer is dropped: whoever asked knows.
-    pub fn answer(&self, peer: &NodeId, frame: Frame) {
-        if let Some(queue) = self.state().entered.get(peer) {
-            let _ = queue.frames.send(Some(frame));
+    /// Answers a peer, on the connection that it dialed last. Without one the answers are dropped: whoever asked knows.
+    pub fn answer(&self, peer: &NodeId, frames: Vec<Frame>) {
+        let known = self.state().entered.get(peer).map(|queue| Arc::clone(&queue.out));
+        if let Some(out) = known {
+            let _ = out.put(frames);
         }
     }
 
     /// A connection of this node's own, from dialing to its end.
-    fn dialed(&self, peer: &NodeId, number: u64, wait: Option<Instant>, frames: (Sender<Sent>, &Receiver<Sent>)) {
+    fn dialed(&self, peer: &NodeId, number: u64, wait: Option<Instant>, out: &Outbox) {
         if let Some(left) = wait.and_then(|until| until.checked_duration_since(Instant::now())) {
             thread::sleep(left);
         }
         let again = match self.dial(peer) {
             Ok(socket) => {
                 tracing::debug!(%peer, "connected");
-                self.converse(peer, socket, &[], frames);
+                self.converse(peer, socket, &[], out);
                 None
             }
             Err(error) => {
                 tracing::debug!(%peer, %error, "cannot reach a peer");
+                out.end();
                 Some(Instant::now() + DIAL_AGAIN)
             }
         };
@@ -282,58 +306,56 @@ impl Links {
         Ok(socket)
     }
 
-    /// Sends what is queued and delivers what comes, until the connection breaks. `early` came behind the handshake.
-    fn converse(&self, peer: &NodeId, socket: Socket, early: &[u8], (out, queued): (Sender<Sent>, &Receiver<Sent>)) {
-        let Ok(reading) = socket.twin() else { return };
+    /// Sends what is put into `out` and delivers what comes, until the connection breaks. `early` came behind the
+    /// handshake.
+    fn converse(&self, peer: &NodeId, socket: Socket, early: &[u8], out: &Outbox) {
+        let (Ok(reading), Ok(writing)) = (socket.twin(), socket.twin()) else {
+            return out.end();
+        };
         thread::scope(|scope| {
             scope.spawn(move || {
                 let mut reading = BufReader::with_capacity(BUFFER_BYTES, early.chain(reading));
                 self.deliver(peer, &mut reading);
-                let _ = out.send(None);
+                out.end();
             });
-            let mut writing = BufWriter::with_capacity(BUFFER_BYTES, socket);
-            if let Err(error) = send(queued, &mut writing) {
+            if let Err(error) = out.run(writing.into()) {
                 tracing::debug!(%peer, %error, "a connection to a peer broke");
             }
-            writing.get_ref().shut();
+            socket.shut();
         });
     }
 
-    fn deliver(&self, peer: &NodeId, from: &mut impl Read) {
+    fn deliver(&self, peer: &NodeId, from: &mut BufReader<impl Read>) {
         loop {
-            match Frame::read(from) {
-                Ok(Some(frame)) => match self.receiver() {
-                    Some(receive) => receive.received(peer, frame),
+            let mut frames = Vec::new();
+            let ends = loop {
+                match Frame::read(from, &self.buffers) {
+                    Ok(Some(frame)) => frames.push(frame),
+                    Ok(None) => break true,
+                    Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                        tracing::warn!(%peer, %error, "a peer does not speak as a node does; it is hung up on");
+                        break true;
+                    }
+                    Err(error) => {
+                        tracing::debug!(%peer, %error, "a connection to a peer broke");
+                        break true;
+                    }
+                }
+                if frames.len() >= DELIVERED_MAX || !Frame::is_whole(from.buffer()) {
+                    break false;
+                }
+            };
+            if !frames.is_empty() {
+                match self.receiver() {
+                    Some(receive) => receive.received(peer, frames),
                     None => return,
-                },
-                Ok(None) => return,
-                Err(error) if error.kind() == io::ErrorKind::InvalidData => {
-                    tracing::warn!(%peer, %error, "a peer does not speak as a node does; it is hung up on");
-                    return;
                 }
-                Err(error) => {
-                    tracing::debug!(%peer, %error, "a connection to a peer broke");
-                    return;
-                }
+            }
+            if ends {
+                return;
             }
         }
     }
-}
-
-fn send(queued: &Receiver<Sent>, to: &mut BufWriter<Socket>) -> io::Result<()> {
-    while let Ok(Some(frame)) = queued.recv() {
-        frame.write(to)?;
-        // What is queued by now goes along.
-        loop {
-            match queued.try_recv() {
-                Ok(Some(frame)) => frame.write(to)?,
-                Ok(None) => return Ok(()),
-                Err(_) => break,
-            }
-        }
-        to.flush()?;
-    }
-    Ok(())
 }
 
 impl PeerDoor for Links {
@@ -359,8 +381,8 @@ impl PeerDoor for Links {
         let (Ok(hello), Some(this)) = (serde_json::from_slice::<Hello>(hello), self.this.upgrade()) else {
             return;
         };
-        let (frames, waiting) = mpsc::channel();
-        let (number, ends) = {
+        let out = Arc::new(Outbox::default());
+        let number = {
             let mut state = self.state();
             if state.entered_now >= ENTERED_MAX {
                 tracing::warn!(peer = %hello.node, "a peer is hung up on: {ENTERED_MAX} connections of peers are open");
@@ -369,15 +391,18 @@ impl PeerDoor for Links {
             state.entered_now += 1;
             state.next += 1;
             let number = state.next;
-            let ends = frames.clone();
-            if let Some(older) = state.entered.insert(hello.node.clone(), Queue { number, frames }) {
-                let _ = older.frames.send(None);
+            let queue = Queue {
+                number,
+                out: Arc::clone(&out),
+            };
+            if let Some(older) = state.entered.insert(hello.node.clone(), queue) {
+                older.out.end();
             }
-            (number, ends)
+            number
         };
         let body = move || {
             if let Ok(socket) = Socket::accepted(socket) {
-                this.converse(&hello.node, socket, &early, (ends, &waiting));
+                this.converse(&hello.node, socket, &early, &out);
             }
             let mut state = this.state();
             state.entered_now -= 1;

@@ -8,6 +8,7 @@ pub mod address;
 pub mod client;
 pub mod frame;
 pub mod links;
+mod outbox;
 pub mod pool;
 pub mod session;
 

@@ -10,22 +10,27 @@ use hearth_replication::owner::{Ask, Denial};
 
 use super::image::Replica;
 use super::piece::{Body, Piece};
-use crate::disk::{Disk, DiskError, Extent, ExtentKind};
+use super::turns::Turns;
+use crate::disk::{Begun, Change, Disk, DiskError, Extent, ExtentKind};
 
 /// Bytes zeroed by one operation; a multiple of every block size.
 const ZERO_STEP: u64 = 64 << 20;
 
 /// See the module.
-pub struct ReplicatedDisk(Arc<Replica>);
+pub struct ReplicatedDisk {
+    replica: Arc<Replica>,
+    turns: Arc<Turns>,
+}
 
 impl ReplicatedDisk {
     /// The image as a disk.
     pub fn new(replica: Arc<Replica>) -> Self {
-        Self(replica)
+        let turns = Turns::new(Arc::clone(&replica));
+        Self { replica, turns }
     }
 
     fn check(&self, offset: u64, length: u64) -> Result<(), DiskError> {
-        let size = self.0.shape().size;
+        let size = self.replica.shape().size;
         match offset.checked_add(length) {
             Some(end) if end <= size => Ok(()),
             _ => Err(DiskError::OutOfRange { offset, length, size }),
@@ -34,9 +39,9 @@ impl ReplicatedDisk {
 
     /// The parts of a range that lie in one run each.
     fn runs(&self, offset: u64, length: u64) -> Vec<(u64, u64)> {
-        let shape = self.0.shape();
+        let shape = self.replica.shape();
         let extent = shape.extent(offset, length);
-        let starts: Vec<u64> = self.0.look(|session| {
+        let starts: Vec<u64> = self.replica.look(|session| {
             let record = session.record();
             record.map_or_else(Vec::new, |record| {
                 let touched = record.touched(extent).skip(1);
@@ -53,9 +58,9 @@ impl ReplicatedDisk {
     }
 
     fn write_body(&self, offset: u64, body: Body, fua: bool) -> Result<(), DiskError> {
-        let extent = self.0.shape().extent(offset, body.length());
+        let extent = self.replica.shape().extent(offset, body.length());
         let piece = Piece { offset, body };
-        self.0
+        self.replica
             .ask(Ask::Write { extent, fua }, Some(piece))
             .map(drop)
             .map_err(denied)
@@ -77,7 +82,7 @@ impl ReplicatedDisk {
     }
 }
 
-fn denied(denial: Denial) -> DiskError {
+pub(super) fn denied(denial: Denial) -> DiskError {
     match denial {
         Denial::NoRoom => DiskError::NoSpace(denial.to_string()),
         Denial::Detached | Denial::Sealed { .. } => DiskError::ShuttingDown,
@@ -87,15 +92,15 @@ fn denied(denial: Denial) -> DiskError {
 
 impl Disk for ReplicatedDisk {
     fn image(&self) -> ImageId {
-        self.0.image()
+        self.replica.image()
     }
 
     fn size_bytes(&self) -> u64 {
-        self.0.shape().size
+        self.replica.shape().size
     }
 
     fn block_size_bytes(&self) -> u64 {
-        self.0.shape().block_size
+        self.replica.shape().block_size
     }
 
     fn is_read_only(&self) -> bool {
@@ -103,7 +108,7 @@ impl Disk for ReplicatedDisk {
     }
 
     fn try_read_ram(&self, offset: u64, buf: &mut [u8]) -> bool {
-        self.0.read_ram(offset, buf)
+        self.replica.read_ram(offset, buf)
     }
 
     fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
@@ -117,8 +122,13 @@ impl Disk for ReplicatedDisk {
                 offset: at,
                 body: Body::Wanted(length),
             };
-            let ask = Ask::Read(self.0.shape().extent(at, length));
-            match self.0.ask(ask, Some(wanted)).map_err(denied)?.map(|piece| piece.body) {
+            let ask = Ask::Read(self.replica.shape().extent(at, length));
+            match self
+                .replica
+                .ask(ask, Some(wanted))
+                .map_err(denied)?
+                .map(|piece| piece.body)
+            {
                 Some(Body::Data(bytes)) if bytes.len() == part.len() => part.copy_from_slice(&bytes),
                 Some(Body::Zeros { length: zeros, .. }) if zeros == length => part.fill(0),
                 _ => {
@@ -137,11 +147,33 @@ impl Disk for ReplicatedDisk {
         if data.is_empty() {
             return Ok(());
         }
-        self.write_body(offset, Body::Data(Arc::new(data.to_vec())), fua)
+        self.write_body(offset, Body::Data(data.to_vec().into()), fua)
     }
 
     fn flush(&self) -> Result<(), DiskError> {
-        self.0.ask(Ask::Flush, None).map(drop).map_err(denied)
+        self.replica.ask(Ask::Flush, None).map(drop).map_err(denied)
+    }
+
+    fn takes_batches(&self) -> bool {
+        true
+    }
+
+    fn begin(&self, changes: Vec<Begun>) {
+        let mut sound = Vec::with_capacity(changes.len());
+        for begun in changes {
+            if let Change::Write { offset, data, .. } = &begun.change
+                && let Some(ended) = match self.check(*offset, data.len() as u64) {
+                    Ok(()) if data.is_empty() => Some(Ok(())),
+                    Ok(()) => None,
+                    Err(error) => Some(Err(error)),
+                }
+            {
+                (begun.tell)(ended);
+            } else {
+                sound.push(begun);
+            }
+        }
+        self.turns.begin(sound);
     }
 
     fn trim(&self, offset: u64, length: u64, fua: bool) -> Result<(), DiskError> {
@@ -154,7 +186,7 @@ impl Disk for ReplicatedDisk {
 
     fn cache(&self, offset: u64, length: u64) -> Result<(), DiskError> {
         self.check(offset, length)?;
-        match self.0.copy() {
+        match self.replica.copy() {
             Some(copy) => copy.volume.cache(offset, length),
             None => Ok(()),
         }
@@ -168,12 +200,12 @@ impl Disk for ReplicatedDisk {
         extents_max: usize,
     ) -> Result<Vec<Extent>, DiskError> {
         self.check(offset, length)?;
-        let me = self.0.me();
-        let extent = self.0.shape().extent(offset, length);
+        let me = self.replica.me();
+        let extent = self.replica.shape().extent(offset, length);
         let whole = self
-            .0
+            .replica
             .look(|session| session.record().is_some_and(|record| record.holds(me, extent)));
-        match self.0.copy() {
+        match self.replica.copy() {
             Some(copy) if whole => copy.volume.extents(offset, length, kind, extents_max),
             // What lies on other nodes is taken for data there: nothing is lost by reading it.
             _ => {

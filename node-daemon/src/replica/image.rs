@@ -7,20 +7,23 @@
 //!   nothing is being written.
 //! - An operation that was begun ends with an answer or a denial.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, Weak};
+mod work;
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak, mpsc};
 use std::time::{Duration, Instant};
 
 use hearth_protocol::aggregate::Aggregate;
 use hearth_protocol::record::Record;
-use hearth_protocol::{BlockIndex, ImageId, NodeId};
+use hearth_protocol::{ImageId, NodeId};
 use hearth_replication::mutants::Rules;
 use hearth_replication::owner::{Ask, Check, Denial, OpId};
-use hearth_replication::request::{Bytes, Hashes, RequestId, Work};
+use hearth_replication::request::{Bytes, Hashes, Work};
 use hearth_replication::session::{Input, Message, Output, Session};
 use hearth_replication::time::BootMs;
 
+use self::work::Job;
 use super::felt::Felt;
 use super::piece::{Body, Piece, to_frame};
 use super::pool::Pool;
@@ -29,7 +32,7 @@ use super::through::Through;
 use super::{Notice, Noticed};
 use crate::disk::{Disk, DiskError};
 use crate::mutants;
-use crate::peer::Links;
+use crate::peer::{Frame, Links};
 use crate::store::{Marks, Store, StoreError};
 use crate::volume::Volume;
 
@@ -38,9 +41,6 @@ const SEAL_WITHIN: Duration = Duration::from_secs(10);
 
 /// Pause before a read at the destination of a hand-over is tried again.
 const READ_THROUGH_AGAIN: Duration = Duration::from_millis(20);
-
-/// Pause before a record that found no room is tried again.
-const ROOM_AGAIN: Duration = Duration::from_millis(100);
 
 /// Blocks whose hashes one request may ask for; more would make an answer that no frame holds.
 const HASHES_MAX: u64 = 4_096;
@@ -74,30 +74,69 @@ pub struct Around {
     pub notices: tokio::sync::broadcast::Sender<Noticed>,
 }
 
-/// How an operation ended.
-enum Ending {
-    /// It is done; with what a read found.
-    Done(Option<Piece>),
-    /// What members have.
-    Compared(BTreeMap<NodeId, Hashes>),
+/// How an operation ended; a read brings what it found.
+pub type Ended = Result<Option<Piece>, Denial>;
+
+/// An operation, and who is told of its end.
+pub struct Asked {
+    /// What.
+    pub ask: Ask,
+    /// A write's bytes; where within its blocks a read wants to read.
+    pub piece: Option<Piece>,
+    /// Told once, on any thread; must not wait.
+    pub tell: Box<dyn FnOnce(Ended) + Send>,
 }
 
-/// An operation that somebody waits for.
+/// What members of blocks have.
+type Compared = BTreeMap<NodeId, Hashes>;
+
+/// Who is told of an operation's end.
+enum Tell {
+    /// A client.
+    Client(Box<dyn FnOnce(Ended) + Send>),
+    /// Who looks after the copies; of what was only written anew nothing is told but that it is done.
+    Check(mpsc::SyncSender<Result<Compared, Denial>>),
+}
+
+/// An operation's end.
+enum End {
+    Done(Option<Piece>),
+    Compared(Compared),
+    Denied(Denial),
+}
+
+impl Tell {
+    fn tell(self, end: End) {
+        match (self, end) {
+            (Tell::Client(tell), End::Done(piece)) => tell(Ok(piece)),
+            (Tell::Client(tell), End::Compared(_)) => tell(Ok(None)),
+            (Tell::Client(tell), End::Denied(denial)) => tell(Err(denial)),
+            // Whoever asked waits.
+            (Tell::Check(tell), End::Done(_)) => drop(tell.send(Ok(BTreeMap::new()))),
+            (Tell::Check(tell), End::Compared(hashes)) => drop(tell.send(Ok(hashes))),
+            (Tell::Check(tell), End::Denied(denial)) => drop(tell.send(Err(denial))),
+        }
+    }
+}
+
+/// An operation that has begun.
 struct Op {
     piece: Option<Piece>,
-    ended: Mutex<Option<Result<Ending, Denial>>>,
-    changed: Condvar,
+    writes: bool,
+    /// When it began, if the waits of clients are counted and it is one.
+    began: Option<Instant>,
+    tell: Tell,
 }
 
 struct Core {
     session: Session,
-    ops: HashMap<OpId, Arc<Op>>,
+    ops: HashMap<OpId, Op>,
     next_op: u64,
 }
 
 impl Core {
     /// Enters an operation under a number of its own.
-    fn enter(&mut self, op: Arc<Op>) -> OpId {
+    fn enter(&mut self, op: Op) -> OpId {
         let id = OpId(self.next_op);
         self.next_op += 1;
         self.ops.insert(id, op);
@@ -105,22 +144,30 @@ impl Core {
     }
 }
 
-/// What is done after the lock is given back.
-enum Job {
-    Perform {
-        from: NodeId,
-        id: RequestId,
-        work: Work,
-        anew: BTreeSet<BlockIndex>,
-        piece: Option<Piece>,
-    },
-    Persist(hearth_replication::member::Durable),
-    Forget,
-    ReadThrough {
-        op: OpId,
-        owner: NodeId,
-    },
+/// What steps of the session want done, in their order; all of it after the lock is given back.
+#[derive(Default)]
+struct Wants {
+    /// Frames to each node, and whether they answer it.
+    frames: Vec<(NodeId, bool, Vec<Frame>)>,
+    ended: Vec<(Op, End)>,
+    jobs: VecDeque<Job>,
 }
+
+impl Wants {
+    fn send(&mut self, to: NodeId, answers: bool, frame: Frame) {
+        match self
+            .frames
+            .iter_mut()
+            .find(|(node, kind, _)| *node == to && *kind == answers)
+        {
+            Some((_, _, frames)) => frames.push(frame),
+            None => self.frames.push((to, answers, vec![frame])),
+        }
+    }
+}
+
+/// An input, what arrived with its message, and what a read found whose end it tells.
+type Taken = (Input, Option<Piece>, Option<Piece>);
 
 /// When a read may be answered from RAM without asking the session.
 #[derive(Default)]
@@ -144,6 +191,8 @@ pub struct Replica {
     felt: Felt,
     /// Bytes copied to joining nodes, without those that are zero.
     copied: AtomicU64,
+    /// Whether the last write took the disk's time, not only the kernel's.
+    slow: AtomicBool,
     /// Readings of the boot-time clock up to which something is not told of again.
     full_told_until_ms: AtomicU64,
     wait_told_until_ms: AtomicU64,
@@ -183,6 +232,7 @@ impl Replica {
             through: Through::default(),
             felt: Felt::default(),
             copied: AtomicU64::new(0),
+            slow: AtomicBool::new(false),
             full_told_until_ms: AtomicU64::new(0),
             wait_told_until_ms: AtomicU64::new(0),
             full_at: AtomicU64::new(0),
@@ -247,7 +297,9 @@ impl Replica {
 
     /// Takes an input that comes without bytes. What has to wait for the disk is left to the pool.
     pub fn step(&self, input: Input) {
-        let jobs = self.take(&mut self.core(), input, None, None);
+        let mut wants = Wants::default();
+        self.take(vec![(input, None, None)], &mut wants);
+        let jobs = self.settle(wants);
         self.leave(jobs);
     }
 
@@ -258,30 +310,80 @@ impl Replica {
     }
 
     /// Takes what another node says, and the bytes that came with it.
-    pub fn received(&self, from: &NodeId, message: Message, piece: Option<Piece>) {
-        if let Message::Request(request) = &message {
-            let fits = |extent| piece.as_ref().is_some_and(|piece| self.shape.holds(piece, extent));
-            let sound = match &request.work {
-                Work::Read(extent) => extent.last <= self.shape.end() && piece.as_ref().is_none_or(|_| fits(*extent)),
-                Work::Hash(extent) => {
-                    let blocks = extent.last.0.checked_sub(extent.first.0);
-                    extent.last <= self.shape.end() && blocks.is_some_and(|more| more < HASHES_MAX)
-                }
-                Work::Write { extent, .. } => extent.last <= self.shape.end() && fits(*extent),
-                Work::Flush { .. } | Work::Renew { .. } => true,
-            };
-            if !sound {
-                tracing::warn!(image = %self.shape.name, %from, "a node asks for what lies past the image's end; ignored");
-                return;
-            }
-        }
-        let from = from.clone();
-        let (arrived, brought) = match &message {
-            Message::Answer { .. } => (None, piece),
-            _ => (piece, None),
-        };
-        let jobs = self.take(&mut self.core(), Input::Peer { from, message }, arrived, brought);
+    pub fn received(&self, from: &NodeId, messages: Vec<(Message, Option<Piece>)>) {
+        let sound = messages
+            .into_iter()
+            .filter(|(message, piece)| self.is_within(from, message, piece));
+        let inputs = sound.map(|(message, piece)| {
+            let answers = matches!(message, Message::Answer { .. });
+            let (arrived, brought) = if answers { (None, piece) } else { (piece, None) };
+            let from = from.clone();
+            (Input::Peer { from, message }, arrived, brought)
+        });
+        let mut wants = Wants::default();
+        self.take(inputs.collect(), &mut wants);
+        let jobs = self.settle(wants);
         self.leave(jobs);
+    }
+
+    /// Whether a message asks for nothing past the image's end.
+    fn is_within(&self, from: &NodeId, message: &Message, piece: &Option<Piece>) -> bool {
+        let Message::Request(request) = message else {
+            return true;
+        };
+        let fits = |extent| piece.as_ref().is_some_and(|piece| self.shape.holds(piece, extent));
+        let within = match &request.work {
+            Work::Read(extent) => extent.last <= self.shape.end() && piece.as_ref().is_none_or(|_| fits(*extent)),
+            Work::Hash(extent) => {
+                let blocks = extent.last.0.checked_sub(extent.first.0);
+                extent.last <= self.shape.end() && blocks.is_some_and(|more| more < HASHES_MAX)
+            }
+            Work::Write { extent, .. } => extent.last <= self.shape.end() && fits(*extent),
+            Work::Flush { .. } | Work::Renew { .. } => true,
+        };
+        if !within {
+            tracing::warn!(image = %self.shape.name, %from, "a node asks for what lies past the image's end; ignored");
+        }
+        within
+    }
+
+    /// Begins operations of clients, all in one step. May wait for this node's disk, never for other nodes.
+    pub fn begin(&self, asked: Vec<Asked>) {
+        let jobs = self.enter(asked);
+        self.work_off(jobs);
+    }
+
+    /// As [`Self::begin`], on a thread that may wait for the disk.
+    pub(super) fn begin_elsewhere(&self, asked: Vec<Asked>) {
+        if let Some(this) = self.this.upgrade() {
+            self.around.pool.run(move || this.begin(asked));
+        }
+    }
+
+    fn enter(&self, asked: Vec<Asked>) -> VecDeque<Job> {
+        let writes = |ask: &Ask| matches!(ask, Ask::Write { .. });
+        let writing = asked.iter().filter(|asked| writes(&asked.ask)).count() as u64;
+        if writing > 0 {
+            self.quick.writing.fetch_add(writing, Ordering::SeqCst);
+            self.quick.begun.fetch_add(writing, Ordering::SeqCst);
+        }
+        let mut wants = Wants::default();
+        {
+            let mut core = self.core();
+            for Asked { ask, piece, tell } in asked {
+                let writes = writes(&ask);
+                let began = self.felt.begin().filter(|_| ask != Ask::Flush);
+                let op = core.enter(Op {
+                    piece,
+                    writes,
+                    began,
+                    tell: Tell::Client(tell),
+                });
+                self.step_one(&mut core, Input::Client { op, ask }, (None, None), &mut wants);
+            }
+            self.stepped(&core);
+        }
+        self.settle(wants)
     }
 
     /// Carries out an operation of a client and waits for its end; a read brings what it found.
@@ -289,21 +391,20 @@ impl Replica {
     /// # Errors
     /// Why it was not done, or is not known to be done.
     pub fn ask(&self, ask: Ask, piece: Option<Piece>) -> Result<Option<Piece>, Denial> {
-        let writes = matches!(ask, Ask::Write { .. });
-        let began = self.felt.begin();
-        if writes {
-            self.quick.writing.fetch_add(1, Ordering::SeqCst);
-            self.quick.begun.fetch_add(1, Ordering::SeqCst);
+        let (tell, ended) = mpsc::sync_channel(1);
+        let tell = Box::new(move |end| {
+            // Whoever asked waits.
+            let _ = tell.send(end);
+        });
+        let mut jobs = self.enter(vec![Asked { ask, piece, tell }]);
+        // This thread may wait: what it asked of its own disk it does itself.
+        if let Some(job) = jobs.pop_front() {
+            let mut wants = Wants::default();
+            self.take(self.work(job).into_iter().collect(), &mut wants);
+            jobs.extend(self.settle(wants));
         }
-        let result = self.carried_out(piece, |op| Input::Client { op, ask });
-        if writes {
-            self.quick.writing.fetch_sub(1, Ordering::SeqCst);
-        }
-        self.felt.end(began.filter(|_| ask != Ask::Flush));
-        result.map(|ending| match ending {
-            Ending::Done(piece) => piece,
-            Ending::Compared(_) => None,
-        })
+        self.leave(jobs);
+        ended.recv().unwrap_or(Err(Denial::Detached))
     }
 
     /// Compares copies, or writes them anew, and waits for the end; a comparison brings what each member has.
@@ -311,34 +412,22 @@ impl Replica {
     /// # Errors
     /// Why it was not done, or is not known to be done.
     pub fn check(&self, check: Check) -> Result<BTreeMap<NodeId, Hashes>, Denial> {
-        let ending = self.carried_out(None, |op| Input::Check { op, check })?;
-        Ok(match ending {
-            Ending::Compared(hashes) => hashes,
-            Ending::Done(_) => BTreeMap::new(),
-        })
-    }
-
-    /// Enters an operation and waits for its end.
-    fn carried_out(&self, piece: Option<Piece>, input: impl FnOnce(OpId) -> Input) -> Result<Ending, Denial> {
-        let op = Arc::new(Op {
-            piece,
-            ended: Mutex::new(None),
-            changed: Condvar::new(),
-        });
-        let jobs = {
+        let (tell, ended) = mpsc::sync_channel(1);
+        let mut wants = Wants::default();
+        {
             let mut core = self.core();
-            let id = core.enter(Arc::clone(&op));
-            self.take(&mut core, input(id), None, None)
-        };
-        // This thread may wait: what it asked of its own disk it does itself.
-        jobs.into_iter().for_each(|job| self.work(job));
-        let mut ended = op.ended.lock().unwrap_or_else(PoisonError::into_inner);
-        loop {
-            match ended.take() {
-                Some(result) => return result,
-                None => ended = op.changed.wait(ended).unwrap_or_else(PoisonError::into_inner),
-            }
+            let op = core.enter(Op {
+                piece: None,
+                writes: false,
+                began: None,
+                tell: Tell::Check(tell),
+            });
+            self.step_one(&mut core, Input::Check { op, check }, (None, None), &mut wants);
+            self.stepped(&core);
         }
+        let jobs = self.settle(wants);
+        self.leave(jobs);
+        ended.recv().unwrap_or(Err(Denial::Detached))
     }
 
     /// Fills `buf` from RAM if all of it is there and may be answered without asking anybody.
@@ -357,18 +446,49 @@ impl Replica {
         read && self.quick.begun.load(Ordering::SeqCst) == begun
     }
 
-    /// One step of the session. `arrived` came with the message being taken, `brought` is what a read found whose end is
-    /// being taken.
-    fn take(&self, core: &mut Core, input: Input, arrived: Option<Piece>, brought: Option<Piece>) -> Vec<Job> {
-        let outputs = core.session.step(boot_now(), input);
-        let mut jobs = Vec::new();
-        for output in outputs {
-            self.carry_out(core, output, (&arrived, &brought), &mut jobs);
+    /// Steps of the session, under one lock. With each input comes what arrived with the message, and what a read found
+    /// whose end it tells.
+    fn take(&self, inputs: Vec<Taken>, wants: &mut Wants) {
+        if inputs.is_empty() {
+            return;
         }
+        let mut core = self.core();
+        for (input, arrived, brought) in inputs {
+            self.step_one(&mut core, input, (arrived, brought), wants);
+        }
+        self.stepped(&core);
+    }
+
+    fn step_one(&self, core: &mut Core, input: Input, bytes: (Option<Piece>, Option<Piece>), wants: &mut Wants) {
+        for output in core.session.step(boot_now(), input) {
+            self.carry_out(core, output, (&bytes.0, &bytes.1), wants);
+        }
+    }
+
+    /// Before anybody is told of what was stepped.
+    fn stepped(&self, core: &Core) {
         self.quick
             .until_ms
             .store(self.answers_quickly(&core.session), Ordering::SeqCst);
-        jobs
+    }
+
+    /// Tells other nodes and clients; what is left waits for the disk.
+    fn settle(&self, wants: Wants) -> VecDeque<Job> {
+        for (to, answers, frames) in wants.frames {
+            if answers {
+                self.around.links.answer(&to, frames);
+            } else {
+                self.around.links.ask(&to, frames);
+            }
+        }
+        for (op, end) in wants.ended {
+            if op.writes {
+                self.quick.writing.fetch_sub(1, Ordering::SeqCst);
+            }
+            self.felt.end(op.began);
+            op.tell.tell(end);
+        }
+        wants.jobs
     }
 
     /// See [`Quick::until_ms`].
@@ -387,8 +507,9 @@ impl Replica {
         core: &mut Core,
         output: Output,
         (arrived, brought): (&Option<Piece>, &Option<Piece>),
-        jobs: &mut Vec<Job>,
+        wants: &mut Wants,
     ) {
+        let jobs = &mut wants.jobs;
         let piece_of = |core: &Core, bytes: Bytes| match bytes {
             Bytes::None => None,
             Bytes::OfClient(op) => core.ops.get(&op).and_then(|op| op.piece.clone()),
@@ -406,7 +527,7 @@ impl Replica {
             } => {
                 let piece = piece_of(core, bytes.clone());
                 self.count_copy(&work, &bytes, piece.as_ref());
-                jobs.push(Job::Perform {
+                jobs.push_back(Job::Perform {
                     from,
                     id,
                     work,
@@ -414,14 +535,14 @@ impl Replica {
                     piece,
                 });
             }
-            Output::Persist(durable) => jobs.push(Job::Persist(durable)),
+            Output::Persist(durable) => jobs.push_back(Job::Persist(durable)),
             // In its place among the outputs: a block that is marked again later is marked behind this.
             Output::Unmark(blocks) => {
                 if let Some(copy) = self.copy() {
                     copy.marks.unmark(&blocks);
                 }
             }
-            Output::Forget => jobs.push(Job::Forget),
+            Output::Forget => jobs.push_back(Job::Forget),
             Output::Send { to, message, bytes } => {
                 let piece = piece_of(core, bytes.clone());
                 if let Message::Request(request) = &message {
@@ -432,19 +553,25 @@ impl Replica {
                     Message::Answer { .. } | Message::Raised(_) | Message::NotRaised { .. } | Message::Told { .. }
                 );
                 let frame = to_frame(self.image, message, piece.as_ref());
-                if answers {
-                    self.around.links.answer(&to, frame);
-                } else {
-                    self.around.links.ask(&to, frame);
-                }
+                wants.send(to, answers, frame);
             }
             Output::Acknowledge { op, bytes } => {
                 let piece = piece_of(core, bytes);
-                end(core.ops.remove(&op), Ok(Ending::Done(piece)));
+                wants
+                    .ended
+                    .extend(core.ops.remove(&op).map(|op| (op, End::Done(piece))));
             }
-            Output::Compared { op, hashes } => end(core.ops.remove(&op), Ok(Ending::Compared(hashes))),
-            Output::Deny { op, denial } => end(core.ops.remove(&op), Err(denial)),
-            Output::ReadThrough { op, owner } => jobs.push(Job::ReadThrough { op, owner }),
+            Output::Compared { op, hashes } => {
+                wants
+                    .ended
+                    .extend(core.ops.remove(&op).map(|op| (op, End::Compared(hashes))));
+            }
+            Output::Deny { op, denial } => {
+                wants
+                    .ended
+                    .extend(core.ops.remove(&op).map(|op| (op, End::Denied(denial))));
+            }
+            Output::ReadThrough { op, owner } => jobs.push_back(Job::ReadThrough { op, owner }),
             Output::Publish(change) => self.notice(Notice::Publish(change)),
             Output::Opened => self.notice(Notice::Opened),
             Output::GivenUp(setback) => self.notice(Notice::GivenUp(setback)),
@@ -458,83 +585,6 @@ impl Replica {
     fn notice(&self, notice: Notice) {
         // Nobody listens when the daemon ends.
         let _ = self.around.notices.send((self.image, notice));
-    }
-
-    /// Leaves jobs to the pool.
-    fn leave(&self, jobs: Vec<Job>) {
-        for job in jobs {
-            let Some(this) = self.this.upgrade() else { return };
-            self.around.pool.run(move || this.work(job));
-        }
-    }
-
-    /// Does a job, and what follows from it.
-    fn work(&self, job: Job) {
-        let jobs = match job {
-            Job::Perform {
-                from,
-                id,
-                work: Work::Hash(extent),
-                ..
-            } => {
-                let hashes = self.hashes(extent);
-                self.take(&mut self.core(), Input::Hashed { from, id, hashes }, None, None)
-            }
-            Job::Perform {
-                from,
-                id,
-                work,
-                anew,
-                piece,
-            } => {
-                let (ended, brought) = match self.perform(&work, &anew, piece) {
-                    Ok(brought) => (Input::Finished { from, id, ok: true }, brought),
-                    Err(error @ DiskError::NoSpace(_)) if matches!(work, Work::Write { .. }) && self.is_sound() => {
-                        self.tell_full(&error);
-                        (Input::NoRoom { from, id }, None)
-                    }
-                    Err(error) => {
-                        tracing::error!(image = %self.shape.name, %error, "this node's copy failed; it leaves the set");
-                        (Input::Finished { from, id, ok: false }, None)
-                    }
-                };
-                self.take(&mut self.core(), ended, None, brought)
-            }
-            Job::Persist(durable) => {
-                let put = self.around.store.put_durable(self.image, &durable);
-                if let Err(error @ StoreError::NoSpace(_)) = &put {
-                    // Nothing of it counts, so it is no failure of the disk. Until there is room this copy keeps to the
-                    // record it has, and whoever asked waits or goes on without it.
-                    tracing::warn!(image = %self.shape.name, %error, "a record waits for room in the store");
-                    std::thread::sleep(ROOM_AGAIN);
-                    return self.leave(vec![Job::Persist(durable)]);
-                }
-                if let Err(error) = &put {
-                    tracing::error!(image = %self.shape.name, %error, "a record cannot be made durable here");
-                }
-                let ok = put.is_ok();
-                if let (true, Some(record), Some(copy)) = (ok, &durable.record, self.copy())
-                    && copy.volume.epoch() != record.epoch()
-                {
-                    copy.volume.set_epoch(record.epoch());
-                }
-                self.take(&mut self.core(), Input::Persisted { ok }, None, None)
-            }
-            Job::ReadThrough { op, owner } => match self.read_through(op, &owner) {
-                Some(jobs) => jobs,
-                None => return,
-            },
-            Job::Forget => {
-                match self.forget() {
-                    Ok(()) => self.notice(Notice::Forgotten),
-                    Err(error) => {
-                        tracing::error!(image = %self.shape.name, %error, "a copy that others hold cannot be deleted");
-                    }
-                }
-                return;
-            }
-        };
-        self.leave(jobs);
     }
 
     /// Whether this node's copy takes writes, if it has room.
@@ -596,37 +646,45 @@ impl Replica {
 
     /// A read at the destination of a hand-over. One that the source does not answer any more is asked here anew: then it
     /// waits until this node is the owner.
-    fn read_through(&self, id: OpId, owner: &NodeId) -> Option<Vec<Job>> {
-        let op = self.core().ops.get(&id).cloned()?;
+    fn read_through(&self, id: OpId, owner: &NodeId) -> Option<Taken> {
+        let wanted = self.core().ops.get(&id)?.piece.clone();
         let Some(Piece {
             offset,
             body: Body::Wanted(length),
-        }) = op.piece
+        }) = wanted
         else {
-            end(self.core().ops.remove(&id), Err(Denial::Detached));
+            self.end(id, End::Denied(Denial::Detached));
             return None;
         };
         let mut bytes = vec![0; length as usize];
         let address = self.around.links.address(owner);
-        let read = self.through.read(owner, address, &self.shape.name, offset, &mut bytes);
-        let mut core = self.core();
-        core.ops.remove(&id);
-        match read {
+        match self.through.read(owner, address, &self.shape.name, offset, &mut bytes) {
             Ok(()) => {
                 let body = Body::of(bytes);
-                end(Some(op), Ok(Ending::Done(Some(Piece { offset, body }))));
+                self.end(id, End::Done(Some(Piece { offset, body })));
                 None
             }
             Err(error) => {
                 tracing::info!(image = %self.shape.name, %owner, %error, "the source does not answer a read; it is asked here again");
-                drop(core);
                 // The source is about to seal, or down: its seal or another attempt comes in its time.
                 std::thread::sleep(READ_THROUGH_AGAIN);
-                core = self.core();
+                let mut core = self.core();
+                let op = core.ops.remove(&id)?;
                 let id = core.enter(op);
                 let ask = Ask::Read(self.shape.extent(offset, length));
-                Some(self.take(&mut core, Input::Client { op: id, ask }, None, None))
+                Some((Input::Client { op: id, ask }, None, None))
             }
+        }
+    }
+
+    fn end(&self, id: OpId, end: End) {
+        let op = self.core().ops.remove(&id);
+        if let Some(op) = op {
+            let wants = Wants {
+                ended: vec![(op, end)],
+                ..Wants::default()
+            };
+            self.settle(wants);
         }
     }
 
@@ -670,68 +728,4 @@ impl Replica {
             None => Ok(()),
         }
     }
-
-    fn perform(
-        &self,
-        work: &Work,
-        anew: &BTreeSet<BlockIndex>,
-        piece: Option<Piece>,
-    ) -> Result<Option<Piece>, DiskError> {
-        let Some(copy) = self.copy() else {
-            return Err(DiskError::ShuttingDown);
-        };
-        let (volume, piece) = match work {
-            Work::Read(extent) => {
-                let Piece { offset, body } = piece.unwrap_or_else(|| self.shape.bytes(*extent));
-                let mut bytes = vec![0; body.length() as usize];
-                copy.volume.read(offset, &mut bytes)?;
-                let body = Body::of(bytes);
-                return Ok(Some(Piece { offset, body }));
-            }
-            Work::Flush { .. } => {
-                copy.volume.flush()?;
-                return copy.marks.anew(anew, self.around.store.incarnation()).map(|()| None);
-            }
-            Work::Hash(_) | Work::Renew { .. } => return Ok(None),
-            Work::Write { extent, .. } => {
-                // Also for a block that an earlier write has marked: that mark may still be on its way to the disk.
-                if !mutants::WRITE_UNMARKED.is_on() {
-                    let marked = copy.marks.before_write(*extent, self.around.store.incarnation());
-                    marked.inspect_err(|error| copy.volume.note_refused(error))?;
-                }
-                (copy.volume, piece)
-            }
-        };
-        let fua = matches!(work, Work::Write { fua: true, .. });
-        match piece {
-            Some(Piece {
-                offset,
-                body: Body::Data(bytes),
-            }) => volume.write(offset, &bytes, fua)?,
-            Some(Piece {
-                offset,
-                body: Body::Zeros { length, keep_allocated },
-            }) if keep_allocated => volume.write_zeroes(offset, length, true, fua)?,
-            Some(Piece {
-                offset,
-                body: Body::Zeros { length, .. },
-            }) => volume.trim(offset, length, fua)?,
-            Some(Piece {
-                body: Body::Wanted(_), ..
-            })
-            | None => {
-                return Err(DiskError::Io {
-                    what: format!("a write to image {} came without its bytes", self.shape.name),
-                    source: std::io::ErrorKind::InvalidData.into(),
-                });
-            }
-        }
-        Ok(None)
-    }
-}
-
-fn end(op: Option<Arc<Op>>, result: Result<Ending, Denial>) {
-    let Some(op) = op else { return };
-    *op.ended.lock().unwrap_or_else(PoisonError::into_inner) = Some(result);
-    op.changed.notify_all();
 }

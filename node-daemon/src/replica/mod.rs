@@ -6,9 +6,11 @@
 //! | [`piece`] | the bytes that go with a request, and how they travel |
 //! | [`image`] | one image's session: inputs in, outputs carried out, operations waited for |
 //! | [`hash`] | what this node's disk holds, for a comparison of copies |
+//! | `image/work` | what the session wants of this node's disk, and on which threads that is done |
 //! | [`disk`] | the image as its exports see it, while this node owns it |
 //! | [`felt`] | how long its clients wait |
 //! | [`set`] | all images with replicas of this node, what arrives for them, and their clock |
+//! | `turns` | clients' writes that wait for each other, and join meanwhile |
 //! | `through` | reads at the destination of a hand-over |
 //! | [`pool`] | threads that wait for this node's disk on behalf of other nodes |
 //!
@@ -25,6 +27,7 @@ pub mod pool;
 pub mod set;
 pub mod shape;
 mod through;
+mod turns;
 
 use hearth_protocol::aggregate::Change;
 use hearth_protocol::{ImageId, NodeId};

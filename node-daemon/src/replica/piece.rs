@@ -1,12 +1,11 @@
 //! The bytes that go with a request or its answer, and how message and bytes travel together in a frame.
 
-use std::sync::Arc;
-
 use hearth_protocol::ImageId;
 use hearth_replication::session::Message;
 use serde::{Deserialize, Serialize};
 
 use crate::peer::Frame;
+use crate::shared::Shared;
 
 /// A part of the image, in bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,7 +22,7 @@ pub enum Body {
     /// So many bytes, to be read.
     Wanted(u64),
     /// These bytes.
-    Data(Arc<Vec<u8>>),
+    Data(Shared),
     /// So many zeros.
     Zeros {
         /// How many.
@@ -43,7 +42,7 @@ impl Body {
                 keep_allocated: false,
             };
         }
-        Body::Data(Arc::new(bytes))
+        Body::Data(bytes.into())
     }
 
     /// How many bytes.
@@ -63,6 +62,9 @@ enum Kind {
     Zeros { length: u64, keep_allocated: bool },
 }
 
+/// Bytes of most heads: requests and their answers.
+const HEAD_BYTES: usize = 192;
+
 #[derive(Serialize, Deserialize)]
 struct Head {
     image: ImageId,
@@ -77,7 +79,7 @@ pub struct Garbled(String);
 
 /// A message with its piece as a frame.
 pub fn to_frame(image: ImageId, message: Message, piece: Option<&Piece>) -> Frame {
-    let mut data = Vec::new();
+    let mut data = Shared::default();
     let piece = piece.map(|piece| {
         let kind = match &piece.body {
             Body::Wanted(length) => Kind::Wanted { length: *length },
@@ -86,13 +88,14 @@ pub fn to_frame(image: ImageId, message: Message, piece: Option<&Piece>) -> Fram
                 keep_allocated: *keep_allocated,
             },
             Body::Data(bytes) => {
-                data.clone_from(bytes);
+                data = bytes.clone();
                 Kind::Data
             }
         };
         (piece.offset, kind)
     });
-    let head = rmp_serde::to_vec(&Head { image, message, piece }).expect("messages always encode");
+    let mut head = Vec::with_capacity(HEAD_BYTES);
+    rmp_serde::encode::write(&mut head, &Head { image, message, piece }).expect("messages always encode");
     Frame { head, data }
 }
 
@@ -107,7 +110,7 @@ pub fn from_frame(frame: Frame) -> Result<(ImageId, Message, Option<Piece>), Gar
         body: match kind {
             Kind::Wanted { length } => Body::Wanted(length),
             Kind::Zeros { length, keep_allocated } => Body::Zeros { length, keep_allocated },
-            Kind::Data => Body::Data(Arc::new(frame.data)),
+            Kind::Data => Body::Data(frame.data),
         },
     });
     Ok((head.image, head.message, piece))
@@ -151,7 +154,7 @@ mod tests {
         }
         let garbage = Frame {
             head: vec![0xc1; 40],
-            data: Vec::new(),
+            data: Shared::default(),
         };
         assert!(from_frame(garbage).is_err());
     }

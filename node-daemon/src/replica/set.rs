@@ -11,11 +11,11 @@ use std::time::Duration;
 
 use hearth_protocol::aggregate::{Aggregate, Change};
 use hearth_protocol::{ImageId, NodeId, SetVersion};
-use hearth_replication::session::Input;
+use hearth_replication::session::{Input, Message};
 
 use super::Noticed;
 use super::image::{Around, Copy, Replica, boot_now};
-use super::piece::from_frame;
+use super::piece::{Piece, from_frame};
 use super::shape::Shape;
 use crate::peer::{Frame, Links, Receive};
 use crate::store::{ImageMeta, NewReplica, StoreError};
@@ -216,14 +216,33 @@ fn alone(me: &NodeId) -> Aggregate {
 }
 
 impl Receive for Replicas {
-    fn received(&self, from: &NodeId, frame: Frame) {
-        match from_frame(frame) {
-            Ok((image, message, piece)) => match self.get(image) {
-                Some(replica) => replica.received(from, message, piece),
+    fn received(&self, from: &NodeId, frames: Vec<Frame>) {
+        let mut said: Option<(Arc<Replica>, Vec<(Message, Option<Piece>)>)> = None;
+        for frame in frames {
+            let (image, message, piece) = match from_frame(frame) {
+                Ok(parts) => parts,
+                Err(error) => {
+                    tracing::warn!(%from, %error, "a frame is ignored");
+                    continue;
+                }
+            };
+            if let Some((replica, messages)) = &mut said
+                && replica.image() == image
+            {
+                messages.push((message, piece));
+                continue;
+            }
+            if let Some((replica, messages)) = said.take() {
+                replica.received(from, messages);
+            }
+            match self.get(image) {
+                Some(replica) => said = Some((replica, vec![(message, piece)])),
                 // The log, or a preparation, is about to tell of it; who asked asks again.
                 None => tracing::debug!(%image, %from, "a node asks about an image that is not known here"),
-            },
-            Err(error) => tracing::warn!(%from, %error, "a frame is ignored"),
+            }
+        }
+        if let Some((replica, messages)) = said {
+            replica.received(from, messages);
         }
     }
 

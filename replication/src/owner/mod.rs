@@ -120,7 +120,7 @@ impl Owner {
 
     /// The members that a write to the whole image would need.
     pub fn needed(&self) -> Nodes {
-        self.counting(Record::members)
+        self.that_count().flat_map(Record::members).collect()
     }
 
     /// Whether every run keeps a member if this node fails too. The last one is waited for, however long it takes.
@@ -164,7 +164,8 @@ impl Owner {
                 .get(node)
                 .map_or(BootMs(0), |sent| sent.after(READ_LEASE_MS))
         };
-        self.remotes().iter().map(until).min()
+        let members = self.that_count().flat_map(Record::runs).flat_map(|run| &run.members);
+        members.filter(|node| **node != self.me).map(until).min()
     }
 
     /// The members whose read lease is missing: nothing is answered until they renew it or have left the set.
@@ -329,19 +330,17 @@ impl Owner {
         self.phase = Phase::Ended(denial);
     }
 
-    /// Members of every record that may count.
-    fn counting(&self, members: impl Fn(&Record) -> Nodes) -> Nodes {
-        if self.rules.breaks(Mutant::JoinCountsLate) {
-            return members(&self.record);
-        }
-        let mut all = members(&self.record);
-        all.extend(members(&self.committed));
-        all.extend(self.proposed.iter().flat_map(|record| members(record)));
-        all
+    /// Every record that may count, each once. Asked with every step, so it makes no sets.
+    fn that_count(&self) -> impl Iterator<Item = &Record> {
+        let late = self.rules.breaks(Mutant::JoinCountsLate);
+        let committed = (!late && !Arc::ptr_eq(&self.committed, &self.record)).then_some(&self.committed);
+        let proposed = self.proposed.as_ref().filter(|_| !late);
+        let records = [Some(&self.record), committed, proposed];
+        records.into_iter().flatten().map(Arc::as_ref)
     }
 
     fn remotes(&self) -> Nodes {
-        let mut remotes = self.counting(Record::members);
+        let mut remotes = self.needed();
         remotes.remove(&self.me);
         remotes
     }

@@ -13,6 +13,12 @@ use crate::request::{Bytes, Extent, Hashes, Nodes, Request, RequestId, Stamp, Wo
 use crate::time::BootMs;
 use hearth_protocol::record::Record;
 
+/// Every block that an image can have.
+const EVERYTHING: Extent = Extent {
+    first: BlockIndex(0),
+    last: BlockIndex(u64::MAX),
+};
+
 /// What stands behind an operation.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) enum Kind {
@@ -200,20 +206,21 @@ impl Owner {
     }
 
     pub(super) fn has_everywhere(&self, op: &Op) -> bool {
-        let (mut needed, joiners) = match &op.kind {
-            Kind::Write { extent, .. } => (
-                self.counting(|record| record.members_of(*extent)),
-                self.record.targets_of(*extent),
-            ),
-            Kind::Flush { .. } => (self.counting(Record::members), self.record.everyone()),
+        let extent = match &op.kind {
+            Kind::Write { extent, .. } => *extent,
+            Kind::Flush { .. } => EVERYTHING,
             Kind::Compare { .. } | Kind::Rewrite { .. } => return self.has_been_checked(op),
             Kind::Read(_) | Kind::Copy { .. } => return false,
         };
-        needed.extend(&joiners - &self.gone);
-        if self.rules.breaks(Mutant::AckBeforeSetDurable) {
-            needed = &needed - &self.gone;
-        }
-        needed.is_subset(&op.done)
+        let early = self.rules.breaks(Mutant::AckBeforeSetDurable);
+        let has = |node: &NodeId| op.done.contains(node);
+        let is_gone = |node: &NodeId| self.gone.contains(node);
+        let members = |record: &Record| {
+            let mut members = record.touched(extent).flat_map(|run| &run.members);
+            members.all(|node| has(node) || (early && is_gone(node)))
+        };
+        let mut joiners = self.record.touched(extent).flat_map(|run| &run.joiners);
+        self.that_count().all(members) && joiners.all(|node| has(node) || is_gone(node))
     }
 
     /// Sends what waits and may go.
@@ -238,19 +245,18 @@ impl Owner {
             if self.is_behind_another(id, op) || (reads && !leased) {
                 continue;
             }
-            let source = self.source(op);
             let client = op.client;
-            let split = op.extent().is_some_and(|extent| !self.is_held(extent));
-            let writing: Vec<Extent> = self
-                .ops
-                .values()
-                .filter(|op| op.started && matches!(op.kind, Kind::Write { .. } | Kind::Rewrite { .. }))
-                .filter_map(Op::extent)
-                .collect();
             if matches!(op.kind, Kind::Compare { .. } | Kind::Rewrite { .. }) {
                 self.start_check(id, out);
                 continue;
             }
+            let moves = matches!(op.kind, Kind::Read(_) | Kind::Copy { .. });
+            let source = if moves { self.source(op) } else { None };
+            let split = reads && op.extent().is_some_and(|extent| !self.is_held(extent));
+            let writing: Vec<Extent> = match op.kind {
+                Kind::Flush { .. } => self.writing(),
+                _ => Vec::new(),
+            };
             let Some(op) = self.ops.get_mut(&id) else { continue };
             let source = match (&op.kind, source) {
                 (Kind::Read(_) | Kind::Copy { .. }, Some(source)) => source,
@@ -284,6 +290,13 @@ impl Owner {
                 Kind::Compare { .. } | Kind::Rewrite { .. } => {}
             }
         }
+    }
+
+    /// What writes under way change.
+    fn writing(&self) -> Vec<Extent> {
+        let started = self.ops.values().filter(|op| op.started);
+        let writes = started.filter(|op| matches!(op.kind, Kind::Write { .. } | Kind::Rewrite { .. }));
+        writes.filter_map(Op::extent).collect()
     }
 
     /// Whether an earlier operation that overlaps is not finished.

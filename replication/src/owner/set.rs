@@ -105,9 +105,12 @@ impl Owner {
 
     /// Puts the committed record in force once all its nodes have it.
     pub(super) fn install(&mut self, out: &mut Vec<Output>) {
+        if self.committed == self.record {
+            return;
+        }
         let failed_joiners = &self.gone - &self.committed.members();
         let needed = &self.committed.everyone() - &failed_joiners;
-        if self.committed == self.record || !needed.is_subset(&self.raised) {
+        if !needed.is_subset(&self.raised) {
             return;
         }
         self.record = self.committed.clone();
@@ -128,6 +131,9 @@ impl Owner {
 
     /// Proposes the set without the nodes that failed.
     pub(super) fn shrink(&mut self, out: &mut Vec<Output>) {
+        if self.gone.is_empty() {
+            return;
+        }
         let gone = &self.gone;
         self.ops
             .retain(|_, op| !matches!(&op.kind, Kind::Copy { to, .. } if gone.contains(to)));

@@ -111,8 +111,11 @@ impl Session {
     /// Gives up members whose lease is missing for too long.
     fn silent(&mut self, step: &mut Step) {
         let Role::Owning(owner) = &self.role else { return };
-        let needed = owner.needed();
         let Waits { silent, .. } = &mut self.waits;
+        if silent.is_empty() {
+            return;
+        }
+        let needed = owner.needed();
         silent.retain(|node, _| needed.contains(node));
         if !owner.is_busy() {
             return;

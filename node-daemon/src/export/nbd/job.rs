@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use super::buffer::Buffer;
 use super::proto::{Errno, Head, PAYLOAD_BYTES_MAX, Request, command, command_flag};
-use crate::disk::{Disk, DiskError, Extent, ExtentKind};
+use crate::disk::{Change, Disk, DiskError, Extent, ExtentKind};
 use crate::mutants;
+use crate::shared::Shared;
 
 /// Reads shorter than this are not searched for holes: copying them costs less than asking.
 const SPARSE_READ_BYTES_MIN: usize = 64 << 10;
@@ -32,6 +33,11 @@ impl Failure {
             errno,
             text: text.into(),
         }
+    }
+
+    /// A bug of ours.
+    pub fn internal() -> Self {
+        Self::new(Errno::Io, "internal error; see the daemon's log")
     }
 
     /// A disk's failure.
@@ -205,6 +211,23 @@ pub struct Job {
 }
 
 impl Job {
+    /// Whether the request is begun together with others, and ends later.
+    pub fn is_begun(&self) -> bool {
+        matches!(self.request.command, command::WRITE | command::FLUSH) && self.disk.takes_batches()
+    }
+
+    /// What is to be begun.
+    pub fn change(&mut self) -> Change {
+        match (self.request.command, self.buffer.take()) {
+            (command::WRITE, Some(buffer)) => Change::Write {
+                offset: self.request.offset,
+                data: Shared::of(buffer),
+                fua: self.request.flags & command_flag::FUA != 0,
+            },
+            _ => Change::Flush,
+        }
+    }
+
     /// Carries the request out. May wait for a disk or a peer: call it on a worker.
     pub fn run(&mut self) -> Outcome {
         let Request {

@@ -12,7 +12,8 @@ use std::time::Instant;
 use tokio::sync::Notify;
 
 use super::job::{Failure, Job, Outcome};
-use super::proto::{Errno, Request};
+use super::proto::{Request, command};
+use crate::disk::{Begun, DiskError};
 
 /// A request that a worker finished.
 pub struct Completion {
@@ -64,6 +65,34 @@ pub struct Submission {
     pub received: Instant,
     /// Budget bytes it holds.
     pub reserved: usize,
+}
+
+/// Requests that one worker begins together; the lane's next ones are another's.
+const BATCH_MAX: usize = 64;
+
+/// A request that was begun and whose end comes later. If nobody tells it, as after a bug, the request fails.
+struct Place {
+    completion: Option<(Request, Instant, usize)>,
+    completions: Arc<Completions>,
+}
+
+impl Place {
+    fn tell(&mut self, outcome: Outcome) {
+        if let Some((request, received, reserved)) = self.completion.take() {
+            self.completions.push(Completion {
+                request,
+                received,
+                reserved,
+                outcome,
+            });
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.tell(Outcome::Failed(Failure::internal()));
+    }
 }
 
 struct LaneState {
@@ -177,7 +206,12 @@ impl Lane {
                 ..
             } = &mut *state;
             let lane = lanes.get_mut(&self.id).expect("a lane lives as long as its handle");
-            let added = submissions.len();
+            // Those that are begun together need one worker.
+            let begun = submissions
+                .iter()
+                .filter(|submission| submission.job.is_begun())
+                .count();
+            let added = submissions.len() - begun + usize::from(begun > 0);
             lane.jobs.extend(submissions.drain(..));
             enqueue(self.id, lane, queue, self.shared.per_lane_max);
             let useful = added.min(self.shared.per_lane_max.saturating_sub(lane.running));
@@ -244,8 +278,9 @@ fn enqueue(id: u64, lane: &mut LaneState, queue: &mut VecDeque<u64>, per_lane_ma
     }
 }
 
-/// Takes the next job, waiting for one; `None` when the server is gone and nothing is left.
-fn next(shared: &Shared) -> Option<(u64, Submission, Arc<Completions>)> {
+/// Takes the next job, waiting for one, and with one that is only begun those behind it that are, too; `None` when the
+/// server is gone and nothing is left.
+fn next(shared: &Shared, taken: &mut Vec<Submission>) -> Option<(u64, Arc<Completions>)> {
     let mut state = shared.lock();
     loop {
         while let Some(id) = state.queue.pop_front() {
@@ -253,9 +288,17 @@ fn next(shared: &Shared) -> Option<(u64, Submission, Arc<Completions>)> {
             let lane = lanes.get_mut(&id).expect("a queued lane is kept");
             lane.queued = false;
             if let Some(submission) = lane.jobs.pop_front() {
+                let begun = submission.job.is_begun();
+                taken.push(submission);
+                while begun
+                    && taken.len() < BATCH_MAX
+                    && let Some(submission) = lane.jobs.pop_front_if(|submission| submission.job.is_begun())
+                {
+                    taken.push(submission);
+                }
                 lane.running += 1;
                 enqueue(id, lane, queue, shared.per_lane_max);
-                return Some((id, submission, Arc::clone(&lane.completions)));
+                return Some((id, Arc::clone(&lane.completions)));
             }
             if lane.running == 0 && Arc::strong_count(&lane.completions) == 1 {
                 lanes.remove(&id); // its connection is gone
@@ -278,27 +321,69 @@ fn next(shared: &Shared) -> Option<(u64, Submission, Arc<Completions>)> {
     }
 }
 
-fn work(shared: &Shared) {
-    while let Some((id, mut submission, completions)) = next(shared) {
-        let job = &mut submission.job;
-        // A bug behind `Disk` must fail one request, not take a thread and the guest's queue with it.
-        let outcome = catch_unwind(AssertUnwindSafe(|| job.run())).unwrap_or_else(|_| {
-            tracing::error!(image = %job.disk.image(), request = ?job.request, "a disk call panicked");
-            Outcome::Failed(Failure::new(Errno::Io, "internal error; see the daemon's log"))
-        });
+/// Begins requests of one disk. Their ends come on whatever thread.
+fn begin(taken: &mut Vec<Submission>, completions: &Arc<Completions>) {
+    let disk = Arc::clone(&taken[0].job.disk);
+    let begun = taken.drain(..).map(|submission| {
         let Submission {
-            job,
+            mut job,
             received,
             reserved,
         } = submission;
-        let request = job.request;
-        drop(job); // first: who hears of the completion may count on the disk being released
-        completions.push(Completion {
-            request,
-            received,
-            reserved,
-            outcome,
+        let mut place = Place {
+            completion: Some((job.request, received, reserved)),
+            completions: Arc::clone(completions),
+        };
+        let is_write = job.request.command == command::WRITE;
+        let tell = Box::new(move |ended: Result<(), DiskError>| {
+            place.tell(match ended {
+                Ok(()) => Outcome::Done,
+                Err(error) => Outcome::Failed(Failure::of(&error, is_write)),
+            });
         });
+        Begun {
+            change: job.change(),
+            tell,
+        }
+    });
+    let begun: Vec<Begun> = begun.collect();
+    if catch_unwind(AssertUnwindSafe(|| disk.begin(begun))).is_err() {
+        tracing::error!(image = %disk.image(), "a disk call panicked");
+    }
+}
+
+/// Carries out one request.
+fn carry_out(submission: Submission, completions: &Completions) {
+    let Submission {
+        mut job,
+        received,
+        reserved,
+    } = submission;
+    // A bug behind `Disk` must fail one request, not take a thread and the guest's queue with it.
+    let outcome = catch_unwind(AssertUnwindSafe(|| job.run())).unwrap_or_else(|_| {
+        tracing::error!(image = %job.disk.image(), request = ?job.request, "a disk call panicked");
+        Outcome::Failed(Failure::internal())
+    });
+    let request = job.request;
+    drop(job); // first: who hears of the completion may count on the disk being released
+    completions.push(Completion {
+        request,
+        received,
+        reserved,
+        outcome,
+    });
+}
+
+fn work(shared: &Shared) {
+    let mut taken = Vec::new();
+    while let Some((id, completions)) = next(shared, &mut taken) {
+        if taken[0].job.is_begun() {
+            begin(&mut taken, &completions);
+        } else {
+            taken
+                .drain(..)
+                .for_each(|submission| carry_out(submission, &completions));
+        }
         drop(completions);
         let mut state = shared.lock();
         let State { lanes, queue, .. } = &mut *state;
