@@ -50,7 +50,7 @@ pub enum HeatChoice {
 }
 
 /// A copy that goes slower than this, in bytes per second, hardly ever ends.
-pub const SLOWEST_MOVE: ByteLen = ByteLen(4 << 20);
+pub const SLOWEST_MOVE: ByteLen = ByteLen(8 << 20);
 
 /// The file's keys.
 #[derive(Debug, Clone, Deserialize)]
@@ -207,7 +207,7 @@ mod tests {
         check(&GOOD.replace("64MiB", "4KiB"), "at least 4MiB");
         check(&GOOD.replace("node-1", "../x"), "node id");
         check(&format!("{GOOD}\nfront_percent = 0"), "front_percent");
-        check(&format!("{GOOD}\nmove_bytes_per_second = \"3MiB\""), "at least 4MiB");
+        check(&format!("{GOOD}\nmove_bytes_per_second = \"7MiB\""), "at least 8MiB");
         check(&GOOD.replace("store_dir", "store"), "store");
     }
 }

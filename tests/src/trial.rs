@@ -241,7 +241,11 @@ impl Trial {
             let out = (0..NODES).map(Cluster::node_id).find(|node| !members.contains(node));
             let node = out.context("all nodes are members")?;
             // Refused while another change is under way.
-            match self.cluster.hearth().text(&["location", "add", image, &node]) {
+            match self
+                .cluster
+                .hearth()
+                .text(&["location", "add", image, &node, "--pace", "full"])
+            {
                 Ok(_) => Ok(None),
                 Err(error) => Err(error),
             }

@@ -24,8 +24,8 @@ const IMAGE_BYTES: u64 = 16 << 20;
 const LAST: u64 = IMAGE_BYTES / (64 << 10) - 1;
 /// What is moved where nobody says how often.
 const MOVES: u64 = 24;
-/// Bytes per second of a copy that is to be cancelled: it would take four seconds.
-const SLOW: &str = "4MiB";
+/// Bytes per second of a copy that is to be cancelled: it would take two seconds.
+const SLOW: &str = "8MiB";
 /// The clients go elsewhere in one move of so many, and a daemon dies in one of so many.
 const FOLLOW_EVERY: u64 = 20;
 const DIE_EVERY: u64 = 12;

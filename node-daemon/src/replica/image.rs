@@ -166,6 +166,9 @@ impl Wants {
     }
 }
 
+/// What another node says, and the bytes that came with it.
+pub type Said = (Message, Option<Piece>);
+
 /// An input, what arrived with its message, and what a read found whose end it tells.
 type Taken = (Input, Option<Piece>, Option<Piece>);
 
@@ -310,7 +313,7 @@ impl Replica {
     }
 
     /// Takes what another node says, and the bytes that came with it.
-    pub fn received(&self, from: &NodeId, messages: Vec<(Message, Option<Piece>)>) {
+    pub fn received(&self, from: &NodeId, messages: Vec<Said>) {
         let sound = messages
             .into_iter()
             .filter(|(message, piece)| self.is_within(from, message, piece));

@@ -11,11 +11,11 @@ use std::time::Duration;
 
 use hearth_protocol::aggregate::{Aggregate, Change};
 use hearth_protocol::{ImageId, NodeId, SetVersion};
-use hearth_replication::session::{Input, Message};
+use hearth_replication::session::Input;
 
 use super::Noticed;
-use super::image::{Around, Copy, Replica, boot_now};
-use super::piece::{Piece, from_frame};
+use super::image::{Around, Copy, Replica, Said, boot_now};
+use super::piece::from_frame;
 use super::shape::Shape;
 use crate::peer::{Frame, Links, Receive};
 use crate::store::{ImageMeta, NewReplica, StoreError};
@@ -217,7 +217,7 @@ fn alone(me: &NodeId) -> Aggregate {
 
 impl Receive for Replicas {
     fn received(&self, from: &NodeId, frames: Vec<Frame>) {
-        let mut said: Option<(Arc<Replica>, Vec<(Message, Option<Piece>)>)> = None;
+        let mut said: Option<(Arc<Replica>, Vec<Said>)> = None;
         for frame in frames {
             let (image, message, piece) = match from_frame(frame) {
                 Ok(parts) => parts,
