@@ -1,7 +1,8 @@
 //! How fast a copy to a joining node goes: as fast as it can, or so that the image's guest does not feel it.
 //!
 //! A gentle copy stops for a moment in each second. The guest's waits then are compared with those while it goes on: where
-//! the 99th percentile is higher by more than [`DISTURBED_PERCENT`], the copy slows down by half, else it gains a little. It
+//! the 99th percentile of reads or of writes is higher by more than [`DISTURBED_PERCENT`], the copy slows down by half, else it
+//! gains a little. It
 //! never goes faster than the bytes that one link may carry for moves, and never slower than [`SLOWEST_MOVE`], so that it ends.
 //! Reads that RAM answers are not counted: a copy does not touch them.
 
@@ -16,7 +17,7 @@ use hearth_replication::session::Input;
 
 use crate::config::SLOWEST_MOVE;
 use crate::replica::Replica;
-use crate::replica::felt::waits;
+use crate::replica::felt::Waits;
 
 /// Bytes of one copy at full pace; a guest's write to these blocks waits for it.
 const FULL_COPY: u64 = 1 << 20;
@@ -72,8 +73,8 @@ struct Throttle {
     rate: u64,
     most: u64,
     /// The guest's waits, halved at the end of each turn.
-    still: Histogram<u64>,
-    moving: Histogram<u64>,
+    still: Waits,
+    moving: Waits,
 }
 
 impl Throttle {
@@ -81,25 +82,30 @@ impl Throttle {
         Self {
             rate: FIRST.min(most),
             most,
-            still: waits(),
-            moving: waits(),
+            still: Waits::default(),
+            moving: Waits::default(),
         }
     }
 
     /// A turn is over.
     fn turn(&mut self) {
-        let told = self.still.len() >= WAITS_MIN && self.moving.len() >= WAITS_MIN;
-        let p99 = |waits: &Histogram<u64>| waits.value_at_quantile(0.99);
-        let disturbed = told && p99(&self.moving) * 100 > p99(&self.still) * (100 + DISTURBED_PERCENT);
+        let disturbed = worse(&self.still.reads, &self.moving.reads) || worse(&self.still.writes, &self.moving.writes);
         let rate = match disturbed {
             true => self.rate / 2,
             false => self.rate + self.rate / 8 + GAIN,
         };
         self.rate = rate.clamp(SLOWEST_MOVE.0.min(self.most), self.most);
         for waits in [&mut self.still, &mut self.moving] {
-            *waits = halved(waits);
+            waits.reads = halved(&waits.reads);
+            waits.writes = halved(&waits.writes);
         }
     }
+}
+
+fn worse(still: &Histogram<u64>, moving: &Histogram<u64>) -> bool {
+    let told = still.len() >= WAITS_MIN && moving.len() >= WAITS_MIN;
+    let p99 = |waits: &Histogram<u64>| waits.value_at_quantile(0.99);
+    told && p99(moving) * 100 > p99(still) * (100 + DISTURBED_PERCENT)
 }
 
 fn halved(waits: &Histogram<u64>) -> Histogram<u64> {
@@ -215,7 +221,8 @@ impl Pacer {
                         &mut throttle.moving
                     };
                     // Bounds of both are the same.
-                    let _ = waits.add(&felt);
+                    let _ = waits.reads.add(&felt.reads);
+                    let _ = waits.writes.add(&felt.writes);
                 }
                 let in_turn = now - *turn;
                 if in_turn >= TURN {
@@ -257,10 +264,24 @@ mod tests {
 
     fn throttle(still_us: u64, moving_us: u64, waits: u64, turns: usize) -> u64 {
         let mut throttle = Throttle::new(100 << 20);
-        for _ in 0..turns {
-            throttle.still.record_n(still_us, waits).unwrap();
-            throttle.moving.record_n(moving_us, waits).unwrap();
+        for turn in 0..turns {
+            // Reads that feel nothing hide no writes, and the other way round.
+            let (feel, others) = match turn % 2 {
+                0 => (
+                    (&mut throttle.still.reads, &mut throttle.moving.reads),
+                    (&mut throttle.still.writes, &mut throttle.moving.writes),
+                ),
+                _ => (
+                    (&mut throttle.still.writes, &mut throttle.moving.writes),
+                    (&mut throttle.still.reads, &mut throttle.moving.reads),
+                ),
+            };
+            feel.0.record_n(still_us, waits).unwrap();
+            feel.1.record_n(moving_us, waits).unwrap();
+            others.0.record_n(100, 10 * waits).unwrap();
+            others.1.record_n(100, 10 * waits).unwrap();
             throttle.turn();
+            (throttle.still, throttle.moving) = Default::default();
         }
         throttle.rate
     }
@@ -282,13 +303,13 @@ mod tests {
     #[test]
     fn what_a_guest_felt_long_ago_counts_less_and_less() {
         let mut throttle = Throttle::new(100 << 20);
-        throttle.still.record_n(1_000, 200).unwrap();
-        throttle.moving.record_n(50_000, 200).unwrap();
+        throttle.still.writes.record_n(1_000, 200).unwrap();
+        throttle.moving.writes.record_n(50_000, 200).unwrap();
         throttle.turn();
         assert_eq!(throttle.rate, FIRST / 2);
         for _ in 0..20 {
-            throttle.still.record_n(1_000, 200).unwrap();
-            throttle.moving.record_n(1_000, 200).unwrap();
+            throttle.still.writes.record_n(1_000, 200).unwrap();
+            throttle.moving.writes.record_n(1_000, 200).unwrap();
             throttle.turn();
         }
         assert!(throttle.rate > FIRST, "{}", throttle.rate);

@@ -10,33 +10,52 @@ use hdrhistogram::Histogram;
 const LONGEST_US: u64 = 60_000_000;
 
 /// An empty count of waits in microseconds, each known to 1 %.
-pub fn waits() -> Histogram<u64> {
+fn waits() -> Histogram<u64> {
     Histogram::new_with_max(LONGEST_US, 2).expect("bounds of a histogram")
+}
+
+/// Waits of reads, and of writes, which are several times as long: a percentile of both together would say little of
+/// either.
+#[derive(Clone)]
+pub struct Waits {
+    /// Of reads.
+    pub reads: Histogram<u64>,
+    /// Of writes.
+    pub writes: Histogram<u64>,
+}
+
+impl Default for Waits {
+    fn default() -> Self {
+        Self {
+            reads: waits(),
+            writes: waits(),
+        }
+    }
 }
 
 /// See the module.
 pub struct Felt {
     counting: AtomicBool,
-    counts: Mutex<Histogram<u64>>,
+    counts: Mutex<Waits>,
 }
 
 impl Default for Felt {
     fn default() -> Self {
         Self {
             counting: AtomicBool::new(false),
-            counts: Mutex::new(waits()),
+            counts: Mutex::default(),
         }
     }
 }
 
 impl Felt {
-    fn counts(&self) -> MutexGuard<'_, Histogram<u64>> {
+    fn counts(&self) -> MutexGuard<'_, Waits> {
         self.counts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Begins or ends to count.
     pub fn count(&self, counting: bool) {
-        self.counts().reset();
+        *self.counts() = Waits::default();
         self.counting.store(counting, Ordering::Relaxed);
     }
 
@@ -46,15 +65,17 @@ impl Felt {
     }
 
     /// It was answered.
-    pub(super) fn end(&self, began: Option<Instant>) {
+    pub(super) fn end(&self, began: Option<Instant>, writes: bool) {
         if let Some(began) = began {
             let waited = u64::try_from(began.elapsed().as_micros()).unwrap_or(LONGEST_US);
-            self.counts().saturating_record(waited);
+            let mut counts = self.counts();
+            let of = if writes { &mut counts.writes } else { &mut counts.reads };
+            of.saturating_record(waited);
         }
     }
 
     /// The waits since it was last asked.
-    pub fn take(&self) -> Histogram<u64> {
-        std::mem::replace(&mut *self.counts(), waits())
+    pub fn take(&self) -> Waits {
+        std::mem::take(&mut *self.counts())
     }
 }

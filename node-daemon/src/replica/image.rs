@@ -488,7 +488,7 @@ impl Replica {
             if op.writes {
                 self.quick.writing.fetch_sub(1, Ordering::SeqCst);
             }
-            self.felt.end(op.began);
+            self.felt.end(op.began, op.writes);
             op.tell.tell(end);
         }
         wants.jobs
