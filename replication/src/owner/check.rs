@@ -9,20 +9,13 @@
 
 use super::ops::{Kind, Op};
 use super::words::Check;
-use super::{Denial, OpId, Output, Owner, Phase};
+use super::{Denial, OpId, Output, Owner};
 use crate::request::{Bytes, Extent, Hashes, Nodes, RequestId, Stamp, Work};
 use hearth_protocol::NodeId;
 
 impl Owner {
     pub(super) fn check(&mut self, op: OpId, check: Check, out: &mut Vec<Output>) {
-        let denial = match &self.phase {
-            Phase::Open => None,
-            Phase::Ended(denial) => Some(denial.clone()),
-            Phase::Draining | Phase::Sealing => Some(Denial::Sealed {
-                epoch: self.record.epoch(),
-            }),
-        };
-        if let Some(denial) = denial {
+        if let Some(denial) = self.why_closed() {
             return out.push(Output::Deny { op, denial });
         }
         let kind = match check {

@@ -89,15 +89,19 @@ impl Op {
 }
 
 impl Owner {
-    pub(super) fn client(&mut self, op: OpId, ask: Ask, out: &mut Vec<Output>) {
-        let denial = match &self.phase {
+    /// Why no operation is taken any more, if so.
+    pub(super) fn why_closed(&self) -> Option<Denial> {
+        match &self.phase {
             Phase::Open => None,
             Phase::Ended(denial) => Some(denial.clone()),
             Phase::Draining | Phase::Sealing => Some(Denial::Sealed {
                 epoch: self.record.epoch(),
             }),
-        };
-        if let Some(denial) = denial {
+        }
+    }
+
+    pub(super) fn client(&mut self, op: OpId, ask: Ask, out: &mut Vec<Output>) {
+        if let Some(denial) = self.why_closed() {
             return out.push(Output::Deny { op, denial });
         }
         self.add(
