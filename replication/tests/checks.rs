@@ -2,6 +2,8 @@
 //! that is paused.
 #![allow(missing_docs, reason = "a test program")]
 
+mod common;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -9,23 +11,10 @@ use hearth_protocol::record::{Record, Run};
 use hearth_protocol::{BlockIndex, Epoch, Incarnation, LeaseId, NodeId, SetVersion};
 use hearth_replication::mutants::Rules;
 use hearth_replication::owner::{Ask, Check, Denial, Input, OpId, Output, Owner};
-use hearth_replication::request::{Answer, BlockHash, Extent, Nodes, Reply, Request, RequestId, Stamp, Standing, Work};
+use hearth_replication::request::{Answer, BlockHash, Nodes, Reply, Request, RequestId, Stamp, Standing, Work};
 use hearth_replication::time::BootMs;
 
-fn node(name: &str) -> NodeId {
-    name.parse().unwrap()
-}
-
-fn nodes(names: &str) -> Nodes {
-    names.split_whitespace().map(node).collect()
-}
-
-fn extent(first: u64, last: u64) -> Extent {
-    Extent {
-        first: BlockIndex(first),
-        last: BlockIndex(last),
-    }
-}
+use common::{extent, node, nodes};
 
 /// An owner a, which has every lease.
 struct Bench {

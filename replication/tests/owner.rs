@@ -9,27 +9,10 @@ use std::sync::Arc;
 use hearth_protocol::record::{Record, Run};
 use hearth_protocol::{BlockIndex, Epoch, Incarnation, LeaseId, NodeId, SetVersion};
 use hearth_replication::owner::{Ask, Denial, Input, OpId, Output, Owner};
-use hearth_replication::request::{
-    Answer, Bytes, Extent, Nodes, Refusal, Reply, Request, RequestId, Stamp, Standing, Work,
-};
+use hearth_replication::request::{Answer, Bytes, Nodes, Refusal, Reply, Request, RequestId, Stamp, Standing, Work};
 use hearth_replication::time::{BootMs, READ_LEASE_MS};
 
-use common::rules;
-
-fn node(name: &str) -> NodeId {
-    name.parse().unwrap()
-}
-
-fn nodes(names: &str) -> Nodes {
-    names.split_whitespace().map(node).collect()
-}
-
-fn extent(first: u64, last: u64) -> Extent {
-    Extent {
-        first: BlockIndex(first),
-        last: BlockIndex(last),
-    }
-}
+use common::{extent, node, nodes, rules};
 
 /// An owner a with a clock, and who asked whom for what.
 struct Bench {

@@ -12,7 +12,7 @@ use hearth_protocol::{BlockIndex, Epoch, Incarnation, LeaseId, NodeId, SetVersio
 use hearth_replication::handover::HELD_WRITES_MAX;
 use hearth_replication::member::{Durable, Marks};
 use hearth_replication::owner::{Ask, Denial, OpId};
-use hearth_replication::request::{Answer, Bytes, Extent, Nodes, Refusal, RequestId, Stamp, Work};
+use hearth_replication::request::{Answer, Bytes, Nodes, Refusal, RequestId, Stamp, Work};
 use hearth_replication::session::{Input, Message, Output, Replica, Session};
 use hearth_replication::takeover::Setback;
 use hearth_replication::time::{
@@ -20,15 +20,7 @@ use hearth_replication::time::{
     SEALED_AGAIN_MS, SILENT_MS, TAKE_AGAIN_MS, TAKEOVER_WAIT_MS,
 };
 
-use common::rules;
-
-fn node(name: &str) -> NodeId {
-    name.parse().unwrap()
-}
-
-fn nodes(names: &str) -> Nodes {
-    names.split_whitespace().map(node).collect()
-}
+use common::{extent, node, nodes, rules};
 
 fn first(members: &str) -> Aggregate {
     let stamp = Stamp {
@@ -54,13 +46,6 @@ fn replica(record: Option<Arc<Record>>) -> Replica {
         durable: Durable { record, sealed: None },
         marks: Marks::new(),
         failed: false,
-    }
-}
-
-fn extent(first: u64, last: u64) -> Extent {
-    Extent {
-        first: BlockIndex(first),
-        last: BlockIndex(last),
     }
 }
 

@@ -1,6 +1,8 @@
 //! Takeovers and hand-overs: from whom they start, what they wait for, and why they give up.
 #![allow(missing_docs, reason = "a test program")]
 
+mod common;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -13,13 +15,7 @@ use hearth_replication::request::{Answer, Nodes, Refusal, Reply, Request, Stamp,
 use hearth_replication::takeover::{Input, Mode, Output, Setback, Takeover};
 use hearth_replication::time::{BootMs, TAKEOVER_WAIT_MS};
 
-fn node(name: &str) -> NodeId {
-    name.parse().unwrap()
-}
-
-fn nodes(names: &str) -> Nodes {
-    names.split_whitespace().map(node).collect()
-}
+use common::{node, nodes};
 
 fn record(epoch: u64, lease: u128, set_version: u64, runs: &[(u64, &str)]) -> Arc<Record> {
     let stamp = Stamp {
